@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a family of operators is: the one interface between the pipeline and everything that is family-specific."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tvm import relax
+
+from passes.layers import attrs_of, const_array, shape_of
+from schedules.errors import Declined
+from schedules.target import CpuTarget
+
+# (builder, call in channels-last layout, target) -> the call_tir that computes it.
+Lowering = Callable[[relax.BlockBuilder, relax.Call, CpuTarget], relax.Expr]
+# (attributes, *arguments as numpy arrays) -> result: slow, obviously right, any float dtype.
+Reference = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A named layer operator as a family sees it when asked to treat it: `weight` is [O, I/groups, R, S] or [O, K]."""
+
+    call: relax.Call
+
+    @property
+    def name(self) -> str:
+        return attrs_of(self.call)["name"]
+
+    @property
+    def attrs(self) -> dict:
+        return attrs_of(self.call)
+
+    @property
+    def operator(self) -> str:
+        return self.call.op.name
+
+    @property
+    def weight(self) -> np.ndarray:
+        return const_array(self.call.args[1])
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return shape_of(self.call.args[0])
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return shape_of(self.call)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of operators.
+
+    `prune(weight, **parameters)` returns the weight the treatment would have (only called when the user asked for it);
+    `treat(layer, parameters, target)` returns the family's own call for that layer, or why it declines.
+    `found(weight)` describes what the weight already is, for `inspect` and the report.
+    """
+
+    name: str
+    register: Callable[[], None]
+    lowerings: Mapping[str, Lowering]
+    references: Mapping[str, Reference]
+    parameters: Mapping[str, Callable] = field(default_factory=dict)  # name -> parse(value), raising ValueError
+    prune: Callable[..., np.ndarray] | None = None
+    treat: Callable[[Layer, Mapping, CpuTarget], relax.Call | Declined] | None = None
+    found: Callable[[np.ndarray], Mapping] | None = None
+    samples: Callable[[], Sequence] = tuple

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named layer operators: Relax operators whose attributes carry the layer's name, so that no pass can lose it.
+
+`kerf.conv2d(x, w)`   x [N, C, H, W] (`layout="NCHW"`) or [N, H, W, C] ("NHWC"), w constant [O, C/groups, R, S]
+`kerf.dense(x, w)`    x [..., K], w constant [O, K] -> [..., O]
+
+All float32. A bias, a residual or an activation is an ordinary Relax call after them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import tvm
+from tvm import relax
+from tvm.ir.expr import GenericConst
+
+CONV2D = "kerf.conv2d"
+DENSE = "kerf.dense"
+
+
+def shape_of(expr) -> tuple[int, ...]:
+    """The static shape of a Relax tensor expression."""
+    return tuple(int(d) for d in expr.ty.shape)
+
+
+def is_const(expr) -> bool:
+    return isinstance(expr, GenericConst)
+
+
+def const_array(expr):
+    """The numpy value of a Relax constant (a view where the runtime allows)."""
+    return expr.value.numpy()
+
+
+def register_operator(name: str, infer: Callable[[relax.Call], relax.TensorType]) -> None:
+    """Make `name` a pure Relax operator whose type is `infer(call)`. Call once per process and name."""
+    tvm.ir.register_op_attr(name, "FInferType", lambda call, _ctx: infer(call))
+    tvm.ir.register_op_attr(name, "FPurity", True)
+
+
+def operator_call(name: str, args: Sequence[relax.Expr], **attrs) -> relax.Call:
+    """A call of a registered operator with its attributes (ints, strings, lists of ints) in a DictAttrs."""
+    register()
+    return relax.Call(tvm.ir.Op.get(name), list(args), attrs=tvm.ir.make_node("ir.DictAttrs", **attrs))
+
+
+def attrs_of(call: relax.Call) -> dict:
+    """A named operator's attributes as plain Python values."""
+
+    def plain(value):
+        if isinstance(value, (str, int, float)):
+            return value
+        if hasattr(value, "__len__"):
+            return [plain(v) for v in value]
+        return value.value if hasattr(value, "value") else value
+
+    return {str(k): plain(v) for k, v in call.attrs.items()}
+
+
+def is_call(expr, name: str) -> bool:
+    return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
+
+
+def conv2d(x, w, *, name: str, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1, layout="NCHW") -> relax.Call:
+    """`kerf.conv2d`; padding is (top, left, bottom, right) zeros."""
+    return operator_call(
+        CONV2D, [x, w], name=name, strides=[int(v) for v in strides], padding=[int(v) for v in padding],
+        dilation=[int(v) for v in dilation], groups=int(groups), layout=layout,
+    )  # fmt: skip
+
+
+def dense(x, w, *, name: str) -> relax.Call:
+    """`kerf.dense`: the last axis of x against the rows of w."""
+    return operator_call(DENSE, [x, w], name=name)
+
+
+def conv2d_output_hw(attrs: dict, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
+    """Output height and width of a convolution with these attributes."""
+    top, left, bottom, right = attrs["padding"]
+    sizes = (height + top + bottom, width + left + right)
+    return tuple(
+        (size - dilation * (k - 1) - 1) // stride + 1
+        for size, k, stride, dilation in zip(sizes, kernel, attrs["strides"], attrs["dilation"])
+    )
+
+
+def infer_conv2d(call: relax.Call) -> relax.TensorType:
+    """Result type of any convolution operator whose first two arguments are x and w [O, C/groups, R, S]."""
+    attrs = attrs_of(call)
+    x, w = shape_of(call.args[0]), shape_of(call.args[1])
+    n, h, width = (x[0], x[1], x[2]) if attrs["layout"] == "NHWC" else (x[0], x[2], x[3])
+    oh, ow = conv2d_output_hw(attrs, h, width, w[2:])
+    shape = (n, oh, ow, w[0]) if attrs["layout"] == "NHWC" else (n, w[0], oh, ow)
+    return relax.TensorType(shape, call.args[0].ty.dtype)
+
+
+def infer_dense(call: relax.Call) -> relax.TensorType:
+    x, w = shape_of(call.args[0]), shape_of(call.args[1])
+    return relax.TensorType((*x[:-1], w[0]), call.args[0].ty.dtype)
+
+
+@functools.cache
+def register() -> None:
+    """Register the layer operators; idempotent, called on first use, never at import."""
+    register_operator(CONV2D, infer_conv2d)
+    register_operator(DENSE, infer_dense)
+
+
+def multiply_accumulates(call: relax.Call) -> int:
+    """Multiplications of the dense operator, one per weight used per output."""
+    w = shape_of(call.args[1])
+    return math.prod(shape_of(call)) * math.prod(w[1:])

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedule every PrimFunc of a module: by the loop structure its anchor block names, else by what its blocks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+
+from schedules import generic
+from schedules.errors import ScheduleError
+from schedules.fused import Fused
+from schedules.target import CpuTarget
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one PrimFunc was scheduled, for the report: loop structure and the parameters of its kernel."""
+
+    function: str
+    loops: str
+    point: dict
+
+
+def loop_structures() -> dict:
+    """Loop structure -> schedule(fused, target) -> PrimFunc. One entry per file of kernels."""
+    from schedules import attention, contraction, depthwise, layer_norm, softmax, sparse_planes, winograd
+
+    return {
+        "contraction": contraction.schedule,
+        "depthwise": depthwise.schedule,
+        "winograd": winograd.schedule,
+        "attention": attention.schedule,
+        "layer_norm": layer_norm.schedule,
+        "softmax": softmax.schedule,
+        "sparse_planes": sparse_planes.schedule,
+    }
+
+
+def schedule_function(name: str, func: tirx.PrimFunc, target: CpuTarget) -> tuple[tirx.PrimFunc, Kernel]:
+    """The scheduled PrimFunc and what was done. Raises ScheduleError, naming the function, if its kernel cannot be made."""
+    fused = Fused.read(func)
+    try:
+        if fused is None:
+            return generic.schedule(func, target), Kernel(name, "generic", {})
+        return loop_structures()[fused.loops](fused, target), Kernel(name, fused.loops, fused.point)
+    except ScheduleError:
+        raise
+    except Exception as error:
+        raise ScheduleError(f"{type(error).__name__}: {error}", where=f"kernel {name}") from error
+
+
+def schedule_module(mod: tvm.IRModule, target: CpuTarget) -> tuple[tvm.IRModule, dict[str, Kernel]]:
+    """Every PrimFunc of `mod` scheduled, and what was done with each, by function name."""
+    kernels = {}
+    for gv, func in list(mod.functions_items()):
+        if isinstance(func, tirx.PrimFunc):
+            scheduled, kernels[gv.name_hint] = schedule_function(gv.name_hint, func, target)
+            mod.update_func(gv, scheduled.with_attr("tirx.noalias", True))
+    return mod, kernels

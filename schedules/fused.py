@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a fused PrimFunc back: its anchor operator, its inputs, and what follows as a function on vectors.
+
+FuseTIR leaves `anchor blocks -> elementwise blocks` in one PrimFunc. A kernel that schedule primitives cannot reach is
+emitted anew; `Fused` gives it the parameters to declare and an `epilogue(value, indices)` to apply at its store, where
+`value` is the anchor's result (a scalar or a vector) at `indices` (the last one a ramp when `value` is a vector).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from schedules.errors import ScheduleError
+
+LOOPS = "kerf.loops"
+POINT = "kerf.point"
+
+
+def annotations(loops: str, **point) -> dict[str, str]:
+    """Block annotations of an anchor: its loop structure and the frozen parameters of its kernel."""
+    return {LOOPS: loops, POINT: json.dumps(point, sort_keys=True)}
+
+
+
+def broadcast(expr, lanes: int):
+    """`expr` on every lane; unchanged if it is a vector already or `lanes` is 1."""
+    return expr if lanes == 1 or _lanes(expr) == lanes else T.broadcast(expr, lanes)
+
+
+def _lanes(expr) -> int:
+    return tvm.DataType(expr.ty.dtype).lanes
+
+
+def leaf_blocks(stmt) -> list:
+    """The blocks of a PrimFunc body, in program order, without the root."""
+    found: list = []
+
+    def visit(node) -> None:
+        if isinstance(node, tvm.s_tir.SBlockRealize):
+            found.append(node.block)
+
+    tvm_ffi.structural_walk(stmt, (tvm.s_tir.SBlockRealize, visit))
+    return [b for b in found if b.name_hint != "root"]
+
+
+def _position(buffers: list, buffer) -> int | None:
+    return next((i for i, b in enumerate(buffers) if b.same_as(buffer)), None)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused PrimFunc read back around its anchor block.
+
+    `loops` and `point` are the anchor's annotations; `params` the function's buffers in order (the last one is the
+    output); `inputs` those that the anchor's definition reads, in the order in which it first reads them.
+    """
+
+    func: tirx.PrimFunc
+    loops: str
+    point: dict
+    blocks: tuple
+    anchor_index: int
+
+    @staticmethod
+    def read(func: tirx.PrimFunc) -> Fused | None:
+        """None if no block of the function is annotated. Raises ScheduleError if several are."""
+        blocks = leaf_blocks(func.body)
+        anchors = [i for i, b in enumerate(blocks) if LOOPS in b.annotations]
+        if not anchors:
+            return None
+        if len(anchors) > 1:
+            raise ScheduleError(f"{len(anchors)} anchor blocks in one function", found=str([b.name_hint for b in blocks]))
+        notes = blocks[anchors[0]].annotations
+        return Fused(func, str(notes[LOOPS]), json.loads(str(notes[POINT])), tuple(blocks), anchors[0])
+
+    @property
+    def anchor(self):
+        return self.blocks[self.anchor_index]
+
+    @cached_property
+    def params(self) -> list:
+        return list(self.func.params)
+
+    @cached_property
+    def inputs(self) -> list:
+        read: list = []
+        for block in self.blocks[: self.anchor_index + 1]:
+            for region in block.reads:
+                if _position(self.params, region.source) is not None and _position(read, region.source) is None:
+                    read.append(region.source)
+        return read
+
+    @property
+    def output(self):
+        return self.params[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the anchor's result, which is the function's."""
+        return tuple(int(d) for d in self.output.shape)
+
+    def has_epilogue(self) -> bool:
+        return self.anchor_index + 1 < len(self.blocks)
+
+    def emit(self) -> Emission:
+        """Start the replacement kernel: `with fused.emit() as kernel: ...; func = kernel.func`."""
+        return Emission(self)
+
+
+class Emission:
+    """The function being emitted: same parameters, `inputs` to read, `store` to write through the epilogue."""
+
+    def __init__(self, fused: Fused):
+        self.fused = fused
+
+    def __enter__(self) -> Emission:
+        self._builder = IRBuilder()
+        self._builder.__enter__()
+        self._frame = T.prim_func(private=True, s_tir=True)
+        self._frame.__enter__()
+        fused = self.fused
+        self._buffers = [
+            T.arg(f"p{i}", T.buffer(tuple(int(d) for d in p.shape), str(p.dtype))) for i, p in enumerate(fused.params)
+        ]
+        T.func_attr({"tirx.noalias": True})
+        # RewriteDataflowReshape looks for a root block, which exists only where a buffer is allocated.
+        T.sblock_alloc_buffer((1,), "float32", scope="local")
+        self.inputs = [self._new(p) for p in fused.inputs]
+        self.output = self._buffers[-1]
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        self._frame.__exit__(kind, value, traceback)
+        self._builder.__exit__(kind, value, traceback)
+        if kind is None:
+            self.func = self._builder.get()
+
+    def _new(self, param):
+        return self._buffers[_position(self.fused.params, param)]
+
+    def store(self, value, indices) -> None:
+        """Write `epilogue(value)` at `indices` of the output; the last index is a ramp if `value` is a vector."""
+        T.buffer_store(self.output, self.epilogue(value, indices), list(indices))
+
+    def epilogue(self, value, indices):
+        """What the fused function computes from the anchor's result `value` at `indices`."""
+        fused = self.fused
+        produced = {i: b.body.buffer for i, b in enumerate(fused.blocks) if i > fused.anchor_index}
+        anchor_buffer = fused.anchor.writes[0].source
+
+        def load(buffer, at):
+            if buffer.same_as(anchor_buffer):
+                return value
+            if _position(fused.params, buffer) is not None:
+                return self._new(buffer)[tuple(at)]
+            for i, written in produced.items():
+                if written.same_as(buffer):
+                    return evaluate(i, at)
+            raise ScheduleError(f"the epilogue reads {buffer.name}, which neither the anchor nor a parameter holds")
+
+        def evaluate(i, at):
+            block = fused.blocks[i]
+            if not isinstance(block.body, tirx.BufferStore):
+                raise ScheduleError(f"epilogue block {block.name_hint} is not elementwise")
+            return _rebuild(block.body.value, {v.var: a for v, a in zip(block.iter_vars, at)}, load)
+
+        if not fused.has_epilogue():
+            return value
+        return evaluate(len(fused.blocks) - 1, indices)
+
+
+_BINARY = tvm.ir.prim.expr.BinaryOpExpr
+
+
+def _rebuild(expr, values: dict, load):
+    """`expr` with its variables replaced, vectors where a replaced index is a ramp."""
+
+    def go(e):
+        if isinstance(e, tvm.ir.expr.Var):
+            return next((v for k, v in values.items() if k.same_as(e)), e)
+        if isinstance(e, tvm.ir.expr.TensorLoad):
+            return load(e.source, [go(i) for i in e.indices])
+        if isinstance(e, (tvm.ir.prim.expr.IntImm, tvm.ir.prim.expr.FloatImm)):
+            return e
+        if isinstance(e, tvm.ir.prim.expr.Cast):
+            inner = go(e.value)
+            return inner.astype(_with_lanes(e, _lanes(inner)))
+        if isinstance(e, tvm.ir.prim.expr.Not):
+            return type(e)(go(e.a))
+        if isinstance(e, tvm.ir.prim.expr.Select):
+            parts = [go(p) for p in (e.condition, e.true_value, e.false_value)]
+            return tirx.Select(*_same_lanes(parts))
+        if isinstance(e, tvm.ir.expr.Call):
+            args = [go(a) for a in e.args]
+            if e.op.name == "prim.if_then_else":
+                return tirx.Select(*_same_lanes(args))
+            lanes = max(_lanes(a) for a in args)
+            if lanes > 1:  # an LLVM intrinsic's first argument is its number, a scalar
+                args = [a if isinstance(a, tvm.ir.prim.expr.IntImm) and "llvm" in e.op.name else broadcast(a, lanes) for a in args]
+            return tirx.Call(_with_lanes(e, lanes), e.op, args)
+        if isinstance(e, _BINARY) or (hasattr(e, "a") and hasattr(e, "b")):
+            a, b = _same_lanes([go(e.a), go(e.b)])
+            return type(e)(a, b)
+        raise ScheduleError(f"the epilogue holds {type(e).__name__}, which no vector form is known for")
+
+    return go(expr)
+
+
+def _same_lanes(parts: list) -> list:
+    lanes = max(_lanes(p) for p in parts)
+    return [broadcast(p, lanes) for p in parts]
+
+
+def _with_lanes(expr, lanes: int) -> str:
+    base = str(tvm.DataType(expr.ty.dtype).with_lanes(1)) if hasattr(tvm.DataType, "with_lanes") else str(expr.ty.dtype).split("x")[0]
+    return base if lanes == 1 else f"{base}x{lanes}"
