@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wanted of a layer (`Treatment`) and what became of it (`Decision`). Imports neither TVM nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One layer's treatment: a family, its parameters, and whether weights may be changed (`prune`) to get there."""
+
+    family: str = "dense"
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    prune: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One layer's fate. `declined` is the reason why it runs dense although something else was asked for, else None."""
+
+    layer: str
+    operator: str
+    weight_shape: tuple[int, ...]
+    asked: str
+    treatment: str
+    declined: str | None = None
+    found: Mapping[str, object] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    pruned: bool = False
