@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an artifact: either the whole directory appears or nothing does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compiler.artifact import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    MANIFEST_SUM,
+    REFERENCE,
+    VARIANTS,
+    WEIGHTS,
+    Artifact,
+    CompiledVariant,
+    ReferenceRun,
+    parse_manifest,
+    sha256_of,
+)
+from compiler.environment import versions
+from compiler.frontend import TensorSpec
+from compiler.linker import Linker, require_linker
+from schedules.errors import UserError
+from schedules.target import CpuTarget, detect_host
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def check_output(path: str | Path, force: bool = False) -> Path:
+    """That an artifact may be written at `path`; call it before any long work. Raises UserError."""
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError("exists and is not a directory", where=str(path), todo="Give another -o")
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise UserError(
+                "exists already", where=str(path), todo="Give --force to replace it, or another -o"
+            )
+        if not (path / MANIFEST).is_file():
+            raise UserError(
+                "holds something that is not an artifact, and is not replaced",
+                where=str(path),
+                todo="Give another -o",
+            )
+    parent = path.parent
+    if not parent.is_dir():
+        raise UserError(
+            "the directory to write into does not exist",
+            where=str(parent),
+            todo=f"mkdir -p {parent}",
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError("the directory is not writable", where=str(parent))
+    return path
+
+
+def write_artifact(
+    output: str | Path,
+    variants: Sequence[CompiledVariant],
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    target: CpuTarget,
+    recipe: Mapping,
+    layers: Sequence[Mapping] = (),
+    verification: Mapping | None = None,
+    source: Mapping | None = None,
+    references: Sequence[ReferenceRun] = (),
+    force: bool = False,
+) -> Artifact:
+    """Write `variants` ("dense", and "compressed" if anything was compressed) and return the
+    artifact.
+
+    Either the whole directory appears at `output` or nothing does; with `force` an older artifact
+    stays in place until the new one is complete. `recipe`, `layers`, `verification` and `source`
+    go into the manifest as they are. Raises UserError for an output that cannot be written.
+    """
+    names = [v.name for v in variants]
+    if not names or len(set(names)) != len(names) or any(n not in VARIANTS for n in names):
+        raise ValueError(f"variants must be some of {VARIANTS}, each once: {names}")
+    path = check_output(output, force)
+    cross = target.arch != detect_host().arch
+    linker = None if cross else require_linker()
+    with _written_beside(path, force) as work:
+        keys = _write_weights(work / WEIGHTS, variants)
+        if references:
+            _write_reference(work / REFERENCE, references)
+        described = {}
+        for variant in variants:
+            library = f"{variant.name}.{'tar' if cross else 'so'}"
+            _export(variant, work / library, linker)
+            described[variant.name] = _describe(variant, library, keys[variant.name], work)
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "versions": versions(),
+            "source": dict(source or {}),
+            "recipe": recipe,
+            "target": target.to_json(),
+            "linker": linker.name if linker else "",
+            "inputs": [asdict(s) for s in inputs],
+            "outputs": [asdict(s) for s in outputs],
+            "variants": described,
+            "aliases": {
+                name: names[0] for name in VARIANTS if len(names) == 1 and name not in names
+            },
+            "layers": [dict(row) for row in layers],
+            "verify": dict(verification or {}),
+            "files": {p.name: _file_entry(p) for p in sorted(work.iterdir())},
+        }
+        _write_manifest(work, manifest)
+    return parse_manifest(path, manifest)
+
+
+def update_manifest(artifact: Artifact, **sections) -> Artifact:
+    """Replace top-level sections of the manifest ("verify", "layers") in place, atomically."""
+    manifest = {**artifact.manifest, **sections}
+    try:
+        _write_manifest(artifact.path, manifest)
+    except OSError as error:
+        raise _output_error(artifact.path, error) from None
+    return parse_manifest(artifact.path, manifest)
+
+
+@contextmanager
+def _written_beside(path: Path, force: bool) -> Iterator[Path]:
+    """A directory that becomes `path` when the block ends, and vanishes if it does not end well."""
+    work = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        work.mkdir()
+        yield work
+        for entry in work.iterdir():
+            _sync(entry)
+        _sync(work)
+        _move_into_place(work, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _output_error(path, error) from None
+    finally:  # also for KeyboardInterrupt
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move_into_place(work: Path, path: Path) -> None:
+    if not path.exists():
+        work.rename(path)
+        return
+    old = work.with_suffix(".old")
+    path.rename(old)
+    try:
+        work.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _output_error(path: Path, error: OSError) -> UserError:
+    todo = "Free some space" if error.errno == 28 else ""
+    return UserError(f"cannot be written: {error.strerror or error}", where=str(path), todo=todo)
+
+
+def _content_key(array: np.ndarray) -> str:
+    """A name for an array by type, shape and bytes: equal arrays of all variants share one
+    entry."""
+    import numpy as np
+
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:32]
+
+
+def _write_weights(path: Path, variants: Sequence[CompiledVariant]) -> dict[str, list[str]]:
+    """Write each distinct constant once; returns each variant's keys in order."""
+    keys: dict[str, list[str]] = {}
+    distinct: dict[str, np.ndarray] = {}
+    for variant in variants:
+        keys[variant.name] = [_content_key(a) for a in variant.constants]
+        distinct.update(zip(keys[variant.name], variant.constants))
+    _save_tensors(path, distinct)
+    return keys
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+    except SafetensorError as error:  # its I/O errors come wrapped
+        match = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(match[1]) if match else 5, str(error)) from None
+
+
+def _write_reference(path: Path, references: Sequence[ReferenceRun]) -> None:
+    tensors = {}
+    for i, run in enumerate(references):
+        tensors |= {f"{i}.input.{j}": a for j, a in enumerate(run.inputs)}
+        tensors |= {f"{i}.output.{j}": a for j, a in enumerate(run.outputs)}
+    _save_tensors(path, tensors)
+
+
+def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None:
+    """Write the variant's library: linked, or as an archive of objects for another architecture."""
+    if linker is None:
+        variant.executable.export_library(str(path))
+    else:
+        variant.executable.export_library(str(path), fcompile=linker)
+
+
+def is_index(array: np.ndarray) -> bool:
+    """Whether a packed constant says where values are rather than what they are: the overhead of
+    a sparse format."""
+    return array.dtype.kind in "iu" and array.dtype.itemsize > 1
+
+
+def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Path) -> dict:
+    distinct = dict(zip(keys, variant.constants))
+    weights = sum(a.nbytes for a in distinct.values())
+    index = sum(a.nbytes for a in distinct.values() if is_index(a))
+    code = (work / library).stat().st_size
+    return {
+        "library": library,
+        "constants": keys,
+        "constant_names": list(variant.constant_names),
+        "kernels": [asdict(k) for k in variant.kernels],
+        "bytes": {"library": code, "weights": weights, "index": index, "total": code + weights},
+    }
+
+
+def _file_entry(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _write_manifest(directory: Path, manifest: Mapping) -> None:
+    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False, default=_plain) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    for name, content in ((MANIFEST, text), (MANIFEST_SUM, f"{digest}  {MANIFEST}\n")):
+        part = directory / f".{name}.partial"
+        part.write_text(content)
+        _sync(part)
+        part.rename(directory / name)
+
+
+def _plain(value):
+    """Numpy scalars and mappings that are not dicts, for the JSON encoder."""
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset, tuple)):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} cannot go into a manifest")
