@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `compile-model`: parse, call one function, print. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from schedules.errors import KerfError, ModelError, UserError
+
+EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 4, 130
+
+
+class KerfGroup(click.Group):
+    """A command group that turns every failure into one line on standard error and an exit code."""
+
+    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
+        args = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in args
+        args = [a for a in args if a != "--debug"]
+        try:
+            code = super().main(args, prog_name or "compile-model", standalone_mode=False, **extra)
+        except BaseException as error:
+            code, line = describe_failure(error)
+            if code is None:
+                raise
+            if debug:
+                traceback.print_exc()
+            if line:
+                click.echo(line, err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def describe_failure(error: BaseException) -> tuple[int | None, str]:
+    """Exit code and the one line to show; code None for what must pass through."""
+    if isinstance(error, KerfError):
+        return error.exit_code, f"compile-model: {_one_line(error)}"
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return EXIT_INTERRUPTED, "compile-model: interrupted; nothing was written"
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code, ""
+    if isinstance(error, click.ClickException):
+        command = getattr(getattr(error, "ctx", None), "command_path", "compile-model")
+        return EXIT_USER, f"{command}: {_one_line(error.format_message())} (see {command} --help)"
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output went away; keep Python from failing again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, ""
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else _one_line(error)
+        return EXIT_USER, f"compile-model: {what}"
+    if isinstance(error, MemoryError):
+        return EXIT_USER, "compile-model: out of memory"
+    if isinstance(error, Exception):
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        again = "" if "--debug" in sys.argv else " (--debug shows where)"
+        return EXIT_BUG, f"compile-model: this is a bug in Kerf: {what}{again}"
+    return None, ""
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@click.group(cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kerf-compiler", prog_name="compile-model")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line).")
+def main(debug: bool) -> None:
+    """Compile trained networks into compressed CPU kernels, proven and measured against dense."""
+
+
+class _Shape(click.ParamType):
+    """NAME=1x3x224x224"""
+
+    name = "NAME=DxDxD"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        name, _, dims = value.rpartition("=")
+        try:
+            shape = tuple(int(d) for d in dims.split("x"))
+        except ValueError:
+            shape = ()
+        if not name or not shape or min(shape) < 1:
+            self.fail(f"{value!r} is not NAME=DxDxD, for example x=1x3x224x224", param, ctx)
+        return name, shape
+
+
+_model = click.argument("model", type=click.Path(path_type=Path))
+_artifact = click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
+_shapes = click.option(
+    "--input", "inputs", type=_Shape(), multiple=True, help="Shape of one input; may be repeated."
+)
+_batch = click.option("--batch", type=click.IntRange(1), help="Batch size, where the model leaves it open.")
+_json = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file as JSON."
+)
+_threads = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+_variant = click.Choice(["dense", "compressed"])
+
+
+@main.command()
+@_model
+@_shapes
+@_batch
+@_json
+def inspect(model, inputs, batch, json_path):
+    """Show a model's layers, what they cost, the zeros they hold, and whatever is unsupported."""
+    _check_model(model)
+    _check_writable(json_path)
+    from compiler import tables
+    from compiler.inspect import inspect_model
+
+    found = inspect_model(model, inputs=dict(inputs) or None, batch=batch)
+    _write_json(json_path, found.to_json())
+    if not found.unsupported:
+        _print(tables.inspection(found))
+        return
+    click.echo(found.unsupported, err=True)
+    sys.exit(3)
+
+
+@main.command()
+@_model
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--recipe", default="dense", show_default=True, help="dense, sparse, or a TOML file.")
+@click.option("--density", type=float, help="Share of weights to keep, in (0, 1].")
+@click.option("--grain", help="element, out:4, out:8 or out:16.")
+@click.option("--prune", is_flag=True, default=None, help="Let Kerf set the smallest weights to zero.")
+@click.option("--winograd", type=click.Choice(["auto", "never"]), help="Forbid Winograd convolution.")
+@click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
+@_shapes
+@_batch
+@_threads
+@click.option("--records", type=click.Path(path_type=Path), help="Directory that `tune` filled.")
+@_json
+@click.option("--force", is_flag=True, help="Replace an existing OUT.")
+def build(
+    model, output, recipe, density, grain, prune, winograd, target, inputs, batch, threads, records, json_path, force
+):
+    """Compile MODEL, verify it against the original, and write the artifact."""
+    from compiler.recipe import load_recipe, validate
+    from schedules.target import parse_target
+
+    _check_model(model)
+    _check_writable(json_path)
+    cpu = parse_target(target, threads)
+    chosen = load_recipe(recipe, density=density, grain=grain, prune=prune, winograd=winograd)
+    validate(chosen)
+    from compiler import driver
+
+    built = driver.build(
+        model,
+        output,
+        recipe=chosen,
+        target=cpu,
+        inputs=dict(inputs) or None,
+        batch=batch,
+        threads=threads,
+        force=force,
+        records=records,
+        json_path=json_path,
+        progress=_progress,
+    )
+    click.echo(f"wrote {output}")
+    return built and None
+
+
+def _progress(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _check_model(path: Path) -> None:
+    if not path.exists():
+        raise ModelError("no such file", where=str(path))
+    if path.is_dir():
+        raise ModelError("is a directory", where=str(path), wanted="a .onnx or .pt2 file")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Fail before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError("is a directory", where=str(path))
+    if not path.absolute().parent.is_dir():
+        raise UserError("no such directory", where=str(path.absolute().parent))
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UserError("cannot be written", where=str(path))
+
+
+def _write_json(path: Path | None, document: dict) -> None:
+    """Whole or not at all."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _print(*renderables) -> None:
+    from rich.console import Console
+
+    # Without a terminal the width is unlimited: a table in a file is for tools and must not be cut.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for each in renderables:
+        console.print(each)
+
+
+if __name__ == "__main__":
+    main()
