@@ -41,7 +41,7 @@ def register_operator(name: str, infer: Callable[[relax.Call], relax.TensorType]
     tvm.ir.register_op_attr(name, "FPurity", True)
 
 
-def operator_call(name: str, args: Sequence[relax.Expr], **attrs) -> relax.Call:
+def operator_call(name: str, args: Sequence[relax.Expr], /, **attrs) -> relax.Call:
     """A call of a registered operator with its attributes (ints, strings, lists of ints) in a DictAttrs."""
     register()
     return relax.Call(tvm.ir.Op.get(name), list(args), attrs=tvm.ir.make_node("ir.DictAttrs", **attrs))

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats of weight sparsity: which weights share one pattern (the grain), what is stored, what the kernel reads.
+
+A weight [O, I/groups, R, S] (or [O, K]) is seen as a matrix: one row per output channel, one column per
+(input channel, tap). A grain says how many neighbouring rows share their non-zero columns: `element` one, `out:B` B of
+them. A block that has one non-zero is stored whole; the zeros inside are its fill.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from schedules.sparse_planes import parts_of
+
+ELEMENT = "element"
+GRAINS = (ELEMENT, "out:4", "out:8", "out:16")
+
+
+def block_of(grain: str) -> int:
+    """Output channels that share one pattern. Raises ValueError for an unknown grain."""
+    if grain not in GRAINS:
+        raise ValueError(f"unknown grain {grain!r}; known are {', '.join(GRAINS)}")
+    return 1 if grain == ELEMENT else int(grain.split(":")[1])
+
+
+def is_nonzero(weight: np.ndarray) -> np.ndarray:
+    """Where a weight counts: -0 is zero; NaN and infinity are not."""
+    return weight != 0
+
+
+def block_pattern(weight: np.ndarray, block: int) -> np.ndarray:
+    """bool [ceil(O / block), K]: whether any weight of the block is non-zero; K = I/groups * R * S in the weight's order."""
+    rows = weight.reshape(weight.shape[0], -1)
+    count = -(-rows.shape[0] // block)
+    padded = np.zeros((count * block, rows.shape[1]), dtype=bool)
+    padded[: rows.shape[0]] = is_nonzero(rows)
+    return padded.reshape(count, block, -1).any(axis=1)
+
+
+def grain_densities(weight: np.ndarray) -> dict[str, float]:
+    """Share of the weight that each grain must store, fill included."""
+    return {grain: float(block_pattern(weight, block_of(grain)).mean()) for grain in GRAINS}
+
+
+# A coarser grain is what the zeros support while it stores at most this many times the non-zeros.
+_TOLERATED_FILL = 1.05
+
+
+def best_grain(weight: np.ndarray) -> str:
+    """The coarsest grain that the zeros support (at most 5 % fill); `element` if none does."""
+    densities = grain_densities(weight)
+    limit = densities[ELEMENT] * _TOLERATED_FILL
+    return next((g for g in reversed(GRAINS) if densities[g] <= limit), ELEMENT)
+
+
+def found(weight: np.ndarray) -> dict:
+    """What a weight is: `density`, number of `zeros`, density per grain, and the coarsest grain its zeros support."""
+    densities = grain_densities(weight)
+    zeros = int(weight.size - np.count_nonzero(weight))
+    return {
+        "density": densities[ELEMENT],
+        "zeros": zeros,
+        "grain_density": densities,
+        "grain": best_grain(weight) if zeros else None,
+    }
+
+
+@dataclass(frozen=True)
+class SparseFormat:
+    """A weight packed for the kernel of `schedules/sparse_planes.py`; see there for what each array holds.
+
+    pointer  int32 [chunks * blocks + 1]
+    index    uint8 or uint16 or uint32 [stored], panel row tap * C + c relative to its chunk
+    values   float32 [stored, block]
+    slot     int32 [outputs]
+    """
+
+    shape: tuple[int, ...]
+    groups: int
+    grain: str
+    chunk: int
+    part: int
+    pointer: np.ndarray
+    index: np.ndarray
+    values: np.ndarray
+    slot: np.ndarray
+    fill: int
+
+    @property
+    def block(self) -> int:
+        return block_of(self.grain)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.shape[0] // self.block)
+
+    @property
+    def chunks(self) -> int:
+        return (len(self.pointer) - 1) // self.blocks
+
+    @property
+    def density(self) -> float:
+        """Stored weights, fill included, over all weights."""
+        return self.values.size / math.prod(self.shape)
+
+
+def index_dtype(chunk: int) -> str:
+    """The narrowest unsigned type that counts `chunk` panel rows."""
+    return "uint8" if chunk <= 1 << 8 else "uint16" if chunk <= 1 << 16 else "uint32"
+
+
+def stored_bytes(packed: SparseFormat) -> int:
+    """Bytes of all arrays of a packed weight: values, indices, pointers and channel order."""
+    return packed.values.nbytes + packed.index.nbytes + packed.pointer.nbytes + packed.slot.nbytes
+
+
+def panel_columns(shape: tuple[int, ...], groups: int) -> np.ndarray:
+    """int64 [O, I/groups * R * S]: the panel row tap * C + c that each weight multiplies, C = all input channels."""
+    outputs, per_group, *kernel = shape
+    taps = math.prod(kernel)
+    channels = per_group * groups
+    first = np.arange(outputs) // (outputs // groups) * per_group
+    within = np.arange(per_group)[:, None] + np.arange(taps)[None, :] * channels
+    return first[:, None] + within.reshape(1, -1)
+
+
+def pack(weight: np.ndarray, grain: str, *, groups: int = 1, chunk: int | None = None, part: int | None = None) -> SparseFormat:
+    """Pack a dense weight [O, I/groups, R, S] or [O, K], float32, with its zeros. Blocks must not straddle groups.
+
+    `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together.
+    Raises ValueError if a block of output channels would straddle two groups.
+    """
+    outputs = weight.shape[0]
+    block = block_of(grain)
+    if groups > 1 and outputs // groups % block:
+        raise ValueError(f"blocks of {block} output channels straddle groups of {outputs // groups}")
+    columns = panel_columns(weight.shape, groups)
+    rows = columns.shape[1] if groups == 1 else weight.shape[1] * groups * math.prod(weight.shape[2:])
+    chunk = rows if chunk is None else chunk
+    pattern = block_pattern(weight, block)
+    count = len(pattern)
+    order = _order_by_fill(pattern.sum(axis=1), outputs, block, outputs if part is None else part)
+    slot = np.empty(outputs, dtype=np.int32)
+    for first, channels in parts_of(outputs, outputs if part is None else part):
+        here = order[first // block : first // block + -(-channels // block)]
+        for position, b in enumerate(here):
+            lanes = np.arange(b * block, min((b + 1) * block, outputs))
+            slot[lanes] = position * block + lanes - b * block
+    place, column = np.nonzero(pattern[order])
+    owner = order[place]
+    row = columns[np.minimum(owner * block, outputs - 1), column]
+    which = row // chunk
+    sorting = np.lexsort((row, place, which))
+    place, owner, column, row, which = (a[sorting] for a in (place, owner, column, row, which))
+    chunks = -(-rows // chunk)
+    counts = np.bincount(which * count + place, minlength=chunks * count)
+    padded = np.zeros((count * block, pattern.shape[1]), dtype=np.float32)
+    padded[:outputs] = weight.reshape(outputs, -1)
+    values = padded[owner[:, None] * block + np.arange(block)[None, :], column[:, None]]
+    return SparseFormat(
+        shape=tuple(weight.shape), groups=groups, grain=grain, chunk=chunk, part=outputs if part is None else part,
+        pointer=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        index=(row - which * chunk).astype(index_dtype(chunk)), values=values, slot=slot,
+        fill=int(values.size - np.count_nonzero(weight)),
+    )  # fmt: skip
+
+
+def _order_by_fill(fill: np.ndarray, outputs: int, block: int, part: int) -> np.ndarray:
+    """Blocks ordered by fill within each part, so that neighbouring loops have the same length."""
+    order = np.arange(len(fill))
+    for first, channels in parts_of(outputs, part):
+        here = slice(first // block, first // block + -(-channels // block))
+        order[here] = order[here][np.argsort(fill[here], kind="stable")]
+    return order
+
+
+def unpack(packed: SparseFormat) -> np.ndarray:
+    """The dense weight again, bit for bit except that -0 becomes 0 outside the stored blocks."""
+    outputs = packed.shape[0]
+    dense = np.zeros((outputs, math.prod(packed.shape[1:])), dtype=np.float32)
+    columns = panel_columns(packed.shape, packed.groups)
+    part_first = np.empty(outputs, dtype=np.int64)
+    for first, channels in parts_of(outputs, packed.part):
+        part_first[first : first + channels] = first
+    for o in range(outputs):
+        position = part_first[o] // packed.block + packed.slot[o] // packed.block
+        column_of = {int(row): column for column, row in enumerate(columns[o])}
+        for q in range(packed.chunks):
+            begin, end = packed.pointer[q * packed.blocks + position : q * packed.blocks + position + 2]
+            for n in range(begin, end):
+                column = column_of[int(packed.index[n]) + q * packed.chunk]
+                dense[o, column] = packed.values[n, packed.slot[o] % packed.block]
+    return dense.reshape(packed.shape)
