@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,14 +276,25 @@ def _specs(entries: Sequence[Mapping]) -> tuple[TensorSpec, ...]:
     )
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file of an artifact. Raises ArtifactError for a malformed
-    one."""
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def read_tensors(
+    path: Path, keys: Collection[str] | None = None, convert: Callable[[np.ndarray], Any] = _same
+) -> dict[str, Any]:
+    """`convert` of the tensors of a safetensors file, all or those named, read one after another.
+
+    Raises ArtifactError for a malformed file or a missing key.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            present = set(file.keys())
+            if keys is not None and (lost := sorted(set(keys) - present)):
+                raise _damaged(path, f"lacks the tensor {lost[0]}")
+            return {k: convert(file.get_tensor(k)) for k in (present if keys is None else keys)}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"is not a readable safetensors file: {error}") from None
 
