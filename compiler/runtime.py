@@ -145,7 +145,7 @@ class LoadedModel:
             )
         if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != spec.dtype:
             raise self._misfit(spec, tuple(tensor.shape), tensor.dtype)
-        return self._import_aligned(index, value)
+        return self._aligned(index, value, tensor)
 
     def _import(self, spec: TensorSpec, value: Any) -> tvm.runtime.Tensor:
         device = value.__dlpack_device__()
@@ -165,11 +165,11 @@ class LoadedModel:
                 todo="Pass .detach() of a tensor that requires gradients",
             ) from None
 
-    def _import_aligned(self, index: int, value: Any) -> tvm.runtime.Tensor:
+    def _aligned(self, index: int, value: Any, tensor: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         try:
             return tvm_ffi.from_dlpack(value, require_alignment=ALIGNMENT, require_contiguous=True)
         except RuntimeError:  # neither is wrong, both only mean a copy
-            return self._stage(index, np.from_dlpack(value))
+            return self._stage(index, np.from_dlpack(tensor))
 
     def _misfit(self, spec: TensorSpec, shape: tuple, dtype: Any) -> UserError:
         found = describe_spec(TensorSpec(spec.name, tuple(shape), str(dtype)))
