@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from schedules.errors import KerfError, ModelError, UserError
+from compiler.arrays import check_writable, read_npz, write_npz, write_whole
+from schedules.errors import KerfError, ModelError
 
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 4, 130
 
@@ -113,7 +114,7 @@ _variant = click.Choice(["dense", "compressed"])
 def inspect(model, inputs, batch, json_path):
     """Show a model's layers, what they cost, the zeros they hold, and whatever is unsupported."""
     _check_model(model)
-    _check_writable(json_path)
+    _check_json(json_path)
     from compiler import tables
     from compiler.inspect import inspect_model
 
@@ -149,7 +150,7 @@ def build(
     from schedules.target import parse_target
 
     _check_model(model)
-    _check_writable(json_path)
+    _check_json(json_path)
     cpu = parse_target(target, threads)
     chosen = load_recipe(recipe, density=density, grain=grain, prune=prune, winograd=winograd)
     validate(chosen)
@@ -172,6 +173,35 @@ def build(
     return built and None
 
 
+@main.command()
+@_artifact
+@click.option("--input", "input_path", required=True, type=click.Path(path_type=Path), help=".npz, one array per input.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help=".npz to write.")
+@click.option("--variant", type=_variant, default="compressed", show_default=True)
+@_threads
+def run(artifact, input_path, output, variant, threads):
+    """Run a built model on arrays."""
+    check_writable(output)
+    arrays = read_npz(input_path)
+    from compiler.runtime import load
+
+    write_npz(output, load(artifact, variant, threads).run(arrays))
+
+
+@main.command()
+@click.option("--measure/--no-measure", default=True, help="Whether to measure peaks (about 5 s).")
+@_json
+def hardware(measure, json_path):
+    """Show this CPU: features, caches, measured peaks, and what each family can expect."""
+    _check_json(json_path)
+    from compiler import tables
+    from compiler.hardware import describe_hardware
+
+    machine = describe_hardware(measure=measure)
+    _write_json(json_path, machine.to_json())
+    _print(tables.hardware(machine))
+
+
 def _progress(text: str) -> None:
     click.echo(text, err=True)
 
@@ -183,28 +213,15 @@ def _check_model(path: Path) -> None:
         raise ModelError("is a directory", where=str(path), wanted="a .onnx or .pt2 file")
 
 
-def _check_writable(path: Path | None) -> None:
-    """Fail before the work, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError("is a directory", where=str(path))
-    if not path.absolute().parent.is_dir():
-        raise UserError("no such directory", where=str(path.absolute().parent))
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UserError("cannot be written", where=str(path))
+def _check_json(path: Path | None) -> None:
+    if path is not None:
+        check_writable(path)
 
 
 def _write_json(path: Path | None, document: dict) -> None:
-    """Whole or not at all."""
-    if path is None:
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(document, indent=1, default=str) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path is not None:
+        text = json.dumps(document, indent=1, default=str) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _print(*renderables) -> None:

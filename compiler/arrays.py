@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays by name in .npz files, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from schedules.errors import UserError
+
+
+def read_npz(path: Path) -> dict:
+    """The arrays of a .npz file by name. Raises UserError; never unpickles."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError("holds one array without a name", where=str(path), wanted="a .npz")
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path)) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, KeyError):
+        wanted = "what numpy.savez writes, without Python objects"
+        raise UserError("not a readable .npz file", where=str(path), wanted=wanted) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+
+
+def write_npz(path: Path, arrays: Mapping) -> None:
+    """Write arrays by name to exactly `path`. Raises UserError."""
+    import numpy as np
+
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def check_writable(path: Path) -> None:
+    """That a file may be written at `path`: to be asked before the work, not after it. Raises UserError."""
+    path = path.absolute()
+    if path.is_dir():
+        raise UserError("is a directory", where=str(path))
+    if not path.parent.is_dir():
+        raise UserError("no such directory", where=str(path.parent))
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError("cannot be written", where=str(path))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write(file)` such that either the complete file appears at `path` or nothing changes."""
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to replace
+        with open(path, "wb") as file:
+            write(file)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
