@@ -9,13 +9,24 @@ Requires channels-last layout and constants folded. Ensures that no `kerf.*` ope
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax
 from tvm.relax import PyExprMutator, expr_functor
 
 from passes.family import Lowering
+from passes.hoist_constants import handle_of
+from passes.layers import attrs_of, is_const
 from schedules.target import CpuTarget
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The lowered module, and the layer that each packed constant belongs to, by `handle_of(constant)`."""
+
+    mod: tvm.IRModule
+    layer_of: dict[int, str]
 
 
 @expr_functor.mutator
@@ -23,6 +34,7 @@ class _Lowerer(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, lowerings: Mapping[str, Lowering], target: CpuTarget):
         super().__init__(mod)
         self.lowerings, self.target = lowerings, target
+        self.layer_of: dict[int, str] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -30,22 +42,37 @@ class _Lowerer(PyExprMutator):
         if lowering is None:
             return call
         lowered = lowering(self.builder_, call, self.target)
-        return call if lowered is None else lowered
+        if lowered is None:
+            return call
+        if call.op.name.startswith("kerf."):
+            self._claim(lowered, attrs_of(call)["name"], list(call.args))
+        return lowered
+
+    def _claim(self, expr: relax.Expr, layer: str, outside: list) -> None:
+        """Every constant under `expr`, through what the lowering emitted, belongs to `layer`."""
+        if any(expr.same_as(a) for a in outside):
+            return
+        if is_const(expr):
+            self.layer_of[handle_of(expr)] = layer
+        elif isinstance(expr, relax.Tuple):
+            for field in expr.fields:
+                self._claim(field, layer, outside)
+        elif isinstance(expr, relax.Call):
+            for arg in expr.args:
+                self._claim(arg, layer, outside)
+        elif isinstance(expr, relax.Var):
+            bound = self.lookup_binding(expr)
+            if isinstance(bound, relax.Call):
+                self._claim(bound, layer, outside)
 
 
-@tvm.transform.module_pass(opt_level=0, name="kerf.LowerOperators")
-class LowerOperators:
-    """Apply `{operator: lowering}`; a lowering may return None to leave the call to TVM's legalisation."""
-
-    def __init__(self, lowerings: Mapping[str, Lowering], target: CpuTarget):
-        self.lowerings, self.target = lowerings, target
-
-    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        lowerer = _Lowerer(mod, self.lowerings, self.target)
-        for gv, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                lowerer.builder_.update_func(gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func)))
-        return relax.transform.LegalizeOps()(lowerer.builder_.get())
+def lower_operators(mod: tvm.IRModule, lowerings: Mapping[str, Lowering], target: CpuTarget) -> Lowered:
+    """Apply `{operator: lowering}`, then TVM's legalisation; a lowering may return None to leave its call to the latter."""
+    lowerer = _Lowerer(mod, lowerings, target)
+    for gv, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            lowerer.builder_.update_func(gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func)))
+    return Lowered(relax.transform.LegalizeOps()(lowerer.builder_.get()), lowerer.layer_of)
 
 
 def call_te(bb: relax.BlockBuilder, define, *args, hint: str) -> relax.Expr:

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build: from a model to a proven artifact. Each step either happens or says why not.
+
+Per layer the faster of dense and compressed runs: both variants are timed layer by layer in one process, and a layer
+whose compressed kernel is not faster goes back to its dense one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compiler.artifact import Artifact, CompiledVariant
+from compiler.artifact_writer import check_output, write_artifact
+from compiler.linker import require_linker
+from compiler.recipe import Recipe, load_recipe, resolve
+from passes.treatment import Decision, Treatment
+from schedules.target import CpuTarget, detect_host, parse_target
+
+if TYPE_CHECKING:
+    import tvm
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build. `choose` is "measured" (time both, keep the faster) or "asked" (what the recipe says, slower or not)."""
+
+    recipe: Recipe
+    target: CpuTarget
+    threads: int = 1
+    choose: str = "measured"
+    records: Path | None = None
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The canonical graph as imported, and with the weights that pruning leaves (the same object if nothing is pruned)."""
+
+    original: tvm.IRModule
+    pruned: tvm.IRModule
+    treatments: Mapping[str, Treatment]
+
+
+def build(
+    source,
+    output: str | Path | None = None,
+    *,
+    example=None,
+    recipe: str | Path | Recipe = "dense",
+    target: str | CpuTarget = "native",
+    inputs: Mapping[str, tuple[int, ...]] | None = None,
+    batch: int | None = None,
+    threads: int = 1,
+    choose: str = "measured",
+    records: str | Path | None = None,
+    force: bool = False,
+    json_path: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Import, compress, compile, verify and write a model; returns the artifact.
+
+    Without `output` the artifact lives in a temporary directory for as long as the returned object does. Raises
+    `KerfError`; nothing is written unless verification passes.
+    """
+    say = _timed(progress or (lambda _text: None))
+    if output is not None:
+        check_output(output, force)
+    cpu = parse_target(target, threads) if isinstance(target, str) else target
+    if cpu.arch == detect_host().arch:
+        require_linker()
+    recipe = load_recipe(recipe)
+    options = BuildOptions(recipe, cpu, threads, choose, Path(records) if records else None)
+
+    from compiler.frontend import import_model
+
+    say("importing")
+    imported = import_model(source, example=example, inputs=inputs, batch=batch)
+    say("simplifying the graph")
+    graphs = prepare(imported.mod, options)
+    variants, decisions = compile_variants(graphs, imported, options, say)
+
+    from compiler import verify
+
+    say("verifying")
+    proof = verify.verify_build(variants, imported, graphs, options.target, threads)
+    scratch = None if output is not None else tempfile.TemporaryDirectory(prefix="kerf-")
+    say("writing")
+    artifact = write_artifact(
+        output if output is not None else Path(scratch.name) / "model",
+        variants,
+        inputs=imported.inputs,
+        outputs=imported.outputs,
+        target=cpu,
+        recipe=recipe.to_json(),
+        layers=[layer_row(d) for d in decisions],
+        verification=proof.to_json(),
+        source={"kind": imported.source_kind, "path": str(source) if isinstance(source, (str, Path)) else "", "notes": list(imported.notes)},
+        references=proof.references,
+        force=force,
+    )
+    if scratch is not None:
+        weakref.finalize(artifact, scratch.cleanup)
+    say("done")
+    return artifact
+
+
+def prepare(mod: tvm.IRModule, options: BuildOptions) -> Graphs:
+    """Canonicalise an imported module, resolve the recipe on its layers and prune where it says so."""
+    from compiler import pipeline
+    from passes.treat_layers import layers_of, prune_layers
+
+    original = pipeline.canonicalize(mod)
+    treatments = resolve(options.recipe, [layer.name for layer in layers_of(original)])
+    pruned = prune_layers(original, treatments) if any(t.prune for t in treatments.values()) else original
+    return Graphs(original, pruned, treatments)
+
+
+def compile_variants(graphs: Graphs, imported, options: BuildOptions, say: Progress) -> tuple[list[CompiledVariant], list[Decision]]:
+    """The dense variant, and the compressed one if any layer is treated; the decision for every layer.
+
+    The dense variant computes the original weights; where pruning changed weights, so does the compressed one's reference.
+    """
+    from passes.treat_layers import treat_layers
+
+    def compile_one(name: str, mod: tvm.IRModule, options: BuildOptions) -> CompiledVariant:
+        from compiler import pipeline
+
+        return pipeline.compile_graph(name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target)
+
+    say("compiling the dense variant")
+    dense = compile_one("dense", graphs.original, options)
+    treated, decisions = treat_layers(graphs.pruned, graphs.treatments, options.target)
+    if not any(d.treatment != "dense" or d.pruned for d in decisions):
+        return [dense], decisions
+    say("compiling the compressed variant")
+    compressed = compile_one("compressed", treated, options)
+    if options.choose == "measured" and not options.target.missing_on_host():
+        say("timing every layer, dense beside compressed")
+        slower = slower_layers(dense, compressed, decisions, imported, options)
+        if slower:
+            say(f"compiling again with {len(slower)} layers dense")
+            treatments = {name: t for name, t in graphs.treatments.items() if name not in slower}
+            treated, _ = treat_layers(graphs.pruned, treatments, options.target)
+            decisions = [revert(d, slower) for d in decisions]
+            compressed = compile_one("compressed", treated, options)
+    return [dense, compressed], decisions
+
+
+def slower_layers(dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions) -> dict[str, str]:
+    """The compressed layers that are not faster than their dense kernels here, each with the reason to show."""
+    from compiler.profile import layer_us
+    from compiler.runtime import from_variant
+    from compiler.verify import random_inputs
+
+    models = {
+        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads) for v in (dense, compressed)
+    }
+    times = layer_us(models, random_inputs(imported.inputs, seed=0))
+    slower = {}
+    for decision in decisions:
+        name = decision.layer
+        if decision.treatment == "dense" or name not in times["dense"] or name not in times["compressed"]:
+            continue
+        before, after = times["dense"][name], times["compressed"][name]
+        if after >= before:
+            slower[name] = f"{decision.treatment} took {after:.0f} us, dense {before:.0f} us"
+    return slower
+
+
+def revert(old: Decision, slower: Mapping[str, str]) -> Decision:
+    """The decision after timing: the old one, or dense with the times as the reason."""
+    if old.layer not in slower:
+        return old
+    return replace(old, treatment="dense", declined=slower[old.layer])
+
+
+def layer_row(decision: Decision) -> dict:
+    """A decision as the manifest and the report hold it."""
+    return {
+        "name": decision.layer,
+        "operator": decision.operator,
+        "weight_shape": list(decision.weight_shape),
+        "asked": decision.asked,
+        "treatment": decision.treatment,
+        "declined": decision.declined,
+        "found": dict(decision.found),
+        "parameters": dict(decision.parameters),
+        "pruned": decision.pruned,
+    }
+
+
+def _timed(progress: Progress) -> Progress:
+    """`progress` with the seconds since the build began in front of each line."""
+    start = time.perf_counter()
+    return lambda text: progress(f"[{time.perf_counter() - start:5.1f} s] {text}")

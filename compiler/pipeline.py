@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of everything between an imported graph and a compiled library. Order lives here and nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from compiler.artifact import CompiledVariant, KernelCall
+from passes import families
+from passes.hoist_constants import Hoisted, hoist_constants
+from passes.layers import attrs_of, multiply_accumulates, shape_of
+from passes.lower import lower_operators
+from schedules.dispatch import Kernel, schedule_module
+from schedules.target import CpuTarget
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FusedGraph:
+    """A graph fused into PrimFuncs, before and independent of any schedule.
+
+    `mod` holds unscheduled PrimFuncs and `main`; `layer_of` the layer of each packed constant by handle;
+    `flops` the dense operations of each layer (2 per multiply-accumulate).
+    """
+
+    mod: tvm.IRModule
+    layer_of: dict[int, str]
+    flops: dict[str, int]
+
+
+def canonicalize(mod: tvm.IRModule) -> tvm.IRModule:
+    """The graph in one spelling per operation: constants folded in numpy, batch norm folded, NCHW."""
+    return tvm.transform.Sequential(canonical_passes())(mod)
+
+
+def canonical_passes() -> list[tvm.transform.Pass]:
+    """Graph passes that no treatment or target changes."""
+    from passes.fold_constants import FoldConstants
+
+    return [relax.transform.CanonicalizeBindings(), FoldConstants(), relax.transform.DeadCodeElimination()]
+
+
+def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
+    """Channels last for the whole graph."""
+    from passes.channels_last import ChannelsLast
+
+    return ChannelsLast()(mod)
+
+
+def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
+    """Lower a canonical, channels-last graph to fused PrimFuncs."""
+    flops = _layer_flops(mod)
+    lowerings = {name: lower for family in families() for name, lower in family.lowerings.items()}
+    lowered = lower_operators(mod, lowerings, target)
+    fused = tvm.transform.Sequential(
+        [
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )(lowered.mod)
+    return FusedGraph(fused, lowered.layer_of, flops)
+
+
+def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVariant:
+    """Schedule and compile one variant."""
+    hoisted = hoist_constants(graph.mod)
+    unscheduled = hoisted.mod
+    scheduled, kernels = schedule_module(_copy(unscheduled), target)
+    backend = importlib.import_module("tvm.relax.backend.cpu_generic.pipeline")
+    tvm_target = target.tvm()
+    with tvm_target:
+        lowered = tvm.transform.Sequential(
+            backend.dataflow_lower_passes(tvm_target) + backend.finalize_passes(tvm_target)
+        )(scheduled)
+    executable = tvm.compile(lowered, tvm_target, relax_pipeline=tvm.transform.Sequential([]))
+    return CompiledVariant(
+        name=name,
+        executable=executable,
+        constants=hoisted.constants,
+        constant_names=_constant_names(hoisted, graph.layer_of),
+        kernels=_kernel_calls(lowered["main"], hoisted, graph, kernels),
+        unscheduled=unscheduled,
+    )
+
+
+def _copy(mod: tvm.IRModule) -> tvm.IRModule:
+    return tvm.IRModule({gv: func for gv, func in mod.functions_items()}, attrs=mod.attrs)
+
+
+def _layer_flops(mod: tvm.IRModule) -> dict[str, int]:
+    flops = {}
+    for block in mod["main"].body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) and call.op.name.startswith("kerf."):
+                attrs = attrs_of(call)
+                flops[attrs["name"]] = attrs.get("flops") or 2 * multiply_accumulates(call)
+    return flops
+
+
+def _constant_names(hoisted: Hoisted, layer_of: dict[int, str]) -> list[str]:
+    """`layer/0`, `layer/1`, ... for a layer's packed arrays; `shared/n` for what belongs to no layer."""
+    counts: dict[str, int] = {}
+    names = []
+    for handle in hoisted.handles:
+        owner = layer_of.get(handle, "shared")
+        names.append(f"{owner}/{counts.get(owner, 0)}")
+        counts[owner] = counts.get(owner, 0) + 1
+    return names
+
+
+def _kernel_calls(
+    main: relax.Function, hoisted: Hoisted, graph: FusedGraph, kernels: dict[str, Kernel]
+) -> list[KernelCall]:
+    """The kernels in the order in which the virtual machine calls them, each with the layers whose weights it reads."""
+    params = main.params[-1]
+    index_of: dict = {}
+    calls = []
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.TupleGetItem) and value.tuple_value.same_as(params):
+                index_of[binding.var.__chandle__()] = value.index
+            if not (isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)):
+                continue
+            indices = [index_of.get(a.__chandle__()) for a in value.args]
+            handles = [hoisted.handles[i] for i in indices if i is not None]
+            layers = list(dict.fromkeys(graph.layer_of[h] for h in handles if h in graph.layer_of))
+            kernel = kernels[value.op.name_hint]
+            calls.append(
+                KernelCall(
+                    function=kernel.function,
+                    layers=layers,
+                    loops=kernel.loops,
+                    point=kernel.point,
+                    flops=sum(graph.flops.get(layer, 0) for layer in layers),
+                    bytes=sum(_tensor_bytes(a) for a in value.args),
+                )
+            )
+    return calls
+
+
+def _tensor_bytes(expr: relax.Expr) -> int:
+    if not isinstance(expr.ty, relax.TensorType):
+        return 0
+    return math.prod(shape_of(expr)) * (tvm.DataType(expr.ty.dtype).bits + 7) // 8
