@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import tvm
@@ -23,19 +24,17 @@ class Kernel:
     point: dict
 
 
-def loop_structures() -> dict:
-    """Loop structure -> schedule(fused, target) -> PrimFunc. One entry per file of kernels."""
-    from schedules import attention, contraction, depthwise, layer_norm, softmax, sparse_planes, winograd
+# Each is a module of this package with `schedule(fused, target) -> PrimFunc`; imported when first met.
+LOOP_STRUCTURES = (
+    "attention", "batch_matmul", "contraction", "depthwise", "layer_norm", "pooling", "softmax", "sparse_planes", "winograd",
+)  # fmt: skip
 
-    return {
-        "contraction": contraction.schedule,
-        "depthwise": depthwise.schedule,
-        "winograd": winograd.schedule,
-        "attention": attention.schedule,
-        "layer_norm": layer_norm.schedule,
-        "softmax": softmax.schedule,
-        "sparse_planes": sparse_planes.schedule,
-    }
+
+def loop_structure(name: str):
+    """`schedule(fused, target) -> PrimFunc` of a loop structure. Raises ScheduleError for an unknown name."""
+    if name not in LOOP_STRUCTURES:
+        raise ScheduleError("unknown loop structure", found=repr(name), wanted=" or ".join(LOOP_STRUCTURES))
+    return importlib.import_module(f"schedules.{name}").schedule
 
 
 def schedule_function(name: str, func: tirx.PrimFunc, target: CpuTarget) -> tuple[tirx.PrimFunc, Kernel]:
@@ -44,7 +43,7 @@ def schedule_function(name: str, func: tirx.PrimFunc, target: CpuTarget) -> tupl
     try:
         if fused is None:
             return generic.schedule(func, target), Kernel(name, "generic", {})
-        return loop_structures()[fused.loops](fused, target), Kernel(name, fused.loops, fused.point)
+        return loop_structure(fused.loops)(fused, target), Kernel(name, fused.loops, fused.point)
     except ScheduleError:
         raise
     except Exception as error:
