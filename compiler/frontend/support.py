@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the converters share: refusing, dtypes, constants."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import relax
+
+
+class Refused(Exception):
+    """Arguments that a converter does not cover; the importer turns it into UnsupportedModel, naming the node."""
+
+
+def constant(array: np.ndarray) -> relax.Expr:
+    """A Relax constant of exactly this dtype (`relax.const` of an array narrows int64)."""
+    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+
+
+def dtype_of(expr: relax.Expr) -> str:
+    return str(expr.ty.dtype.dtype)
+
+
+def is_bool(expr: relax.Expr) -> bool:
+    return dtype_of(expr) == "bool"
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:limit]

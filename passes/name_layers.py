@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make convolutions and matrix products with constant weights named layers.
+
+    rewrite: nn.conv2d(x, const w)                   ->  kerf.conv2d(x, w, name=...)
+             nn.conv1d(x, const w)                   ->  reshape(kerf.conv2d(reshape(x), w[:, :, None, :]))
+             matmul(x, const w) with w [K, O]        ->  kerf.dense(x, w.T)
+             matmul(x, permute_dims(const w [O, K])) ->  kerf.dense(x, w)
+
+Requires float32, NCHW / OIHW (NCW / OIW). Ensures that every such operator with a constant weight is a named one; a
+weight that is computed, batched or the left operand of a product stays with its Relax operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.relax import PyExprMutator, expr_functor
+
+from passes import layers
+from passes.layers import const_array, is_call, is_const, shape_of
+
+
+class _Names:
+    """The name of each weight: the given one, made unique where two weights share it, or `conv2d_3`."""
+
+    def __init__(self, given: Mapping[relax.Expr, str]):
+        self.given, self.owners, self.claimed, self.anonymous = given, {}, {}, 0
+
+    def of(self, weight: relax.Expr, kind: str) -> str:
+        if weight not in self.claimed:
+            name = self.given.get(weight)
+            if name is None:
+                self.anonymous += 1
+                name = f"{kind}_{self.anonymous}"
+            count = self.owners[name] = self.owners.get(name, 0) + 1
+            self.claimed[weight] = name if count == 1 else f"{name}#{count}"
+        return self.claimed[weight]
+
+
+@expr_functor.mutator
+class _Namer(PyExprMutator):
+    def __init__(self, mod: tvm.IRModule, names: Mapping[relax.Expr, str]):
+        super().__init__(mod)
+        self.names = _Names(names)
+        self.derived: dict[tuple, relax.Expr] = {}
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = self.visit_expr_post_order(call)
+        if is_call(call, "relax.nn.conv2d"):
+            return self._conv2d(call)
+        if is_call(call, "relax.nn.conv1d"):
+            return self._conv1d(call)
+        if is_call(call, "relax.matmul"):
+            return self._matmul(call)
+        return call
+
+    def _resolve(self, expr: relax.Expr) -> relax.Expr:
+        while isinstance(expr, relax.Var):
+            bound = self.lookup_binding(expr)
+            if bound is None:
+                return expr
+            expr = bound
+        return expr
+
+    def _derive(self, weight: relax.Expr, change: str) -> relax.Expr:
+        """The weight transposed or with a height of 1: one constant per weight, however often it is used."""
+        if (weight, change) not in self.derived:
+            array = const_array(weight)
+            array = array.T if change == "transpose" else array[:, :, None, :]
+            self.derived[weight, change] = relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+        return self.derived[weight, change]
+
+    def _conv2d(self, call: relax.Call) -> relax.Expr:
+        x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
+        if not (_is_weight(weight, 4) and (attrs.data_layout, attrs.kernel_layout) == ("NCHW", "OIHW") and _is_float32(call)):
+            return call
+        return layers.conv2d(
+            x, weight, name=self.names.of(weight, "conv2d"), strides=_ints(attrs.strides), padding=_sides(attrs.padding),
+            dilation=_ints(attrs.dilation), groups=attrs.groups,
+        )  # fmt: skip
+
+    def _conv1d(self, call: relax.Call) -> relax.Expr:
+        x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
+        if not (_is_weight(weight, 3) and (attrs.data_layout, attrs.kernel_layout) == ("NCW", "OIW") and _is_float32(call)):
+            return call
+        n, c, width = shape_of(x)
+        padding = _ints(attrs.padding)
+        left, right = padding if len(padding) == 2 else padding * 2
+        high = self.builder_.emit(relax.op.reshape(x, (n, c, 1, width)))
+        result = layers.conv2d(
+            high, self._derive(weight, "height"), name=self.names.of(weight, "conv1d"), strides=(1, *_ints(attrs.strides)),
+            padding=(0, left, 0, right), dilation=(1, *_ints(attrs.dilation)), groups=attrs.groups,
+        )  # fmt: skip
+        return relax.op.reshape(self.builder_.emit(result), shape_of(call))
+
+    def _matmul(self, call: relax.Call) -> relax.Expr:
+        x, weight = call.args[0], self._resolve(call.args[1])
+        if not _is_float32(call) or is_const(self._resolve(x)):
+            return call
+        if is_call(weight, "relax.permute_dims"):
+            stored = self._resolve(weight.args[0])
+            if _is_weight(stored, 2) and _is_transposition(weight):
+                return layers.dense(x, stored, name=self.names.of(stored, "dense"))
+        if _is_weight(weight, 2):
+            return layers.dense(x, self._derive(weight, "transpose"), name=self.names.of(weight, "dense"))
+        return call
+
+
+def _is_weight(expr: relax.Expr, rank: int) -> bool:
+    return is_const(expr) and len(shape_of(expr)) == rank and str(expr.ty.dtype.dtype) == "float32"
+
+
+def _is_float32(call: relax.Call) -> bool:
+    return all(str(e.ty.dtype.dtype) == "float32" for e in (call, *call.args))
+
+
+def _is_transposition(call: relax.Call) -> bool:
+    return call.attrs.axes is None or _ints(call.attrs.axes) in ([1, 0], [-1, 0], [1, -2], [-1, -2])
+
+
+def _ints(values) -> list[int]:
+    return [int(v) for v in values]
+
+
+def _sides(padding) -> list[int]:
+    """(top, left, bottom, right) from one, two or four values."""
+    values = _ints(padding)
+    return values * (4 // len(values))
+
+
+@tvm.transform.module_pass(opt_level=0, name="kerf.NameLayers")
+class NameLayers:
+    """`names` maps weight constants (by identity) to layer names; a weight that is not there is `dense_1`, `conv2d_2`, ..."""
+
+    def __init__(self, names: Mapping[relax.Expr, str] | None = None):
+        self.names = names or {}
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        namer = _Namer(mod, self.names)
+        for gv, func in mod.functions_items():
+            if isinstance(func, relax.Function):
+                namer.builder_.update_func(gv, relax.analysis.remove_all_unused(namer.visit_expr(func)))
+        return namer.builder_.get()
