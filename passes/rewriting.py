@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrite a Relax function binding by binding, keeping the names of its variables.
+
+A pass is a table of rules. A rule sees one value (a call or a tuple element) whose operands are already rewritten, and a
+`Graph` to look upstream, and returns what to put in its place, or None. The result may nest new calls; they are flattened
+into bindings of their own. Bindings that nothing uses any more disappear.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from passes.layers import const_array, is_call, is_const, shape_of
+from schedules.errors import KerfError
+
+# (value with rewritten operands, graph) -> replacement, or None where the rule does not apply.
+Rule = Callable[[relax.Expr, "Graph"], "relax.Expr | None"]
+
+
+def bindings_of(func: relax.Function) -> list[relax.VarBinding]:
+    """The bindings of a straight-line function, in order. Raises KerfError for control flow and match casts."""
+    found = []
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, (relax.If, relax.Function)):
+                raise KerfError(
+                    "control flow cannot be rewritten", where=binding.var.name, found=type(binding).__name__, wanted="straight-line code"
+                )
+            found.append(binding)
+    return found
+
+
+def operands(value: relax.Expr) -> list[relax.Expr]:
+    """The expressions a value reads directly."""
+    if isinstance(value, relax.Call):
+        return list(value.args)
+    if isinstance(value, relax.Tuple):
+        return list(value.fields)
+    if isinstance(value, relax.TupleGetItem):
+        return [value.tuple_value]
+    return []
+
+
+def variables(value: relax.Expr) -> list[relax.Var]:
+    """Every variable a value reads, through nested tuples and calls."""
+    if isinstance(value, relax.Var):
+        return [value]
+    return [v for operand in operands(value) for v in variables(operand)]
+
+
+class Graph:
+    """The function being rebuilt: what defines a variable, and how often it is read."""
+
+    def __init__(self, func: relax.Function):
+        self._bindings: list[tuple[relax.Var, relax.Expr]] = []
+        self._definitions: dict[relax.Var, relax.Expr] = {}
+        self._originals: dict[relax.Var, list[relax.Var]] = {}
+        self._env: dict[relax.Var, relax.Expr] = {}
+        self._readers: dict[relax.Var, list[relax.Expr]] = {}
+        self._names: Counter[str] = Counter()
+        self._builder = relax.BlockBuilder()
+        source = bindings_of(func)
+        for binding in source:
+            self._names[binding.var.name] += 1
+            for var in variables(binding.value):
+                self._readers.setdefault(var, []).append(binding.value)
+        for var in variables(func.body.body):
+            self._readers.setdefault(var, []).append(func.body.body)
+        for param in func.params:
+            self._originals[param] = [param]
+        self._added: Counter[relax.Var] = Counter()
+
+    def definition(self, expr: relax.Expr) -> relax.Expr | None:
+        """The value bound to a variable (None for parameters), or the expression itself if it is no variable."""
+        return self._definitions.get(expr) if isinstance(expr, relax.Var) else expr
+
+    def call(self, expr: relax.Expr, name: str) -> relax.Call | None:
+        """The call of operator `name` that computes `expr`, if that is what computes it."""
+        found = self.definition(expr)
+        return found if found is not None and is_call(found, name) else None
+
+    def readers(self, expr: relax.Expr) -> list[relax.Expr]:
+        """Values of the original function that read what `expr` now stands for."""
+        if not isinstance(expr, relax.Var):
+            return []
+        return [r for original in self._originals.get(expr, []) for r in self._readers.get(original, [])]
+
+    def is_read_once(self, expr: relax.Expr) -> bool:
+        """Whether the value being rewritten is the only reader of `expr`."""
+        return len(self.readers(expr)) + (0 if self._originals.get(expr) else self._added[expr]) <= 1
+
+    def readers_of_binding(self, var: relax.Var) -> list[relax.Expr]:
+        """Values of the original function that read the original variable `var`."""
+        return self._readers.get(var, [])
+
+    def emit(self, value: relax.Expr, name: str = "") -> relax.Expr:
+        """Bind a value (nested calls too, innermost first) and return the variable; variables and constants pass through."""
+        if not isinstance(value, (relax.Call, relax.Tuple, relax.TupleGetItem)):
+            return value
+        value = self.flatten(value, name)
+        var = relax.DataflowVar(self._fresh(name or _operator(value)), value.ty)
+        self._bind(var, value)
+        return var
+
+    def flatten(self, value: relax.Expr, name: str = "") -> relax.Expr:
+        """The value with nested calls bound to variables of their own, and its type inferred."""
+        if isinstance(value, relax.Call):
+            args = [self._leaf(a, name) for a in value.args]
+            if any(a is not b for a, b in zip(args, value.args)):
+                value = relax.Call(value.op, args, value.attrs, value.ty_args)
+        elif isinstance(value, relax.Tuple):
+            value = relax.Tuple([self._leaf(f, name) for f in value.fields])
+        elif isinstance(value, relax.TupleGetItem):
+            value = relax.TupleGetItem(self._leaf(value.tuple_value, name), value.index)
+        return self._builder.normalize(value)
+
+    def _leaf(self, expr: relax.Expr, name: str) -> relax.Expr:
+        if isinstance(expr, relax.Tuple):  # argument tuples (concat, strided_slice) stay where they are
+            return relax.Tuple([self._leaf(f, name) for f in expr.fields])
+        if isinstance(expr, (relax.Call, relax.TupleGetItem)) and not _is_shape_call(expr):
+            return self.emit(expr, f"{name}_{_operator(expr)}" if name else "")
+        return expr
+
+    def _fresh(self, name: str) -> str:
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}_{self._names[name] - 1}"
+
+    def _bind(self, var: relax.Var, value: relax.Expr) -> None:
+        self._bindings.append((var, value))
+        self._definitions[var] = value
+        for read in variables(value):
+            self._added[read] += 1
+
+    def substitute(self, value: relax.Expr) -> relax.Expr:
+        """The value of the original function with its variables replaced by what they stand for now."""
+        if isinstance(value, relax.Var):
+            return self._env.get(value, value)
+        new = [self.substitute(o) for o in operands(value)]
+        if all(a is b for a, b in zip(new, operands(value))):
+            return value
+        if isinstance(value, relax.Call):
+            return self._builder.normalize(relax.Call(value.op, new, value.attrs, value.ty_args))
+        if isinstance(value, relax.Tuple):
+            return relax.Tuple(new)
+        if is_tuple(new[0]):
+            return new[0].fields[value.index]
+        return self._builder.normalize(relax.TupleGetItem(new[0], value.index))
+
+    def define(self, original: relax.Var, value: relax.Expr) -> None:
+        """Let the original variable stand for `value` from here on, under its old name where a binding is needed."""
+        if isinstance(value, (relax.Call, relax.Tuple, relax.TupleGetItem)):
+            value = self.flatten(value, original.name)
+            var = relax.DataflowVar(original.name, value.ty)
+            self._bind(var, value)
+            value = var
+        self._env[original] = value
+        if isinstance(value, relax.Var):
+            self._originals.setdefault(value, []).append(original)
+
+    def finish(self, func: relax.Function, mod_name: str = "") -> relax.Function:
+        """The rebuilt function: used bindings only, one dataflow block, the result bound to a variable."""
+        result = self.substitute(func.body.body)
+        fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+        used: set[relax.Var] = set()
+        for field in fields:
+            used.update(variables(field))
+        kept = []
+        for var, value in reversed(self._bindings):
+            if var in used:
+                used.update(variables(value))
+                kept.append((var, value))
+        kept.reverse()
+        return _assemble(func, kept, result)
+
+
+def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Function:
+    """A function from its bindings; outputs become ordinary variables, which may leave the dataflow block."""
+    outputs = set(variables(result))
+    renamed: dict[relax.Var, relax.Var] = {}
+
+    def swap(expr: relax.Expr) -> relax.Expr:
+        if isinstance(expr, relax.Var):
+            return renamed.get(expr, expr)
+        new = [swap(o) for o in operands(expr)]
+        if all(a is b for a, b in zip(new, operands(expr))):
+            return expr
+        if isinstance(expr, relax.Call):
+            return relax.Call(expr.op, new, expr.attrs, expr.ty_args)
+        return relax.Tuple(new) if isinstance(expr, relax.Tuple) else relax.TupleGetItem(new[0], expr.index)
+
+    bindings = []
+    for var, value in kept:
+        value = swap(value)
+        if var in outputs:
+            renamed[var] = relax.Var(var.name, var.ty)
+        bindings.append(relax.VarBinding(renamed.get(var, var), value))
+    result = swap(result)
+    if not isinstance(result, (relax.Var, relax.Tuple)):  # a constant result needs a binding as well
+        out = relax.Var("out", result.ty)
+        bindings.append(relax.VarBinding(out, result))
+        result = out
+    blocks = [relax.DataflowBlock(bindings)] if bindings else []
+    body = relax.SeqExpr(blocks, result)
+    return relax.Function(list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs)
+
+
+def is_tuple(expr: relax.Expr) -> bool:
+    return isinstance(expr, relax.Tuple)
+
+
+def _is_shape_call(expr: relax.Expr) -> bool:
+    return not isinstance(expr, relax.Expr)
+
+
+def _operator(value: relax.Expr) -> str:
+    if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op):
+        return value.op.name.split(".")[-1]
+    return "item" if isinstance(value, relax.TupleGetItem) else "tuple"
+
+
+def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 20) -> relax.Function:
+    """Apply the rules to every value, again and again until none applies. Raises KerfError if they do not settle."""
+    for _ in range(limit):
+        graph, changed = Graph(func), False
+        for binding in bindings_of(func):
+            value = graph.substitute(binding.value)
+            for rule in rules:
+                new = rule(value, graph) if isinstance(value, (relax.Call, relax.TupleGetItem)) else None
+                if new is not None:
+                    value, changed = new, True
+                    break
+            graph.define(binding.var, value)
+        func = graph.finish(func)
+        if not changed:
+            return func
+    raise KerfError("rewrite rules do not settle", found=f"{limit} rounds", todo="This is a bug in Kerf")
+
+
+def rewrite_module(mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]) -> tvm.IRModule:
+    """A new module with every Relax function rewritten and its types inferred."""
+    functions = {}
+    for gv, func in mod.functions_items():
+        functions[gv] = rewrite(func) if isinstance(func, relax.Function) else func
+    new = tvm.IRModule(functions, attrs=mod.attrs, global_infos=mod.global_infos)
+    return relax.transform.Normalize()(new)
+
+
+def ints(values) -> list[int]:
+    """A TVM array, tuple or single integer as a list of ints."""
+    if values is None:
+        return []
+    if isinstance(values, relax.Tuple):
+        return [int(v.value) for v in values.fields]
+    if isinstance(values, relax.ShapeExpr):
+        return [int(v) for v in values.values]
+    return [int(values)] if isinstance(values, int) or not hasattr(values, "__len__") else [int(v) for v in values]
+
+
+def scalar(expr: relax.Expr) -> float | None:
+    """The value of a one-element float constant, else None."""
+    if is_const(expr) and "float" in str(expr.ty.dtype) and int(np.prod(shape_of(expr))) == 1:
+        return float(const_array(expr).reshape(()))
+    return None
+
+
+def constant(array: np.ndarray) -> relax.Expr:
+    """A Relax constant with exactly this array's dtype (`relax.const` would narrow 64-bit arrays)."""
+    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+
+
+def permutation(call: relax.Call) -> list[int]:
+    """The axes of a `relax.permute_dims` call, non-negative."""
+    rank = len(shape_of(call.args[0]))
+    return list(range(rank))[::-1] if call.attrs.axes is None else [int(a) % rank for a in call.attrs.axes]
+
+
+def axes_of(values, rank: int) -> list[int]:
+    """Non-negative axes from an attribute; None means all."""
+    return list(range(rank)) if values is None else [a % rank for a in ints(values)]
