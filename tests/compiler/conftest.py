@@ -26,7 +26,7 @@ class Tiny:
         return np.maximum(x.astype("float64") @ w1, 0) @ w2
 
 
-def compile_tiny(name: str, w1: np.ndarray, w2: np.ndarray, target, wrong: bool = False):
+def _compile_tiny(name: str, w1: np.ndarray, w2: np.ndarray, target, wrong: bool = False):
     """A `CompiledVariant` of the tiny network; `wrong` breaks the second kernel, not its
     definition."""
     import tvm
@@ -93,8 +93,8 @@ def tiny() -> Tiny:
     return Tiny(
         weights={"dense": (w1, w2), "compressed": (pruned, w2)},
         variants=[
-            compile_tiny("dense", w1, w2, target),
-            compile_tiny("compressed", pruned, w2, target),
+            _compile_tiny("dense", w1, w2, target),
+            _compile_tiny("compressed", pruned, w2, target),
         ],
         inputs=(TensorSpec("x", (4, 64), "float32"),),
         outputs=(TensorSpec("y", (4, 16), "float32"),),
@@ -121,3 +121,9 @@ def tiny_artifact(write_tiny, tmp_path_factory):
     """Dense and compressed in one artifact; do not change its files."""
     layers = [{"name": "fc1", "treatment": "sparse"}, {"name": "fc2", "treatment": "dense"}]
     return write_tiny(tmp_path_factory.mktemp("tiny") / "out", layers=layers)
+
+
+@pytest.fixture(scope="session")
+def compile_tiny():
+    """`compile_tiny(name, w1, w2, target, wrong=False)`: see above."""
+    return _compile_tiny

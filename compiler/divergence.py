@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the first kernel that computes something other than its definition, by running both on the
+same inputs.
+
+Every kernel call of a variant is intercepted; its definition, the fused PrimFunc before
+scheduling, is compiled without any schedule and run on the arguments of that very call, so that
+errors of earlier kernels do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+
+from compiler.artifact import KernelCall
+from compiler.runtime import LoadedModel
+from compiler.verify import AMPLIFICATION, SLACK, UNIT, difference, magnitude
+from schedules.fused import leaf_blocks
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A kernel call (`index` in call order) whose output `output` differs from its definition's."""
+
+    index: int
+    function: str
+    layers: tuple[str, ...]
+    loops: str
+    output: int
+    max_abs: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        layers = ", ".join(self.layers) or "no layer"
+        return (
+            f"first diverging kernel {self.function} ({layers}; call {self.index}, {self.loops}; "
+            f"difference {self.max_abs:.3g}, tolerance {self.tolerance:.3g})"
+        )
+
+
+def find_first_divergence(
+    model: LoadedModel, unscheduled: tvm.IRModule, inputs: Sequence[np.ndarray]
+) -> Divergence | None:
+    """The first kernel of `model` on `inputs` that differs from its definition in `unscheduled`;
+    None if none does."""
+    definitions = _Definitions(unscheduled)
+    found: list[Divergence] = []
+    position = [0]
+
+    def watch(_function, name, before, _result, *arguments):
+        if before or found or not is_kernel(name):
+            return 0
+        index = position[0]
+        position[0] += 1
+        if name in definitions:
+            call = model.kernels[index] if index < len(model.kernels) else None
+            found.extend(definitions.differ(index, name, call, arguments))
+        return 0
+
+    tensors = model.bind(inputs)
+    with model.instrumented(watch):
+        model.invoke(tensors)
+    return found[0] if found else None
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a call of the virtual machine is a kernel rather than one of its own built-in
+    functions."""
+    return not name.startswith("vm.")
+
+
+class _Definitions:
+    """Unscheduled PrimFuncs, compiled when first needed."""
+
+    def __init__(self, mod: tvm.IRModule):
+        self.functions = {
+            gv.name_hint: f for gv, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)
+        }
+        self.compiled: dict[str, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.functions
+
+    def differ(
+        self, index: int, name: str, call: KernelCall | None, arguments: Sequence
+    ) -> list[Divergence]:
+        tensors = [a for a in arguments if isinstance(a, tvm.runtime.Tensor)]
+        written = written_parameters(self.functions[name])
+        outputs = [i for i, w in enumerate(written) if w]
+        copies = [tvm.runtime.empty(t.shape, t.dtype) if w else t for t, w in zip(tensors, written)]
+        self._run(name)(*copies)
+        loops = call.loops if call else "generic"
+        for number, i in enumerate(outputs):
+            wanted, got = copies[i].numpy(), tensors[i].numpy()
+            error, limit = difference(got, wanted), self._tolerance(call, wanted, loops)
+            if not error <= limit:
+                layers = tuple(call.layers) if call else ()
+                return [Divergence(index, name, layers, loops, number, error, limit)]
+        return []
+
+    def _run(self, name: str):
+        if name not in self.compiled:
+            func = self.functions[name].with_attr("global_symbol", name)
+            self.compiled[name] = tvm.compile(
+                tvm.IRModule({name: func}), tvm.target.Target({"kind": "llvm"})
+            )[name]
+        return self.compiled[name]
+
+    @staticmethod
+    def _tolerance(call: KernelCall | None, wanted: np.ndarray, loops: str) -> float:
+        """As in compiler.verify, for one layer: sums of K terms in another order. Both sides
+        round."""
+        if wanted.dtype.kind != "f":
+            return 0.0
+        length = max((call.flops if call else 0) / (2 * max(wanted.size, 1)), 16.0)
+        return SLACK * AMPLIFICATION.get(loops, 1.0) * magnitude(wanted) * UNIT * math.sqrt(length)
+
+
+def written_parameters(func: tirx.PrimFunc) -> list[bool]:
+    """Which parameters of a PrimFunc its blocks write."""
+    written = [region.source for block in leaf_blocks(func.body) for region in block.writes]
+    return [any(b.same_as(w) for w in written) for b in func.params]
