@@ -90,10 +90,20 @@ class Fused:
         return list(self.func.params)
 
     @cached_property
+    def definition(self) -> tuple[int, ...]:
+        """The blocks the anchor's result is computed by: itself and those that it reads from, in program order."""
+        needed = [self.anchor_index]
+        for i in reversed(range(self.anchor_index)):
+            written = self.blocks[i].writes[0].source
+            if any(r.source.same_as(written) for n in needed for r in self.blocks[n].reads):
+                needed.append(i)
+        return tuple(sorted(needed))
+
+    @cached_property
     def inputs(self) -> list:
         read: list = []
-        for block in self.blocks[: self.anchor_index + 1]:
-            for region in block.reads:
+        for index in self.definition:
+            for region in self.blocks[index].reads:
                 if _position(self.params, region.source) is not None and _position(read, region.source) is None:
                     read.append(region.source)
         return read
@@ -143,6 +153,11 @@ class Emission:
         if kind is None:
             self.func = self._builder.get()
 
+    @property
+    def buffers(self) -> list:
+        """The emitted function's buffers, in the order of the fused function's parameters."""
+        return self._buffers
+
     def _new(self, param):
         return self._buffers[_position(self.fused.params, param)]
 
@@ -153,11 +168,14 @@ class Emission:
     def epilogue(self, value, indices):
         """What the fused function computes from the anchor's result `value` at `indices`."""
         fused = self.fused
-        produced = {i: b.body.buffer for i, b in enumerate(fused.blocks) if i > fused.anchor_index}
+        produced = {i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition}
         anchor_buffer = fused.anchor.writes[0].source
 
         def load(buffer, at):
             if buffer.same_as(anchor_buffer):
+                for got, wanted, extent in zip(at, indices, fused.shape):
+                    if extent != 1 and not (got is wanted or got.same_as(wanted)):
+                        raise ScheduleError("the epilogue reads the anchor's result elsewhere than it writes", found=str(at))
                 return value
             if _position(fused.params, buffer) is not None:
                 return self._new(buffer)[tuple(at)]
@@ -174,6 +192,7 @@ class Emission:
 
         if not fused.has_epilogue():
             return value
+        indices = [tirx.const(i, "int32") if isinstance(i, int) else i for i in indices]
         return evaluate(len(fused.blocks) - 1, indices)
 
 
@@ -205,7 +224,7 @@ def _rebuild(expr, values: dict, load):
             lanes = max(_lanes(a) for a in args)
             if lanes > 1:  # an LLVM intrinsic's first argument is its number, a scalar
                 args = [a if isinstance(a, tvm.ir.prim.expr.IntImm) and "llvm" in e.op.name else broadcast(a, lanes) for a in args]
-            return tirx.Call(_with_lanes(e, lanes), e.op, args)
+            return tirx.call_intrin(_with_lanes(e, lanes), e.op, *args)
         if isinstance(e, _BINARY) or (hasattr(e, "a") and hasattr(e, "b")):
             a, b = _same_lanes([go(e.a), go(e.b)])
             return type(e)(a, b)

@@ -1,1 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The dense family: every operator computed as it is, by kernels of our own."""
+
+from __future__ import annotations
+
+from passes import layers
+from passes.dense import conv2d, matmul, pooling, reference
+from passes.family import Family
+
+FAMILY = Family(
+    name="dense",
+    register=layers.register,
+    lowerings={**conv2d.LOWERINGS, **matmul.LOWERINGS, **pooling.LOWERINGS},
+    references={layers.CONV2D: reference.conv2d, layers.DENSE: reference.dense},
+)
