@@ -38,24 +38,29 @@ def write_npz(path: Path, arrays: Mapping) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """That a file may be written at `path`: to be asked before the work, not after it. Raises UserError."""
+    """That a file may be written at `path`: to be asked before the work, not after it. Raises
+    UserError."""
     path = path.absolute()
     if path.is_dir():
         raise UserError("is a directory", where=str(path))
     if not path.parent.is_dir():
         raise UserError("no such directory", where=str(path.parent))
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    replaceable = path.is_file() or not path.exists()
+    if (replaceable and not os.access(path.parent, os.W_OK)) or (
+        path.exists() and not os.access(path, os.W_OK)
+    ):
         raise UserError("cannot be written", where=str(path))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write(file)` such that either the complete file appears at `path` or nothing changes."""
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: there is nothing to replace
-        with open(path, "wb") as file:
-            write(file)
-        return
+    """Call `write(file)` such that either the complete file appears at `path` or nothing
+    changes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if path.exists() and not path.is_file():  # a device or pipe: there is nothing to replace
+            with open(path, "wb") as file:
+                write(file)
+            return
         with open(partial, "wb") as file:
             write(file)
             file.flush()

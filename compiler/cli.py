@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `compile-model`: parse, call one function, print. What a command needs is imported when it runs."""
+"""The command `compile-model`: parse, call one function, print. What a command needs is imported
+when it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import click
@@ -24,6 +26,8 @@ class KerfGroup(click.Group):
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
         args = [a for a in args if a != "--debug"]
+        if not debug:
+            warnings.simplefilter("ignore")  # those of the libraries below; ours are in the report
         try:
             code = super().main(args, prog_name or "compile-model", standalone_mode=False, **extra)
         except BaseException as error:
@@ -49,7 +53,8 @@ def describe_failure(error: BaseException) -> tuple[int | None, str]:
         command = getattr(getattr(error, "ctx", None), "command_path", "compile-model")
         return EXIT_USER, f"{command}: {_one_line(error.format_message())} (see {command} --help)"
     if isinstance(error, BrokenPipeError):
-        # The reader of our output went away; keep Python from failing again when it flushes at exit.
+        # The reader of our output went away; keep Python from failing again when it flushes at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
     if isinstance(error, OSError):
@@ -70,7 +75,9 @@ def _one_line(error: object) -> str:
 
 @click.group(cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kerf-compiler", prog_name="compile-model")
-@click.option("--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line).")
+@click.option(
+    "--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line)."
+)
 def main(debug: bool) -> None:
     """Compile trained networks into compressed CPU kernels, proven and measured against dense."""
 
@@ -98,11 +105,18 @@ _artifact = click.argument("artifact", metavar="OUT", type=click.Path(path_type=
 _shapes = click.option(
     "--input", "inputs", type=_Shape(), multiple=True, help="Shape of one input; may be repeated."
 )
-_batch = click.option("--batch", type=click.IntRange(1), help="Batch size, where the model leaves it open.")
-_json = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file as JSON."
+_batch = click.option(
+    "--batch", type=click.IntRange(1), help="Batch size, where the model leaves it open."
 )
-_threads = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+_json = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Write everything to this file as JSON.",
+)
+_threads = click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to use."
+)
 _variant = click.Choice(["dense", "compressed"])
 
 
@@ -129,22 +143,36 @@ def inspect(model, inputs, batch, json_path):
 
 @main.command()
 @_model
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
+)
 @click.option("--recipe", default="dense", show_default=True, help="dense, sparse, or a TOML file.")
 @click.option("--density", type=float, help="Share of weights to keep, in (0, 1].")
 @click.option("--grain", help="element, out:4, out:8 or out:16.")
-@click.option("--prune", is_flag=True, default=None, help="Let Kerf set the smallest weights to zero.")
-@click.option("--winograd", type=click.Choice(["auto", "never"]), help="Forbid Winograd convolution.")
+@click.option(
+    "--prune", is_flag=True, default=None, help="Let Kerf set the smallest weights to zero."
+)
+@click.option(
+    "--winograd", type=click.Choice(["auto", "never"]), help="Forbid Winograd convolution."
+)
 @click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
 @_shapes
 @_batch
 @_threads
+@click.option(
+    "--choose",
+    type=click.Choice(["measured", "asked"]),
+    default="measured",
+    show_default=True,
+    help="Keep compressed only the layers that prove faster here, or all that the recipe asks.",
+)
 @click.option("--records", type=click.Path(path_type=Path), help="Directory that `tune` filled.")
 @_json
 @click.option("--force", is_flag=True, help="Replace an existing OUT.")
 def build(
-    model, output, recipe, density, grain, prune, winograd, target, inputs, batch, threads, records, json_path, force
-):
+    model, output, recipe, density, grain, prune, winograd, target, inputs, batch, threads, choose,
+    records, json_path, force,
+):  # fmt: skip
     """Compile MODEL, verify it against the original, and write the artifact."""
     from compiler.recipe import load_recipe, validate
     from schedules.target import parse_target
@@ -165,19 +193,29 @@ def build(
         batch=batch,
         threads=threads,
         force=force,
+        choose=choose,
         records=records,
-        json_path=json_path,
         progress=_progress,
     )
-    click.echo(f"wrote {output}")
-    return built and None
+    _write_json(json_path, dict(built.manifest))
+    from compiler import report
+
+    _print(*report.build(built))
 
 
 @main.command()
 @_artifact
-@click.option("--input", "input_path", required=True, type=click.Path(path_type=Path), help=".npz, one array per input.")
+@click.option(
+    "--input",
+    "input_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".npz, one array per input.",
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help=".npz to write.")
-@click.option("--variant", type=_variant, default="compressed", show_default=True)
+@click.option(
+    "--variant", type=_variant, default="compressed", show_default=True, help="Which one."
+)
 @_threads
 def run(artifact, input_path, output, variant, threads):
     """Run a built model on arrays."""
@@ -200,6 +238,116 @@ def hardware(measure, json_path):
     machine = describe_hardware(measure=measure)
     _write_json(json_path, machine.to_json())
     _print(tables.hardware(machine))
+
+
+@main.command()
+@_artifact
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(path_type=Path),
+    help=".npz; default: the inputs of the build.",
+)
+@_json
+def verify(artifact, input_path, json_path):
+    """Compare an artifact's outputs with those of the original model."""
+    _check_json(json_path)
+    arrays = read_npz(input_path) if input_path else None
+    from compiler import report
+    from compiler.verify import verify_artifact
+
+    found = verify_artifact(artifact, arrays)
+    _write_json(json_path, found.to_json())
+    _print(*report.verification(found))
+
+
+_PEERS = ("onnxruntime", "openvino", "torch")
+
+
+class _Peers(click.ParamType):
+    """onnxruntime,openvino,torch"""
+
+    name = "NAME,NAME"
+
+    def convert(self, value, param, ctx):
+        names = value if isinstance(value, tuple) else tuple(n for n in value.split(",") if n)
+        if unknown := [n for n in names if n not in _PEERS]:
+            self.fail(f"unknown engine {unknown[0]!r}; known are {', '.join(_PEERS)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+@main.command()
+@_artifact
+@_threads
+@click.option(
+    "--against", type=_Peers(), default="", help="Other engines, measured in the same run."
+)
+@click.option(
+    "--duration",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    show_default=True,
+    help="Seconds to measure.",
+)
+@_json
+def bench(artifact, threads, against, duration, json_path):
+    """Measure the dense and the compressed variant, and other engines, interleaved in one
+    process."""
+    _check_json(json_path)
+    from compiler import report
+    from compiler.measure import bench as measure
+
+    found = measure(artifact, threads=threads, against=against, duration=duration)
+    _write_json(json_path, found.to_json())
+    _print(*report.bench(found))
+
+
+@main.command()
+@_artifact
+@_threads
+@_json
+def profile(artifact, threads, json_path):
+    """Show every layer's kernel, time, GFLOP/s and share of the roofline, dense beside
+    compressed."""
+    _check_json(json_path)
+    from compiler import report
+    from compiler.profile import profile as measure
+
+    found = measure(artifact, threads=threads)
+    _write_json(json_path, found.to_json())
+    _print(*report.profile(found))
+
+
+@main.command()
+@_model
+@click.option(
+    "--trials", type=click.IntRange(1), default=64, show_default=True, help="Kernels to try in all."
+)
+@click.option(
+    "--records", required=True, type=click.Path(path_type=Path), help="Directory for what is found."
+)
+@click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
+@_shapes
+@_batch
+@_threads
+def tune(model, trials, records, target, inputs, batch, threads):
+    """Search for better kernel parameters for MODEL; `build --records` uses them."""
+    from schedules.target import parse_target
+
+    _check_model(model)
+    cpu = parse_target(target, threads)
+    from compiler import driver
+
+    driver.tune(
+        model,
+        records,
+        trials=trials,
+        target=cpu,
+        inputs=dict(inputs) or None,
+        batch=batch,
+        progress=_progress,
+    )
+    click.echo(f"wrote {records}")
 
 
 def _progress(text: str) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine is and can do: features, caches, cores, measured peaks, and what each family can expect here."""
+"""What this machine is and can do: features, caches, cores, measured peaks, and what each family
+can expect here."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _CPU_DIR = Path("/sys/devices/system/cpu/cpu0")
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured rate (GFLOP/s or GB/s) over `samples` calls: the median, and the best that was seen."""
+    """A measured rate (GFLOP/s or GB/s) over `samples` calls: the median, and the best that was
+    seen."""
 
     median: float
     best: float
@@ -36,7 +38,8 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Hardware:
-    """`caches` in bytes by level as one core sees them; `governor` and `cpu` empty where the system does not tell."""
+    """`caches` in bytes by level as one core sees them; `governor` and `cpu` empty where the system
+    does not tell."""
 
     cpu: str
     arch: str
@@ -115,7 +118,8 @@ def expectations(target: CpuTarget) -> tuple[Expectation, ...]:
 
 @functools.cache
 def measure_peak(target: CpuTarget, seconds: float = 0.5) -> Rate:
-    """Multiply-add rate in GFLOP/s (2 per FMA) of `target.threads` threads that never leave registers."""
+    """Multiply-add rate in GFLOP/s (2 per FMA) of `target.threads` threads that never leave
+    registers."""
     from schedules.machine_probes import fma_accumulators, fma_probe
 
     steps = 50_000 if target.lanes > 4 else 10_000
@@ -125,7 +129,8 @@ def measure_peak(target: CpuTarget, seconds: float = 0.5) -> Rate:
 
 @functools.cache
 def measure_bandwidth(target: CpuTarget, seconds: float = 0.5, megabytes: int = 128) -> Rate:
-    """Streaming read rate in GB/s from memory: per thread `megabytes`, which should exceed the last cache."""
+    """Streaming read rate in GB/s from memory: per thread `megabytes`, which should exceed the last
+    cache."""
     from schedules.machine_probes import read_probe
 
     elements = megabytes * (1 << 20) // 4
@@ -134,7 +139,8 @@ def measure_bandwidth(target: CpuTarget, seconds: float = 0.5, megabytes: int = 
 
 
 def _measure(func, target: CpuTarget, count: int, amount: int, seconds: float) -> Rate:
-    """Rate in 1e9 per second of a probe kernel that takes `count` float32 values and does `amount` per call."""
+    """Rate in 1e9 per second of a probe kernel that takes `count` float32 values and does `amount`
+    per call."""
     import numpy as np
     import tvm
 
@@ -145,7 +151,10 @@ def _measure(func, target: CpuTarget, count: int, amount: int, seconds: float) -
         tvm.get_global_func("runtime.config_threadpool")(1, target.threads)
     times = _time(lambda: kernel(x, out), seconds)
     return Rate(
-        amount / statistics.median(times) / 1e9, amount / min(times) / 1e9, len(times), target.threads
+        amount / statistics.median(times) / 1e9,
+        amount / min(times) / 1e9,
+        len(times),
+        target.threads,
     )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is made of: its layers by name, what they cost, and what their weights already are."""
+"""What a model is made of: its layers by name, what they cost, and what their weights already
+are."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from schedules.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One named layer. `flops` counts 2 per multiply-add of the dense operator; `found` is what the families see."""
+    """One named layer. `flops` counts 2 per multiply-add of the dense operator; `found` is what the
+    families see."""
 
     name: str
     operator: str
@@ -31,7 +33,8 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's layers in program order, its other operators by count, and every reason why it cannot be compiled."""
+    """A model's layers in program order, its other operators by count, and every reason why it
+    cannot be compiled."""
 
     model: str
     kind: str
@@ -53,7 +56,9 @@ class Inspection:
     def zeros(self) -> float:
         """Share of all layer weights that are zero."""
         total = self.parameters
-        return sum(layer.zeros * layer.parameters for layer in self.layers) / total if total else 0.0
+        return (
+            sum(layer.zeros * layer.parameters for layer in self.layers) / total if total else 0.0
+        )
 
     def to_json(self) -> dict:
         totals = {"parameters": self.parameters, "flops": self.flops, "zeros": self.zeros}
@@ -63,8 +68,8 @@ class Inspection:
 def inspect_model(source, *, example=None, inputs=None, batch: int | None = None) -> Inspection:
     """Look at a model without compiling it.
 
-    A model with operators Kerf does not support gives an Inspection whose `unsupported` lists them all. Raises
-    ModelError for a file that cannot be read.
+    A model with operators Kerf does not support gives an Inspection whose `unsupported` lists them
+    all. Raises ModelError for a file that cannot be read.
     """
     from compiler.frontend import import_model
 

@@ -4,14 +4,15 @@
     winograd = "auto"                 # or "never"
 
     [[rule]]
-    match = "layer1.*"                # a glob over layer names; the first rule that matches a layer decides
+    match = "layer1.*"                # a glob over layer names; the first that matches decides
     treatment = "sparse"
-    density = 0.1                     # everything else in a rule is a parameter of its treatment
+    density = 0.1                     # everything else is a parameter of the treatment
     grain = "out:4"
-    prune = true                      # let Kerf set weights to zero; without it only zeros already there are used
+    prune = true                      # Kerf may set weights to zero, not only use those there
 
-A layer that no rule matches stays dense. Importing this module does not load TVM: what needs the families (whether a
-treatment exists, what its parameters may be) happens in `validate` and `resolve`.
+A layer that no rule matches stays dense. Importing this module does not load TVM: what needs the
+families (whether a treatment exists, what its parameters may be) happens in `validate` and
+`resolve`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _RULE_KEYS = ("match", "treatment", "prune")
 
 @dataclass(frozen=True)
 class Rule:
-    """`treatment` with `parameters`, as written, for every layer whose name matches the glob `match`."""
+    """`treatment` with `parameters`, as written, for every layer whose name matches the glob
+    `match`."""
 
     match: str
     treatment: str = "dense"
@@ -55,7 +57,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; `winograd="never"` forbids Winograd convolution, whose rounding error is larger, everywhere."""
+    """Ordered rules; `winograd="never"` forbids Winograd convolution, whose rounding error is
+    larger, everywhere."""
 
     name: str
     rules: tuple[Rule, ...] = ()
@@ -109,10 +112,11 @@ def load_recipe(
     prune: bool | None = None,
     winograd: str | None = None,
 ) -> Recipe:
-    """A built-in recipe by name, a TOML file, or a `Recipe` as it is; options given here come from the command line.
+    """A built-in recipe by name, a TOML file, or a `Recipe` as it is; options given here come from
+    the command line.
 
-    `density` and `grain` are parameters of a built-in recipe only; `prune` and `winograd` apply to any. Raises
-    RecipeError, naming file and line.
+    `density` and `grain` are parameters of a built-in recipe only; `prune` and `winograd` apply to
+    any. Raises RecipeError, naming file and line.
     """
     given = {k: v for k, v in (("density", density), ("grain", grain)) if v is not None}
     if isinstance(source, str) and source in BUILT_IN:
@@ -227,7 +231,8 @@ def _parse_rule(table: Mapping, index: int, lines: _Lines) -> Rule:
 
 
 def validate(recipe: Recipe) -> tuple[Treatment, ...]:
-    """The treatment that each rule stands for, its parameters parsed. Raises RecipeError. Loads TVM."""
+    """The treatment that each rule stands for, its parameters parsed. Raises RecipeError. Loads
+    TVM."""
     from passes import families
 
     known = {family.name: family for family in families()}
@@ -271,9 +276,11 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
 
 
 def resolve(recipe: Recipe, layer_names: Iterable[str]) -> dict[str, Treatment]:
-    """Each layer's treatment: that of the first rule whose glob matches its name, dense if none does.
+    """Each layer's treatment: that of the first rule whose glob matches its name, dense if none
+    does.
 
-    Raises RecipeError for what `validate` finds, and for a rule of the user's that matches no layer at all.
+    Raises RecipeError for what `validate` finds, and for a rule of the user's that matches no layer
+    at all.
     """
     names = list(layer_names)
     treatments = validate(recipe)

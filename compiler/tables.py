@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -40,8 +42,9 @@ def inspection(found: Inspection) -> Group:
     outputs = ", ".join(f"{n} {_shape(s)} {d}" for n, s, d in found.outputs)
     others = ", ".join(f"{name} x{count}" for name, count in found.other_operators.items())
     totals = (
-        f"\n{len(found.layers)} layers, {found.parameters:,} weights, {found.flops / 1e9:.3f} GFLOP, "
-        f"{found.zeros:.1%} zeros\ninputs: {inputs}\noutputs: {outputs}\nother operators: {others or 'none'}"
+        f"\n{len(found.layers)} layers, {found.parameters:,} weights, "
+        f"{found.flops / 1e9:.3f} GFLOP, {found.zeros:.1%} zeros"
+        f"\ninputs: {inputs}\noutputs: {outputs}\nother operators: {others or 'none'}"
         "\nunsupported operators: none"
     )
     return Group(table, Text(totals))
@@ -63,12 +66,21 @@ def _shape(shape) -> str:
     return "x".join(str(d) for d in shape) or "scalar"
 
 
-def describe_found(found) -> str:
-    """What the families see in a weight, in words; numbers in three digits."""
-    return ", ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in found.items()
-    )
+def describe_found(found: Mapping[str, object]) -> str:
+    """What the families see in a weight, in words; what says nothing (None, all of it stored) is
+    left out."""
+    parts = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            if any(v != 1 for v in value.values()):
+                parts += [f"{name} {_number(v)}" for name, v in value.items()]
+        elif value is not None and key not in ("zeros", "density"):
+            parts.append(f"{key} {_number(value)}")
+    return ", ".join(parts)
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def hardware(machine: Hardware) -> Group:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that measure the machine itself: multiply-adds that never leave registers, and a streaming read."""
+"""Kernels that measure the machine itself: multiply-adds that never leave registers, and a
+streaming read."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from schedules.target import CpuTarget
 
 
 def fma_accumulators(target: CpuTarget) -> int:
-    """Independent chains: enough to cover latency x issue width (5 x 2 on x86), within the register file."""
+    """Independent chains: enough to cover latency x issue width (5 x 2 on x86), within the register
+    file."""
     return 24 if target.registers >= 32 else 12
 
 
 def fma_probe(target: CpuTarget, steps: int) -> tirx.PrimFunc:
-    """`main(x [1], out [threads * lanes])`: per thread, `steps` times `fma_accumulators` fused multiply-adds.
+    """`main(x [1], out [threads * lanes])`: per thread, `steps` times `fma_accumulators` fused
+    multiply-adds.
 
     Operations per call: threads * steps * accumulators * lanes * 2.
     """
@@ -29,7 +32,8 @@ def fma_probe(target: CpuTarget, steps: int) -> tirx.PrimFunc:
             T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
             with T.parallel(0, target.threads) as thread:
                 acc = T.sblock_alloc_buffer((chains * lanes,), "float32", scope="local")
-                # acc -> acc / 2 + x settles at 2 x: no overflow and no denormals, however many steps.
+                # acc -> acc / 2 + x settles at 2 x: no overflow and no denormals, however many
+                # steps.
                 for k in range(chains):
                     start = T.broadcast(x[0] * T.float32(k), lanes)
                     T.buffer_store(acc, start, [T.ramp(k * lanes, 1, lanes)])
@@ -47,7 +51,8 @@ def fma_probe(target: CpuTarget, steps: int) -> tirx.PrimFunc:
 
 
 def _multiply_add(target: CpuTarget, a, b, c):
-    """a * b + c; fused where the target has the instruction (without it LLVM calls the C library)."""
+    """a * b + c; fused where the target has the instruction (without it LLVM calls the C
+    library)."""
     if target.has("fma") or target.tier == "neon":
         return tirx.call_llvm_pure_intrin(f"float32x{target.lanes}", "llvm.fma", a, b, c)
     return a * b + c

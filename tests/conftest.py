@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures: seeded random numbers, thread limits, golden texts, the targets this CPU can run."""
+"""Shared fixtures: seeded random numbers, thread limits, golden texts, the targets this CPU can
+run."""
 
 from __future__ import annotations
 
 import os
 
-# Before NumPy, TVM or torch are loaded: timings and results of tests must not depend on the number of cores.
+# Before NumPy, TVM or torch are loaded: timings and results of tests must not depend on the number
+# of cores.
 for _variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 

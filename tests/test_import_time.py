@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`import compiler` and `compile-model --help` load neither TVM nor torch, and help comes at once."""
+"""`import compiler` and `compile-model --help` load neither TVM nor torch, and help comes at
+once."""
 
 from __future__ import annotations
 

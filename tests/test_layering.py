@@ -41,7 +41,9 @@ def test_imports_only_go_down(package):
 
 
 def test_the_walk_sees_imports_inside_functions():
-    source = "def f():\n    import passes.layers\n    from compiler import cli\n    from . import x\n"
+    source = (
+        "def f():\n    import passes.layers\n    from compiler import cli\n    from . import x\n"
+    )
     assert imported(source, "schedules") == {"passes", "compiler", "schedules"}
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel by itself: built, installed into an empty environment, used from outside the repository."""
+"""The wheel by itself: built, installed into an empty environment, used from outside the
+repository."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
 
 
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
-    """Its dependencies come from this environment by a .pth file; the package itself must come from the wheel."""
+    """Its dependencies come from this environment by a .pth file; the package itself must come from
+    the wheel."""
     environment = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"

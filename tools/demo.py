@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small CNN on scikit-learn's digits, prune it, export ONNX, and take it through the whole of compile-model.
+"""Train a small CNN on scikit-learn's digits, prune it, export ONNX, and take it through the whole
+of compile-model.
 
 `make demo` runs this. Everything is written below .demo/ (or --directory).
 """
@@ -44,7 +45,8 @@ class Residual(nn.Module):
 
 
 class DigitNet(nn.Module):
-    """A small ResNet: 3x3 and 1x1 convolutions, strides, residual sums; x [N, 1, 16, 16] -> [N, 10]."""
+    """A small ResNet: 3x3 and 1x1 convolutions, strides, residual sums; x [N, 1, 16, 16] -> [N,
+    10]."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +100,8 @@ def apply_masks(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def magnitude_masks(model: nn.Module, density: float, group: int) -> dict[str, torch.Tensor]:
-    """Keep the `density` of groups with the largest norm; a group is `group` neighbouring output channels of one weight.
+    """Keep the `density` of groups with the largest norm; a group is `group` neighbouring output
+    channels of one weight.
 
     The first and the last layer stay whole: they are small and the accuracy depends on them.
     """
@@ -122,14 +125,13 @@ def compiled_accuracy(artifact: Path, images, labels) -> float:
     import compiler
 
     model = compiler.load(artifact)
-    hits = [
-        int(np.argmax(model(x[None].numpy())[0])) == int(y) for x, y in zip(images, labels)
-    ]
+    hits = [int(np.argmax(model(x[None].numpy())[0])) == int(y) for x, y in zip(images, labels)]
     return float(np.mean(hits))
 
 
 def export(model: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """ONNX in one file. The exporter's notes about packages it could use are kept off the screen."""
+    """ONNX in one file. The exporter's notes about packages it could use are kept off the
+    screen."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -155,7 +157,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path(".demo"))
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--group", type=int, default=4, help="output channels pruned together: 1, 4, 8, 16")
+    parser.add_argument(
+        "--group", type=int, default=4, help="output channels pruned together: 1, 4, 8, 16"
+    )
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -165,10 +169,12 @@ def main() -> int:
     x, y, test_x, test_y = digits()
     model = DigitNet().to(memory_format=torch.channels_last)
     train(model, x, y, epochs=options.epochs, rate=4e-3, masks={})
-    print(f"trained in {time.perf_counter() - start:.0f} s: {accuracy(model, test_x, test_y):.1%} right")
+    right = accuracy(model, test_x, test_y)
+    print(f"trained in {time.perf_counter() - start:.0f} s: {right:.1%} right")
     masks = magnitude_masks(model, options.density, options.group)
     apply_masks(model, masks)
-    print(f"pruned to {options.density:.0%} of the weights: {accuracy(model, test_x, test_y):.1%} right")
+    right = accuracy(model, test_x, test_y)
+    print(f"pruned to {options.density:.0%} of the weights: {right:.1%} right")
     train(model, x, y, epochs=options.epochs, rate=2e-3, masks=masks)
     print(f"fine-tuned: {accuracy(model, test_x, test_y):.1%} right")
 
@@ -179,7 +185,8 @@ def main() -> int:
     command("verify", str(artifact))
     command("bench", str(artifact), "--duration", "5", "--against", "onnxruntime")
     right = compiled_accuracy(artifact, test_x, test_y)
-    print(f"\nthe compiled sparse model: {right:.1%} right; the demo took {time.perf_counter() - start:.0f} s")
+    print(f"\nthe compiled sparse model: {right:.1%} right")
+    print(f"the demo took {time.perf_counter() - start:.0f} s")
     return 0
 
 

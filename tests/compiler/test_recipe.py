@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: parsing, messages that name the line, first match wins, parameters checked by the families."""
+"""Recipes: parsing, messages that name the line, first match wins, parameters checked by the
+families."""
 
 from __future__ import annotations
 

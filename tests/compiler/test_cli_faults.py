@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input at the command line: one clear line on standard error, the right exit code, nothing
+half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from compiler.cli import main
+from schedules.errors import ScheduleError, UnsupportedModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch):
+    """`fails(code, *arguments)`: run in `tmp_path`; check code, one line, no new file; return the
+    line."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(code, *arguments):
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+        lines = result.stderr.splitlines()
+        messages = [line for line in lines if not line.startswith("[")]  # progress is no message
+        assert len(messages) == 1, lines
+        assert messages[0].startswith("compile-model")
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+        return messages[0]
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def small_onnx(tmp_path_factory) -> Path:
+    """x [1, 8] -> relu(x @ w) [1, 4]"""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    w = np.arange(32, dtype="float32").reshape(8, 4) - 15.5
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], "fc"),
+            helper.make_node("Relu", ["h"], ["y"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(w, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["inspect", "build"])
+def test_a_missing_model(fails, command):
+    extra = ["-o", "out"] if command == "build" else []
+    assert "nothing.onnx: no such file" in fails(2, command, "nothing.onnx", *extra)
+
+
+def test_a_truncated_model(fails, tmp_path, small_onnx):
+    (tmp_path / "cut.onnx").write_bytes(small_onnx.read_bytes()[:-20])
+    assert "cut.onnx" in fails(2, "build", "cut.onnx", "-o", "out")
+
+
+def test_a_file_that_is_no_model(fails, tmp_path):
+    (tmp_path / "text.onnx").write_text("not a model\n")
+    (tmp_path / "model.txt").write_text("not a model\n")
+    assert "text.onnx" in fails(2, "inspect", "text.onnx")
+    assert "model.txt" in fails(2, "inspect", "model.txt")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--input", "x=1x0x3"], "'x=1x0x3' is not NAME=DxDxD"),
+        (["--input", "1x3"], "'1x3' is not NAME=DxDxD"),
+        (["--input", "x=axb"], "'x=axb' is not NAME=DxDxD"),
+        (["--batch", "0"], "0 is not in the range"),
+        (["--threads", "0"], "0 is not in the range"),
+        (["--threads", "two"], "'two' is not a valid integer"),
+        (["--target", "pentium"], "--target: unknown target"),
+        (["--target", '{"arch"'], "--target: malformed JSON"),
+        (["--target", '{"colour": 1}'], "--target: unknown key"),
+        (["--recipe", "missing.toml"], "missing.toml: no such recipe"),
+        (["--recipe", "dense", "--density", "0.5"], "--density: the recipe 'dense' takes no"),
+        (["--recipe", "sparse", "--density", "0"], "--density: density"),
+        (["--recipe", "sparse", "--density", "1.01"], "--density: density"),
+        (["--recipe", "sparse", "--density", "nan"], "--density: density"),
+        (["--recipe", "sparse", "--grain", "out:3"], "--grain: grain"),
+        (["--recipe", "sparse", "--prune"], "--prune: pruning needs to know the density"),
+        (["--winograd", "sometimes"], "'sometimes' is not one of"),
+        (["--json", "nowhere/report.json"], "no such directory"),
+        (["--json", "/"], "is a directory"),
+        (["--nonsense"], "No such option"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option(fails, small_onnx, arguments, said):
+    assert said in fails(2, "build", small_onnx, "-o", "out", *arguments)
+
+
+def test_build_without_an_output(fails, small_onnx):
+    assert "Missing option" in fails(2, "build", small_onnx)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            "[[rule]]\nmatch = 'fc'\ntreatment = 'sparse'\nsize = 3\n",
+            "r.toml:4: unknown key 'size'",
+        ),
+        ("[[rule]]\nmatch = 'gone.*'\ntreatment = 'sparse'\n", "r.toml:2: match: matches no layer"),
+        ("[[rule]]\nmatch = '*'\ntreatment = 'sparse'\ndensity = 7\n", "r.toml:4: density: "),
+        ("[[rule]\n", "r.toml:1: malformed TOML"),
+    ],
+)
+def test_a_bad_recipe(fails, small_onnx, tmp_path, text, said):
+    (tmp_path / "r.toml").write_text(text)
+    assert said in fails(2, "build", small_onnx, "-o", "out", "--recipe", "r.toml")
+
+
+def test_an_existing_output_without_force(fails, small_onnx, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert "out: exists already" in fails(2, "build", small_onnx, "-o", "out")
+    assert "not an artifact" in fails(2, "build", small_onnx, "-o", "out", "--force")
+
+
+def test_an_output_whose_parent_is_missing(fails, small_onnx):
+    assert "does not exist" in fails(2, "build", small_onnx, "-o", "a/b/out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_output(fails, small_onnx, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "not writable" in fails(2, "build", small_onnx, "-o", "locked/out")
+
+
+def test_a_full_disk_while_the_json_is_written(fails):
+    assert "No space left on device" in fails(2, "hardware", "--no-measure", "--json", "/dev/full")
+
+
+def test_no_linker(fails, small_onnx, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "no C++ compiler" in fails(2, "build", small_onnx, "-o", "out")
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.zeros((4, 64), "float32"))
+    return path
+
+
+def run_line(artifact, arrays, output="y.npz"):
+    return ["run", artifact, "--input", arrays, "--output", output]
+
+
+def test_an_artifact_that_is_none(fails, arrays, tmp_path):
+    assert "no such directory" in fails(2, *run_line("gone", arrays))
+    (tmp_path / "empty").mkdir()
+    assert "missing" in fails(2, *run_line("empty", arrays))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "dense.so"])
+def test_an_artifact_with_a_changed_byte(fails, arrays, tiny_artifact, tmp_path, name):
+    copy = tmp_path / "changed"
+    shutil.copytree(tiny_artifact.path, copy)
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    line = fails(2, *run_line(copy, arrays))
+    assert name in line and "changed since it was built" in line
+
+
+def test_an_artifact_for_another_processor(fails, arrays, write_tiny, tiny, tmp_path):
+    from dataclasses import replace
+
+    alien = replace(tiny.target, features=(*tiny.target.features, "avx512bf16", "sve"))
+    write_tiny(tmp_path / "alien", target=alien)
+    line = fails(2, *run_line(tmp_path / "alien", arrays))
+    assert "built for CPU features this machine lacks" in line and "sve" in line
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"z": np.zeros((4, 64), "float32")}, "unknown input 'z'"),
+        ({}, "missing input 'x'"),
+        ({"x": np.zeros((4, 63), "float32")}, "wrong shape"),
+        ({"x": np.zeros((4, 64), "float64")}, "wrong dtype"),
+    ],
+)
+def test_wrong_arrays(fails, tiny_artifact, tmp_path, given, said):
+    np.savez(tmp_path / "x.npz", **given)
+    assert said in fails(2, *run_line(tiny_artifact.path, "x.npz"))
+
+
+def test_files_that_are_no_arrays(fails, tiny_artifact, tmp_path):
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "pickled.npz", x=np.array([{}], dtype=object))
+    for name in ("text.npz", "empty.npz", "pickled.npz"):
+        assert f"{name}: not a readable .npz" in fails(2, *run_line(tiny_artifact.path, name))
+    assert "without a name" in fails(2, *run_line(tiny_artifact.path, "one.npy"))
+    assert "gone.npz: no such file" in fails(2, *run_line(tiny_artifact.path, "gone.npz"))
+
+
+def test_an_output_that_cannot_be_written(fails, tiny_artifact, arrays, tmp_path):
+    assert "no such directory" in fails(2, *run_line(tiny_artifact.path, arrays, "no/y.npz"))
+    assert "is a directory" in fails(2, *run_line(tiny_artifact.path, arrays, "."))
+    assert "No space left" in fails(2, *run_line(tiny_artifact.path, arrays, "/dev/full"))
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UnsupportedModel("two operators\nand more"), 3, "two operators and more"),
+        (ScheduleError("no kernel"), 4, "no kernel"),
+        (KeyError("x"), 4, "this is a bug in Kerf: KeyError: 'x'"),
+        (RuntimeError("line one\nline two"), 4, "line one line two (--debug shows where)"),
+        (RecursionError(), 4, "this is a bug in Kerf: RecursionError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
+        (OSError(28, "No space left on device"), 2, "No space left"),
+        (MemoryError(), 2, "out of memory"),
+    ],
+)
+def test_every_kind_of_failure_is_one_line(fails, monkeypatch, error, code, said):
+    def fail():
+        raise error
+
+    monkeypatch.setitem(main.commands, "fail", click.Command("fail", callback=fail))
+    assert said in fails(code, "fail")
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    def fail():
+        raise RuntimeError("deep down")
+
+    monkeypatch.setitem(main.commands, "fail", click.Command("fail", callback=fail))
+    for arguments in (["--debug", "fail"], ["fail", "--debug"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 4
+        assert "Traceback" in result.stderr and "in fail" in result.stderr
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.6, 3.0, 8.0])
+def test_ctrl_c_in_any_phase(small_onnx, tmp_path, after_s):
+    line = [sys.executable, "-m", "compiler.cli", "build", str(small_onnx), "-o", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    left = [p.name for p in tmp_path.iterdir()]
+    if process.returncode == 0:  # it was faster than the signal: then the artifact is whole
+        assert left == ["out"]
+        return
+    assert process.returncode in (130, -signal.SIGINT), errors
+    assert left == []
+    if process.returncode == 130:
+        assert errors.splitlines()[-1] == "compile-model: interrupted; nothing was written"
