@@ -74,10 +74,13 @@ class CompiledVariant:
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """Inputs and what the original framework computed for them, in the model's order."""
+    """Inputs, what the original framework computed for them, and what each variant's graph gives in
+    float64 (`exact`) and plain float32, by variant; all in the model's order."""
 
     inputs: Sequence[np.ndarray]
     outputs: Sequence[np.ndarray]
+    exact: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    float32: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -304,14 +307,18 @@ def read_references(artifact: Artifact) -> list[ReferenceRun]:
     if REFERENCE not in artifact.manifest["files"]:
         return []
     tensors = read_tensors(artifact.path / REFERENCE)
+    inputs, outputs = range(len(artifact.inputs)), range(len(artifact.outputs))
     runs = []
     while f"{len(runs)}.output.0" in tensors:
         i = len(runs)
+        names = [v for v in artifact.variants if f"{i}.exact.{v}.0" in tensors]
         try:
             runs.append(
                 ReferenceRun(
-                    [tensors[f"{i}.input.{j}"] for j in range(len(artifact.inputs))],
-                    [tensors[f"{i}.output.{j}"] for j in range(len(artifact.outputs))],
+                    [tensors[f"{i}.input.{j}"] for j in inputs],
+                    [tensors[f"{i}.output.{j}"] for j in outputs],
+                    {v: [tensors[f"{i}.exact.{v}.{j}"] for j in outputs] for v in names},
+                    {v: [tensors[f"{i}.float32.{v}.{j}"] for j in outputs] for v in names},
                 )
             )
         except KeyError as error:

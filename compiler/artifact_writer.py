@@ -107,7 +107,7 @@ def write_artifact(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "versions": versions(),
-            "source": dict(source or {}),
+            "source": _describe_source(source or {}),
             "recipe": recipe,
             "target": target.to_json(),
             "linker": linker.name if linker else "",
@@ -218,6 +218,9 @@ def _write_reference(path: Path, references: Sequence[ReferenceRun]) -> None:
     for i, run in enumerate(references):
         tensors |= {f"{i}.input.{j}": a for j, a in enumerate(run.inputs)}
         tensors |= {f"{i}.output.{j}": a for j, a in enumerate(run.outputs)}
+        for kind, by_variant in (("exact", run.exact), ("float32", run.float32)):
+            for name, arrays in by_variant.items():
+                tensors |= {f"{i}.{kind}.{name}.{j}": a for j, a in enumerate(arrays)}
     _save_tensors(path, tensors)
 
 
@@ -251,6 +254,14 @@ def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Pat
 
 def _file_entry(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _describe_source(source: Mapping) -> dict:
+    """`source`, and the sha256 of the file it names."""
+    path = source.get("path")
+    if not path or not Path(path).is_file():
+        return dict(source)
+    return {**source, "path": os.path.abspath(path), "sha256": sha256_of(Path(path))}
 
 
 def _write_manifest(directory: Path, manifest: Mapping) -> None:

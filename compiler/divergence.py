@@ -19,8 +19,8 @@ import tvm
 from tvm import tirx
 
 from compiler.artifact import KernelCall
+from compiler.comparison import AMPLIFICATION, SLACK, UNIT, difference, magnitude
 from compiler.runtime import LoadedModel
-from compiler.verify import AMPLIFICATION, SLACK, UNIT, difference, magnitude
 from schedules.fused import leaf_blocks
 
 
@@ -114,7 +114,7 @@ class _Definitions:
 
     @staticmethod
     def _tolerance(call: KernelCall | None, wanted: np.ndarray, loops: str) -> float:
-        """As in compiler.verify, for one layer: sums of K terms in another order. Both sides
+        """As in compiler.comparison, for one layer: sums of K terms in another order. Both sides
         round."""
         if wanted.dtype.kind != "f":
             return 0.0

@@ -1,237 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the compiled model the model? Two questions, kept apart.
+"""Verify what was just compiled, and what was built earlier; what to compare with comes from here.
 
-(a) Do the kernels compute what the graph says? Each variant against the float64 evaluation of its
-own graph, pruned or
-    not, with a tolerance derived from rounding. This must hold: VerificationError stops a build.
-(b) How far is each variant from the original model in its own framework? Reported, not judged: a
-pruned network is
-    another network, and how different it may be is for its user to say.
-
-Tolerance of (a), per output, on the largest difference: the larger of
-
-    8 E          E: what float32 rounding alone does, the largest difference between a float32
-                 evaluation of the same graph (the original framework's, where the graph is the
-                 original's) and the float64 one
-    s u n^(1/2)  s: largest magnitude of the output; u = 2^-23; n = sum over layers of a^2 K, with
-                 K the length of the layer's sums: the rounding errors of K terms add up like a
-                 random walk, and so do those of the layers. a = 1, but 32 for Winograd, whose
-                 transforms for F(4x4, 3x3) amplify the error of a product by that much
-
-Integer outputs must be equal wherever the float32 evaluation agrees with the float64 one.
+A build is compared on seeded inputs; those, the original framework's outputs and the evaluations of
+the graphs are kept in the artifact, so that it can be verified again without the original model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compiler.artifact import KernelCall
-from schedules.errors import VerificationError
+from compiler.artifact import Artifact, CompiledVariant, ReferenceRun, read_references
+from compiler.comparison import (
+    Verification,
+    as_arrays,
+    check_graph,
+    check_kernels,
+    compare,
+    require_passed,
+    rounding_terms,
+    verify,
+)
+from compiler.divergence import find_first_divergence
+from compiler.runtime import LoadedModel, from_variant, load_variants
+from compiler.samples import index_ranges, sample_inputs
+from schedules.errors import UserError, VerificationError
+from schedules.target import CpuTarget
 
-Arrays = Sequence[np.ndarray]
-UNIT = 2.0**-23
-SLACK = 8.0
-AMPLIFICATION = {"winograd": 32.0}
+if TYPE_CHECKING:
+    import tvm
 
+    from compiler.driver import Graphs
+    from compiler.frontend import Imported, TensorSpec
 
-@dataclass(frozen=True)
-class Comparison:
-    """Outputs against wanted ones, over all runs and outputs.
-
-    `max_abs` largest difference, infinite where only one of the two is finite; `max_rel` the same
-    over the largest magnitude wanted of that output; `cosine` the smallest over runs;
-    `top1_agreement` share of rows (last axis) whose largest entry is at the same place, None if
-    no output has rows of at least two.
-    """
-
-    max_abs: float
-    max_rel: float
-    cosine: float
-    top1_agreement: float | None
-
-    def to_json(self) -> dict:
-        return {k: _finite(v) for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class KernelCheck:
-    """Question (a) for one variant. `float32_error` is E and `bound` the second term, both of the
-    worst output."""
-
-    max_abs: float
-    max_rel: float
-    tolerance: float
-    float32_error: float
-    bound: float
-    winograd_kernels: int
-    passed: bool
-
-    def to_json(self) -> dict:
-        return {k: _finite(v) for k, v in asdict(self).items()}
+RUNS = 2
+SEED = 0
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What the manifest and the report say of a build: by variant, the answers to both
-    questions."""
-
-    runs: int
-    kernels: Mapping[str, KernelCheck]
-    original: Mapping[str, Comparison]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.kernels.values())
-
-    @property
-    def delivered(self) -> str:
-        return "compressed" if "compressed" in self.original else "dense"
-
-    def to_json(self) -> dict:
-        """See docs/report.md; the top level repeats the delivered variant against the original
-        model."""
-        return {
-            "passed": self.passed,
-            "runs": self.runs,
-            "variant": self.delivered,
-            **(self.original[self.delivered].to_json() if self.original else {}),
-            "kernels": {name: check.to_json() for name, check in self.kernels.items()},
-            "original": {name: found.to_json() for name, found in self.original.items()},
-        }
+def random_inputs(
+    specs: Sequence[TensorSpec], seed: int = SEED, ranges: Mapping[str, int] | None = None
+) -> list[np.ndarray]:
+    """One input per spec, in order; see `compiler.samples.sample_inputs`."""
+    return sample_inputs(specs, seed=seed, runs=1, ranges=ranges)[0]
 
 
-def _finite(value):
-    """JSON has no infinity; the largest float64 stands for it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return float(np.finfo("float64").max)
-    return value
-
-
-def difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest absolute difference; infinite if the shapes, the NaNs or the infinities are not the
-    same."""
-    if found.shape != wanted.shape:
-        return math.inf
-    a, b = found.astype("float64"), wanted.astype("float64")
-    finite = np.isfinite(a) & np.isfinite(b)
-    same = finite | (a == b) | (np.isnan(a) & np.isnan(b))
-    if not same.all():
-        return math.inf
-    return float(np.abs(a[finite] - b[finite]).max(initial=0.0))
-
-
-def magnitude(array: np.ndarray) -> float:
-    """Largest finite absolute value."""
-    values = array.astype("float64")
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
-
-
-def compare(found: Sequence[Arrays], wanted: Sequence[Arrays]) -> Comparison:
-    """Runs of outputs against runs of wanted outputs."""
-    pairs = [(f, w) for fs, ws in zip(found, wanted) for f, w in zip(fs, ws)]
-    if not pairs or any(len(fs) != len(ws) for fs, ws in zip(found, wanted)):
-        raise VerificationError("the number of outputs differs")
-    errors = [difference(f, w) for f, w in pairs]
-    relative = [e / m if (m := magnitude(w)) else e for e, (_, w) in zip(errors, pairs)]
-    rows = [r for f, w in pairs if (r := _top1(f, w)) is not None]
-    agree = float(np.concatenate(rows).mean()) if rows else None
-    return Comparison(max(errors), max(relative), min(_cosine(f, w) for f, w in pairs), agree)
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    if a.shape != b.shape:
-        return math.nan
-    a, b = (np.nan_to_num(v.astype("float64").ravel(), posinf=0, neginf=0) for v in (a, b))
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if norms == 0.0:
-        return 1.0 if np.array_equal(a, b) else 0.0
-    return float(np.clip(a @ b / norms, -1, 1))
-
-
-def _top1(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-    if a.ndim < 2 or a.shape[-1] < 2 or a.shape != b.shape or a.dtype.kind != "f":
-        return None
-    return (a.argmax(-1) == b.argmax(-1)).ravel()
-
-
-def rounding_terms(lengths: Mapping[str, int], kernels: Sequence[KernelCall]) -> float:
-    """`n` of the module's docstring: sum over layers of a^2 K, for K by layer name and the
-    kernels that compute them."""
-    factor = {layer: AMPLIFICATION.get(k.loops, 1.0) for k in kernels for layer in k.layers}
-    return sum(factor.get(layer, 1.0) ** 2 * length for layer, length in lengths.items()) or 1.0
-
-
-def check_kernels(
-    found: Sequence[Arrays],
-    exact: Sequence[Arrays],
-    float32: Sequence[Arrays],
-    terms: float,
-    kernels: Sequence[KernelCall] = (),
-) -> KernelCheck:
-    """Question (a): `found` by the kernels, `exact` in float64, `float32` by plain float32."""
-    rows = []
-    for fs, es, ps in zip(found, exact, float32, strict=True):
-        for f, e, p in zip(fs, es, ps, strict=True):
-            scale, plain = magnitude(e), difference(p, e)
-            # If float32 is not even finite where float64 is, it says nothing about rounding.
-            plain = plain if math.isfinite(plain) else 0.0
-            bound = scale * UNIT * math.sqrt(terms) if e.dtype.kind == "f" else 0.0
-            error, tolerance = difference(f, e), max(SLACK * plain, bound)
-            relative = error / scale if scale else error
-            rows.append((error, relative, tolerance, plain, bound, error <= tolerance))
-    # The worst is the one closest to, or furthest over, its tolerance.
-    worst = max(rows, key=lambda r: (not r[5], r[0] / r[2] if r[2] else r[0]))
-    winograd = sum(k.loops == "winograd" for k in kernels)
-    return KernelCheck(*worst[:5], winograd, all(r[5] for r in rows))
-
-
-def verify(
-    run: Mapping[str, Callable[..., Any]],
-    inputs: Sequence[Arrays],
-    *,
-    exact: Mapping[str, Sequence[Arrays]],
-    float32: Mapping[str, Sequence[Arrays]],
-    original: Sequence[Arrays],
-    lengths: Mapping[str, int],
-    kernels: Mapping[str, Sequence[KernelCall]],
+def verify_build(
+    variants: Sequence[CompiledVariant],
+    imported: Imported,
+    graphs: Graphs,
+    target: CpuTarget,
+    threads: int = 1,
 ) -> Verification:
-    """Both questions for every variant in `run`, callables on arrays such as `LoadedModel`.
+    """Verify compiled variants: "dense" computes `graphs.original`, any other `graphs.pruned`.
 
-    `exact` and `float32` are evaluations of each variant's graph on `inputs`, `original` the
-    original framework's outputs; `lengths` the length of each layer's sums. Nothing is raised:
-    see `require_passed`.
+    Raises VerificationError naming the first diverging kernel. For a target that this machine
+    cannot run, only the graph is compared with the original model.
     """
-    checks, distances = {}, {}
-    for name, call in run.items():
-        found = [as_arrays(call(*arrays)) for arrays in inputs]
-        terms = rounding_terms(lengths, kernels.get(name, ()))
-        checks[name] = check_kernels(
-            found, exact[name], float32[name], terms, kernels.get(name, ())
+    inputs = sample_inputs(imported.inputs, seed=SEED, runs=RUNS, ranges=index_ranges(imported.mod))
+    by_name = {v.name: graphs.original if v.name == "dense" else graphs.pruned for v in variants}
+    references = evaluate_references(inputs, imported, by_name)
+    lengths = sum_lengths(graphs.original)
+    if target.missing_on_host():
+        found = Verification(RUNS, {}, {}, check_graph(references, lengths), references)
+        require_passed(found)
+        return found
+    models = {
+        v.name: from_variant(v, imported.inputs, imported.outputs, target, threads)
+        for v in variants
+    }
+    found = verify(
+        models, references, lengths=lengths, kernels={v.name: v.kernels for v in variants}
+    )
+    definitions = {v.name: v.unscheduled for v in variants}
+
+    def culprit(name: str) -> str:
+        diverging = find_first_divergence(models[name], definitions[name], inputs[0])
+        return str(diverging or "every kernel agrees with its definition: an earlier pass is wrong")
+
+    require_passed(found, culprit)
+    return found
+
+
+def evaluate_references(
+    inputs: Sequence[Sequence[np.ndarray]], imported: Imported, graphs: Mapping[str, tvm.IRModule]
+) -> list[ReferenceRun]:
+    """What the original framework and numpy, in both precisions, make of `inputs`."""
+    from passes import families
+    from passes.evaluate import evaluate
+
+    families_own = {name: f for family in families() for name, f in family.references.items()}
+    references = []
+    for arrays in inputs:
+        known: dict[int, dict[str, list[np.ndarray]]] = {}  # variants may share one graph
+        for graph in graphs.values():
+            if id(graph) not in known:
+                known[id(graph)] = {
+                    dtype: evaluate(graph, arrays, dtype=dtype, references=families_own)
+                    for dtype in ("float64", "float32")
+                }
+        exact, float32 = (
+            {name: known[id(graph)][dtype] for name, graph in graphs.items()}
+            for dtype in ("float64", "float32")
         )
-        distances[name] = compare(found, original)
-    return Verification(len(inputs), checks, distances)
+        outputs = [np.asarray(o) for o in imported.reference(arrays)]
+        references.append(ReferenceRun(arrays, outputs, exact, float32))
+    return references
 
 
-def as_arrays(result: Any) -> list[np.ndarray]:
-    """A model's result, one array or several, as a list."""
-    return [np.asarray(r) for r in (result if isinstance(result, (tuple, list)) else (result,))]
+def sum_lengths(mod: tvm.IRModule) -> dict[str, int]:
+    """The number of terms in the sums of each named layer."""
+    from passes.treat_layers import layers_of
+
+    return {layer.name: math.prod(layer.weight.shape[1:]) for layer in layers_of(mod)}
 
 
-def require_passed(found: Verification, culprit: Callable[[str], str] | None = None) -> None:
-    """Raise VerificationError for the first variant that failed; `culprit(variant)` names the
-    layer that diverges."""
-    for name, check in found.kernels.items():
-        if check.passed:
-            continue
-        raise VerificationError(
-            f"the {name} variant does not compute what its graph says",
-            where=culprit(name) if culprit else "",
-            found=f"a difference of {check.max_abs:.3g} ({check.max_rel:.3g} of the largest value)",
-            wanted=f"at most {check.tolerance:.3g}",
-            todo="This is a bug in Kerf; leaving the layer dense in the recipe may avoid it",
+def verify_artifact(
+    artifact: Artifact, inputs: Mapping[str, np.ndarray] | None = None
+) -> Verification:
+    """Verify an artifact: on the inputs it was built with, or on `inputs` by name.
+
+    The latter asks the original model, whose file must be where it was. Raises VerificationError,
+    and UserError if there is nothing to compare with.
+    """
+    models = load_variants(artifact, list(artifact.variants), artifact.target.threads)
+    rows = [r for r in artifact.layers if r.get("weight_shape")]
+    lengths = {r["name"]: math.prod(r["weight_shape"][1:]) for r in rows}
+    kernels = {name: info.kernels for name, info in artifact.variants.items()}
+    if inputs is None:
+        references = read_references(artifact)
+        if not references:
+            raise UserError(
+                "holds no reference outputs", where=str(artifact.path), todo="Give --input"
+            )
+        found = verify(models, references, lengths=lengths, kernels=kernels)
+    else:
+        found = _verify_on(artifact, models, inputs, lengths, kernels)
+    require_passed(found)
+    return found
+
+
+def _verify_on(
+    artifact: Artifact, models: Mapping[str, LoadedModel], inputs: Mapping, lengths, kernels
+) -> Verification:
+    """Variants against the original framework on given inputs.
+
+    There is no float64 evaluation here: a variant of the same weights may differ from the original
+    by the rounding of both, so by twice the bound, or as much as they differed when it was built.
+    """
+    found = {name: [list(model.run(inputs).values())] for name, model in models.items()}
+    arrays = [np.asarray(inputs[spec.name]) for spec in artifact.inputs]
+    original = [as_arrays(original_model(artifact).reference(arrays))]
+    pruned = any(row.get("pruned") for row in artifact.layers)
+    checks = {}
+    for name, outputs in found.items():
+        if name == "dense" or not pruned:
+            terms = 4 * rounding_terms(lengths, kernels[name])
+            checks[name] = check_kernels(outputs, original, original, terms, kernels[name])
+    return Verification(1, checks, {name: compare(o, original) for name, o in found.items()})
+
+
+def original_model(artifact: Artifact) -> Imported:
+    """The model an artifact was built from, imported again; UserError if it is not there
+    unchanged."""
+    from compiler.frontend import import_model
+
+    source = artifact.manifest.get("source", {})
+    path = source.get("path")
+    if not path or not Path(path).is_file():
+        raise UserError(
+            "the original model is not there to compare with",
+            where=str(artifact.path),
+            found=path or "built from a module in memory",
+            todo="Without --input the answers stored at build time are used",
         )
+    digest = source.get("sha256")
+    if digest and hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest:
+        raise UserError("the original model was changed since the build", where=str(path))
+    shapes = {spec.name: spec.shape for spec in artifact.inputs}
+    imported = import_model(path, inputs=shapes)
+    if [s.shape for s in imported.inputs] != list(shapes.values()):
+        raise VerificationError("the original model now has other inputs", where=str(path))
+    return imported

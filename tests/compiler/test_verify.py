@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from compiler.artifact import KernelCall
-from compiler.divergence import find_first_divergence, written_parameters
-from compiler.frontend import TensorSpec
-from compiler.runtime import from_variant
-from compiler.samples import index_ranges, sample_inputs
-from compiler.verify import (
+from compiler import verify as verification
+from compiler.artifact import KernelCall, ReferenceRun, open_artifact
+from compiler.comparison import (
     UNIT,
     Verification,
+    check_graph,
     check_kernels,
     compare,
     difference,
@@ -21,7 +21,12 @@ from compiler.verify import (
     rounding_terms,
     verify,
 )
-from schedules.errors import VerificationError
+from compiler.divergence import find_first_divergence, written_parameters
+from compiler.frontend import TensorSpec
+from compiler.runtime import from_variant
+from compiler.samples import index_ranges, sample_inputs
+from compiler.verify import random_inputs, verify_artifact
+from schedules.errors import UserError, VerificationError
 
 NAN, INF = math.nan, math.inf
 
@@ -138,30 +143,36 @@ def test_winograd_widens_the_bound_of_its_own_layers_only():
 
 
 @pytest.fixture
-def answers(tiny):
-    inputs = sample_inputs(tiny.inputs, runs=3)
-    exact, plain = {}, {}
-    for name, (w1, w2) in tiny.weights.items():
-        exact[name] = [[tiny.expected(name, x)] for (x,) in inputs]
-        plain[name] = [[np.maximum(x @ w1, 0) @ w2] for (x,) in inputs]
-    return inputs, exact, plain
+def references(tiny):
+    def plain(name, x):
+        w1, w2 = tiny.weights[name]
+        return np.maximum(x @ w1, 0) @ w2
+
+    return [
+        ReferenceRun(
+            [x],
+            [plain("dense", x)],
+            {name: [tiny.expected(name, x)] for name in tiny.weights},
+            {name: [plain(name, x)] for name in tiny.weights},
+        )
+        for (x,) in sample_inputs(tiny.inputs, runs=3)
+    ]
 
 
-def verified(tiny, answers, variants) -> Verification:
-    inputs, exact, plain = answers
+LENGTHS = {"fc1": 64, "fc2": 32}
+
+
+def verified(tiny, references, variants) -> Verification:
     return verify(
         {v.name: from_variant(v, tiny.inputs, tiny.outputs, tiny.target) for v in variants},
-        inputs,
-        exact=exact,
-        float32=plain,
-        original=plain["dense"],
-        lengths={"fc1": 64, "fc2": 32},
+        references,
+        lengths=LENGTHS,
         kernels={v.name: v.kernels for v in variants},
     )
 
 
-def test_both_questions_are_answered_and_kept_apart(tiny, answers):
-    found = verified(tiny, answers, tiny.variants)
+def test_both_questions_are_answered_and_kept_apart(tiny, references):
+    found = verified(tiny, references, tiny.variants)
     require_passed(found)
     assert found.passed and found.runs == 3
     for check in found.kernels.values():
@@ -175,14 +186,14 @@ def test_both_questions_are_answered_and_kept_apart(tiny, answers):
     assert top["max_abs"] == found.original["compressed"].max_abs
 
 
-def test_a_wrong_kernel_stops_the_build_and_is_named(tiny, compile_tiny, answers):
+def test_a_wrong_kernel_stops_the_build_and_is_named(tiny, compile_tiny, references):
     wrong = compile_tiny("dense", *tiny.weights["dense"], tiny.target, wrong=True)
-    found = verified(tiny, answers, [wrong])
+    found = verified(tiny, references, [wrong])
     assert not found.passed
     model = from_variant(wrong, tiny.inputs, tiny.outputs, tiny.target)
 
     def culprit(_variant):
-        return str(find_first_divergence(model, wrong.unscheduled, answers[0][0]))
+        return str(find_first_divergence(model, wrong.unscheduled, references[0].inputs))
 
     with pytest.raises(
         VerificationError,
@@ -191,12 +202,24 @@ def test_a_wrong_kernel_stops_the_build_and_is_named(tiny, compile_tiny, answers
         require_passed(found, culprit)
 
 
-def test_no_divergence_where_there_is_none(tiny, answers):
+def test_a_wrong_import_does_not_pass_as_rounding(tiny, references):
+    """Kernels that compute a wrongly imported graph exactly must not be let through by a wide
+    tolerance."""
+    moved = [dataclasses.replace(r, outputs=[r.outputs[0] + np.float32(0.01)]) for r in references]
+    assert check_graph(references, LENGTHS).passed
+    assert not check_graph(moved, LENGTHS).passed
+    found = verified(tiny, moved, tiny.variants)
+    assert all(check.passed for check in found.kernels.values()) and not found.passed
+    with pytest.raises(VerificationError, match="the imported graph is not the model"):
+        require_passed(found)
+
+
+def test_no_divergence_where_there_is_none(tiny, references):
     for variant in tiny.variants:
         model = from_variant(variant, tiny.inputs, tiny.outputs, tiny.target)
-        assert find_first_divergence(model, variant.unscheduled, answers[0][0]) is None
+        assert find_first_divergence(model, variant.unscheduled, references[0].inputs) is None
         np.testing.assert_allclose(
-            model(*answers[0][0]), answers[1][variant.name][0][0], rtol=1e-4, atol=1e-4
+            model(*references[0].inputs), references[0].exact[variant.name][0], rtol=1e-4, atol=1e-4
         )
 
 
@@ -206,7 +229,7 @@ def test_written_parameters_are_the_outputs(tiny):
         assert written_parameters(mod[kernel.function]) == [False, False, True]
 
 
-def test_the_json_has_no_infinity(tiny, answers):
+def test_the_json_has_no_infinity(tiny, references):
     import json
 
     check = check_kernels(one([NAN]), one([1.0]), one([1.0]), terms=1)
@@ -255,3 +278,64 @@ def test_index_ranges_follows_an_index_to_its_smallest_table():
             out = bb.emit_output(relax.op.add(relax.op.add(a, b), c))
         bb.emit_func_output(out)
     assert index_ranges(bb.get()) == {"ids": 9}
+
+
+# ---- artifacts
+
+
+@pytest.fixture
+def proven(write_tiny, references, tmp_path):
+    layers = [
+        {"name": "fc1", "weight_shape": [32, 64], "pruned": True},
+        {"name": "fc2", "weight_shape": [16, 32], "pruned": False},
+    ]
+    return write_tiny(tmp_path / "out", references=references, layers=layers)
+
+
+def test_an_artifact_is_verified_without_its_model(proven):
+    found = verify_artifact(open_artifact(proven.path))
+    assert found.runs == 3 and set(found.kernels) == {"dense", "compressed"}
+    assert found.original["compressed"].max_abs > 1 > 1e-4 > found.original["dense"].max_abs
+
+
+def test_an_artifact_whose_answers_differ_fails(write_tiny, references, tmp_path):
+    def moved(answers):
+        return {name: [a[0] + np.float32(1)] for name, a in answers.items()}
+
+    wrong = [
+        dataclasses.replace(r, exact=moved(r.exact), float32=moved(r.float32)) for r in references
+    ]
+    written = write_tiny(tmp_path / "out", references=wrong)
+    with pytest.raises(VerificationError):
+        verify_artifact(written)
+
+
+def test_inputs_of_the_users_need_the_original_model(proven, tiny):
+    x = random_inputs(tiny.inputs)[0]
+    with pytest.raises(UserError, match="original model is not there"):
+        verify_artifact(proven, {"x": x})
+
+
+def test_inputs_of_the_users_are_judged_by_the_original(proven, tiny, monkeypatch):
+    def plain(arrays):
+        w1, w2 = tiny.weights["dense"]
+        return [np.maximum(arrays[0] @ w1, 0) @ w2]
+
+    reference = [plain]
+    monkeypatch.setattr(
+        verification, "original_model", lambda _artifact: SimpleNamespace(reference=reference[0])
+    )
+    x = {"x": random_inputs(tiny.inputs, seed=5)[0]}
+    found = verify_artifact(proven, x)
+    assert list(found.kernels) == ["dense"], "the pruned variant is another network"
+    assert found.original["compressed"].max_abs > 1
+    reference[0] = lambda arrays: [plain(arrays)[0] * 1.01]
+    with pytest.raises(VerificationError, match="dense variant"):
+        verify_artifact(proven, x)
+    with pytest.raises(UserError, match="unknown input 'y'"):
+        verify_artifact(proven, {"y": x["x"]})
+
+
+def test_an_artifact_without_answers_says_so(tiny_artifact):
+    with pytest.raises(UserError, match="no reference outputs"):
+        verify_artifact(tiny_artifact)
