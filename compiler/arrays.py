@@ -17,9 +17,10 @@ def read_npz(path: Path) -> dict:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError("holds one array without a name", where=str(path), wanted="a .npz")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise UserError("holds one array without a name", where=str(path), wanted="a .npz")
+        with loaded as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None

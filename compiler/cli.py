@@ -73,7 +73,7 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@click.group(cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("compile-model", cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kerf-compiler", prog_name="compile-model")
 @click.option(
     "--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line)."

@@ -34,7 +34,7 @@ def fails(tmp_path, monkeypatch):
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == code, (result.exit_code, result.output, result.exception)
         lines = result.stderr.splitlines()
-        messages = [line for line in lines if not line.startswith("[")]  # progress is no message
+        messages = [line for line in lines if line and line[0] != "["]  # progress is no message
         assert len(messages) == 1, lines
         assert messages[0].startswith("compile-model")
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
@@ -283,7 +283,9 @@ def test_ctrl_c_in_any_phase(small_onnx, tmp_path, after_s):
     if process.returncode == 0:  # it was faster than the signal: then the artifact is whole
         assert left == ["out"]
         return
-    assert process.returncode in (130, -signal.SIGINT), errors
+    assert process.returncode, errors  # before our code runs, Python itself says so
     assert left == []
-    if process.returncode == 130:
+    if process.returncode != 130:
+        assert after_s < 0.5, errors
+    else:
         assert errors.splitlines()[-1] == "compile-model: interrupted; nothing was written"
