@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Winograd convolution F(m x m, 3 x 3): definition and kernel for 3x3, stride 1, no dilation, one group, NHWC.
+
+    y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A       per (m+2)^2 input tile d and m^2 output tile
+
+The image is cut into tiles; a block of tiles is transformed into (m+2)^2 matrices [tiles, C], each multiplied by its
+[C, O] matrix of transformed weights, a panel of output channels at a time, and transformed back into the epilogue.
+A block's matrices stay in the second-level cache.
+
+Matrices are Toom-Cook's, from points that keep rounding small: 0, +-5/8, +-3/2 give F(4x4) 0.4 of the error of the
+usual 0, +-1, +-2 (root mean square, 64 channels, unit outputs: 7.4e-7; F(2x2) 2.8e-7; direct 1e-7). F(6x6) would save
+another 10 % of the multiplications on 56 and 28 pixels at 5 times the error: not offered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tvm import te, tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.emission import Row, Tile, emitting, local_buffer, loop, pieces, ramp, runs_parallel, splat, unravel, workspace
+from schedules.fused import Fused, annotations
+from schedules.target import CpuTarget
+
+LOOPS = "winograd"
+_STAGES = 6  # blocks of the definition
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.5, -1.5)}
+_LINE = 16  # floats in a cache line
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A 3x3 convolution of stride 1; `padding` is (top, left, bottom, right)."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    o: int
+    padding: tuple[int, int, int, int]
+
+    @property
+    def output_hw(self) -> tuple[int, int]:
+        top, left, bottom, right = self.padding
+        return self.h + top + bottom - 2, self.w + left + right - 2
+
+    def tiles(self, m: int) -> tuple[int, int, int]:
+        """Images, tile rows, tile columns."""
+        height, width = self.output_hw
+        return self.n, -(-height // m), -(-width // m)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: dict) -> Problem:
+        return Problem(**{**fields, "padding": tuple(fields["padding"])})
+
+
+@dataclass(frozen=True)
+class Point:
+    """Parameters: output tile `m`; `block` tiles transformed together; register tile of `rows` tiles by `vectors`
+    vectors of `lanes` output channels; `divide` what threads share out, "tiles" (blocks) or "channels" (panels)."""
+
+    m: int
+    block: int
+    rows: int
+    vectors: int
+    lanes: int
+    divide: str = "tiles"
+
+    @property
+    def panel(self) -> int:
+        """Output channels of a panel of weights."""
+        return self.vectors * self.lanes
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@functools.cache
+def matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(B^T [m+2, m+2], G [m+2, 3], A^T [m, m+2]) in float64; every row of B^T is monic, the scale is in G."""
+    points = _POINTS[m]
+
+    def powers(degree: int) -> np.ndarray:
+        at_infinity = [0.0] * (degree - 1) + [1.0]
+        return np.array([[p**k for k in range(degree)] for p in points] + [at_infinity])
+
+    bt, g, at = np.linalg.inv(powers(m + 2)).T, powers(3), powers(m).T
+    for i, p in enumerate(points):
+        scale = np.prod([p - q for q in points if q != p])
+        bt[i] *= scale
+        g[i] /= scale
+    # The entries are short binary fractions; inversion leaves rounding noise.
+    return np.round(bt * 2**20) / 2**20, g, at
+
+
+def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
+    """[O, C, 3, 3] -> float32 [panels, (m+2)^2, C, panel], transformed in float64, zeros in the last panel's rest."""
+    outputs, inputs = weight.shape[:2]
+    size = point.m + 2
+    g = matrices(point.m)[1]
+    transformed = np.einsum("ai,bj,ocij->aboc", g, g, weight.astype(np.float64)).reshape(size * size, outputs, inputs)
+    panels = -(-outputs // point.panel)
+    full = np.zeros((size * size, panels * point.panel, inputs), np.float32)
+    full[:, :outputs] = transformed
+    split = full.reshape(size * size, panels, point.panel, inputs)
+    return np.ascontiguousarray(split.transpose(1, 0, 3, 2))
+
+
+def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
+    """Block and register tile with the least padding that keep a block's matrices within 70 % of the second-level cache."""
+    lanes = target.lanes
+    channel_vectors = -(-problem.o // lanes)
+    vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
+    most_rows = min(14, (target.registers - 2 - vectors) // vectors)
+    tiles = int(np.prod(problem.tiles(m)))
+    bytes_per_tile = (m + 2) ** 2 * 4 * (_row_stride(problem.c) + vectors * lanes)
+    most_tiles = max(most_rows, int(0.7 * target.l2_bytes) // bytes_per_tile)
+
+    def cost(candidate: tuple[int, int]) -> tuple:
+        block, rows = candidate
+        # Half a row for a register tile's own loads, three rows for streaming the weights once per block.
+        return (-(-tiles // block) * (-(-block // rows) * (rows + 0.5) + 3), -rows, block)
+
+    candidates = [(b, r) for b in range(1, min(tiles, most_tiles) + 1) for r in range(1, min(most_rows, b) + 1)]
+    block, rows = min(candidates, key=cost)
+    blocks = -(-tiles // block)
+    by_tiles = blocks >= 3 * target.threads or blocks % target.threads == 0
+    return Point(m, block, rows, vectors, lanes, "tiles" if by_tiles else "channels")
+
+
+def define_winograd(x, u, problem: Problem, point: Point):
+    """te: x [N, H, W, C], u from `pack_weights` -> [N, OH, OW, O]."""
+    m, size = point.m, point.m + 2
+    bt, _, at = matrices(m)
+    (n, rows, columns), (height, width) = problem.tiles(m), problem.output_hw
+    top, left = problem.padding[:2]
+
+    def pad(b, i, j, c):
+        inside = tirx.all(i >= top, i < problem.h + top, j >= left, j < problem.w + left)
+        return te.if_then_else(inside, x(b, i - top, j - left, c), tirx.const(0.0, "float32"))
+
+    def combine(matrix, row, element: Callable):
+        """sum over q of matrix[row, q] * element(q) for a symbolic row."""
+        result = tirx.const(0.0, "float32")
+        for index, coefficients in enumerate(matrix):
+            terms = [element(q) * tirx.const(float(c), "float32") for q, c in enumerate(coefficients) if c]
+            result = tirx.Select(row == index, functools.reduce(lambda a, b: a + b, terms), result)
+        return result
+
+    padded = te.compute((n, rows * m + 2, columns * m + 2, problem.c), pad, name="pad")
+    tile = (n, rows, columns, size, size)
+    half = te.compute(
+        (*tile, problem.c), lambda b, r, s, i, j, c: combine(bt, i, lambda q: padded(b, r * m + q, s * m + j, c)), name="input_rows"
+    )
+    v = te.compute((*tile, problem.c), lambda b, r, s, i, j, c: combine(bt, j, lambda q: half(b, r, s, i, q, c)), name="input")
+    k = te.reduce_axis((0, problem.c), "k")
+    product = te.compute(
+        (*tile, problem.o),
+        lambda b, r, s, i, j, o: te.sum(
+            v(b, r, s, i, j, k) * u(o // point.panel, i * size + j, k, o % point.panel), axis=k
+        ),
+        name="product",
+    )
+    inverse = te.compute(
+        (n, rows, columns, m, size, problem.o),
+        lambda b, r, s, i, j, o: combine(at, i, lambda q: product(b, r, s, q, j, o)), name="output_rows",
+    )  # fmt: skip
+    notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
+    return te.compute(
+        (n, height, width, problem.o),
+        lambda b, i, j, o: combine(at, j % m, lambda q: inverse(b, i // m, j // m, i % m, q, o)),
+        name="winograd", attrs=notes,
+    )  # fmt: skip
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel for a fused Winograd convolution."""
+    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    with emitting(fused, _STAGES) as (kernel, (x, u)):
+        _Emitter(kernel, problem, point, target, x, u).emit()
+    return kernel.func
+
+
+def linear(matrix: np.ndarray, values: list, scratch, lanes: int) -> list:
+    """The vectors `matrix @ values` with shared sums: `scratch(expr)` stores a vector and returns its load.
+
+    Columns j, k with |column j| = |column k| enter as their sum and difference; rows i, j that are E + O and E - O with
+    disjoint E and O are made from those two.
+    """
+    matrix, values = np.array(matrix), list(values)
+    for j in range(matrix.shape[1]):
+        for k in range(j + 1, matrix.shape[1]):
+            same, opposite = matrix[:, j] == matrix[:, k], matrix[:, j] == -matrix[:, k]
+            if (matrix[:, j] != 0).sum() > 1 and (same | opposite).all() and not same.all() and not opposite.all():
+                values[j], values[k] = scratch(values[j] + values[k]), scratch(values[j] - values[k])
+                matrix[:, j], matrix[:, k] = np.where(same, matrix[:, j], 0), np.where(same, 0, matrix[:, j])
+    results: list = [None] * len(matrix)
+    for i in range(len(matrix)):
+        for j in range(i + 1, len(matrix)):
+            even, odd = (matrix[i] + matrix[j]) / 2, (matrix[i] - matrix[j]) / 2
+            if results[i] is None and even.any() and odd.any() and not (even * odd).any():
+                factor = odd[np.flatnonzero(odd)[-1]]
+                e, o = scratch(_sum(even, values, lanes)), scratch(_sum(odd / factor, values, lanes))
+                o = o if factor == 1 else o * splat(factor, lanes)
+                results[i], results[j] = e + o, e - o
+        if results[i] is None:
+            results[i] = _sum(matrix[i], values, lanes)
+    return results
+
+
+def _sum(coefficients: np.ndarray, values: list, lanes: int):
+    """sum of coefficient * value, a term without a multiplication first."""
+    order = sorted(np.flatnonzero(coefficients), key=lambda i: coefficients[i] != 1)
+    result = None
+    for i in order:
+        c, value = coefficients[i], values[i]
+        if result is None:
+            result = value if c == 1 else value * splat(c, lanes)
+        elif abs(c) == 1:
+            result = result + value if c == 1 else result - value
+        else:
+            result = result + value * splat(c, lanes)
+    return result
+
+
+def _row_stride(channels: int) -> int:
+    """Floats between a tile's rows of channels: whole lines, an odd number where rows would share few cache sets."""
+    lines = -(-channels // _LINE)
+    return _LINE * (lines + 1 if lines % 16 == 0 else lines)
+
+
+def _plane_stride(floats: int) -> int:
+    """Floats between the (m+2)^2 matrices: an odd number of lines, for a transform touches one line of each."""
+    return _LINE * (-(-floats // _LINE) | 1)
+
+
+class _Registers:
+    """Vectors that live in registers for a while: `keep(expr)` stores one and returns its load."""
+
+    def __init__(self, size: int, lanes: int):
+        self.buffer, self.lanes, self.next = local_buffer(size * lanes), lanes, 0
+
+    def keep(self, expr):
+        at = ramp(self.next * self.lanes, self.lanes)
+        self.next += 1
+        T.buffer_store(self.buffer, expr, [at])
+        return self.buffer[at]
+
+
+@dataclass
+class _Emitter:
+    """State of one emission."""
+
+    kernel: object
+    problem: Problem
+    point: Point
+    target: CpuTarget
+    x: object
+    u: object
+
+    def __post_init__(self):
+        self.size = self.point.m + 2
+        self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
+        self.row = _row_stride(self.problem.c)
+        self.plane = _plane_stride(self.point.block * self.row)
+        self.product_plane = _plane_stride(self.point.block * self.point.panel)
+        self.bt, _, self.at = matrices(self.point.m)
+
+    def emit(self) -> None:
+        point = self.point
+        blocks = -(-self.tiles // point.block)
+        parallel = runs_parallel(self.target, 2, 2 * self.tiles * self.problem.c * self.problem.o)
+        by_tiles = parallel and point.divide == "tiles" and blocks > 1
+        by_channels = parallel and not by_tiles
+        with loop(blocks, parallel=by_tiles) as block:
+            base = tirx.min(block * point.block, self.tiles - point.block)
+            v = workspace(self.size**2 * self.plane)
+            with loop(point.block, parallel=by_channels) as tile:
+                self._transform_input(v, base, tile)
+            whole, rest = divmod(self.problem.o, point.panel)
+            with loop(whole, parallel=by_channels) as panel:
+                self._emit_panel(v, base, panel, point.panel)
+            if rest:
+                self._emit_panel(v, base, tirx.const(whole, "int32"), rest)
+
+    def _transform_input(self, v, base, tile) -> None:
+        """v[e, tile, c] = (B^T d B)[e] of tile `base + tile`."""
+        p, m, size = self.problem, self.point.m, self.size
+        n, i, j = unravel(base + tile, p.tiles(m))
+        top, left = i * m - p.padding[0], j * m - p.padding[1]
+        row = Row(p.c, self.target.lanes)
+        lanes = row.lanes
+
+        def transform(load: Callable):
+            def body(channel, _slot, _fresh):
+                self._transform_vector(lambda q, l: load(q, l, ramp(channel, lanes)), v, tile, channel, lanes)
+
+            row.each(body, 1)
+
+        inside = tirx.all(top >= 0, left >= 0, top + size <= p.h, left + size <= p.w)
+        with T.If(inside):
+            with T.Then():
+                transform(lambda q, l, lane: self.x[n, top + q, left + l, lane])
+            with T.Else():
+                patch = workspace(size, size, p.c)
+                with T.serial(0, size) as q:
+                    with T.serial(0, size) as l:
+                        valid = tirx.all(top + q >= 0, left + l >= 0, top + q < p.h, left + l < p.w)
+                        with T.If(valid):
+                            with T.Then():
+                                row.each(lambda c, _s, _f: T.buffer_store(
+                                    patch, self.x[n, top + q, left + l, ramp(c, lanes)], [q, l, ramp(c, lanes)]), 1)  # fmt: skip
+                            with T.Else():
+                                row.each(lambda c, _s, _f: T.buffer_store(
+                                    patch, splat(0.0, lanes), [q, l, ramp(c, lanes)]), 1)  # fmt: skip
+                transform(lambda q, l, lane: patch[q, l, lane])
+
+    def _transform_vector(self, load: Callable, v, tile, channel, lanes: int) -> None:
+        size = self.size
+        half = []  # half[l][i]
+        registers = _Registers(size * size * 4, lanes)
+        for l in range(size):
+            column = [registers.keep(load(q, l)) for q in range(size)]
+            half.append([registers.keep(e) for e in linear(self.bt, column, registers.keep, lanes)])
+        for i in range(size):
+            for j, value in enumerate(linear(self.bt, [half[l][i] for l in range(size)], registers.keep, lanes)):
+                at = (i * size + j) * self.plane + tile * self.row + channel
+                T.buffer_store(v, value, [ramp(at, lanes)])
+
+    def _emit_panel(self, v, base, panel, channels: int) -> None:
+        """The output channels of one panel (its first `channels`) for a block of tiles."""
+        point, size, lanes = self.point, self.size, self.point.lanes
+        vectors = -(-channels // lanes)
+        tile = Tile(point.rows, vectors, lanes)
+        product = workspace(size**2 * self.product_plane)
+        acc = tile.allocate()
+        steps = -(-point.block // point.rows)
+        with T.serial(0, size**2) as e:
+            with T.serial(0, steps) as step:
+                first = tirx.min(step * point.rows, point.block - point.rows)
+                tile.multiply(
+                    acc, self.problem.c,
+                    lambda r, k: v[e * self.plane + (first + r) * self.row + k],
+                    lambda k, t: self.u[panel, e, k, ramp(t * lanes, lanes)],
+                    lambda k: self._prefetch(panel, e, step * self.problem.c + k, steps),
+                )  # fmt: skip
+                for r, t in tile.cells():
+                    at = e * self.product_plane + (first + r) * point.panel + t * lanes
+                    T.buffer_store(product, acc[tile.at(r, t)], [ramp(at, lanes)])
+        with T.serial(0, point.block) as t:
+            if channels == point.panel:
+                with T.serial(0, vectors) as vector:
+                    self._transform_output(product, base, t, panel, vector * lanes, lanes)
+            else:
+                for offset, width in pieces(channels, lanes):
+                    self._transform_output(product, base, t, panel, offset, width)
+
+    def _prefetch(self, panel, e, iteration, steps: int) -> None:
+        """Ask for the matrix of weights after (panel, e), spread over the iterations that use this one."""
+        each = -(-self.point.panel // (_LINE * steps))
+        for line in range(each):
+            # Past the end of axis 2 lies the next matrix.
+            address = tirx.address_of(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *(tirx.const(a, "int32") for a in (0, 2, 1))))
+
+    def _transform_output(self, product, base, tile, panel, offset, lanes: int) -> None:
+        """Store A^T M A of one tile for `lanes` channels of a panel."""
+        p, m, size = self.problem, self.point.m, self.size
+        height, width = p.output_hw
+        n, i, j = unravel(base + tile, p.tiles(m))
+        registers = _Registers(size * size * 4, lanes)
+        half = []  # half[l][r]
+        for l in range(size):
+            at = [(q * size + l) * self.product_plane + tile * self.point.panel + offset for q in range(size)]
+            column = [registers.keep(product[ramp(a, lanes)]) for a in at]
+            half.append([registers.keep(e) for e in linear(self.at, column, registers.keep, lanes)])
+        channel = ramp(panel * self.point.panel + offset, lanes)
+        for r in range(m):
+            for s, value in enumerate(linear(self.at, [half[l][r] for l in range(size)], registers.keep, lanes)):
+                kept = registers.keep(value)
+                y, x = i * m + r, j * m + s
+                checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
+                if not checks:
+                    self.kernel.store(kept, [n, y, x, channel])
+                    continue
+                with T.If(tirx.all(*checks)):
+                    with T.Then():
+                        self.kernel.store(kept, [n, y, x, channel])
+
+
+def multiplications(problem: Problem, m: int) -> int:
+    """Multiplications between the transforms, padding tiles included."""
+    return int(np.prod(problem.tiles(m))) * (m + 2) ** 2 * problem.c * problem.o
+
+
+def weight_bytes(problem: Problem, m: int) -> int:
+    """Bytes of transformed weights."""
+    return 4 * (m + 2) ** 2 * problem.c * problem.o
+
+
