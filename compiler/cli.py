@@ -5,75 +5,19 @@ when it runs."""
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
-import warnings
 from pathlib import Path
 
 import click
 
 from compiler.arrays import check_writable, read_npz, write_npz, write_whole
-from schedules.errors import KerfError, ModelError
-
-EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 4, 130
-
-
-class KerfGroup(click.Group):
-    """A command group that turns every failure into one line on standard error and an exit code."""
-
-    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
-        args = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in args
-        args = [a for a in args if a != "--debug"]
-        if not debug:
-            warnings.simplefilter("ignore")  # those of the libraries below; ours are in the report
-        try:
-            code = super().main(args, prog_name or "compile-model", standalone_mode=False, **extra)
-        except BaseException as error:
-            code, line = describe_failure(error)
-            if code is None:
-                raise
-            if debug:
-                traceback.print_exc()
-            if line:
-                click.echo(line, err=True)
-        sys.exit(code if isinstance(code, int) else 0)
+from compiler.failures import KerfGroup
+from schedules.errors import ModelError
 
 
-def describe_failure(error: BaseException) -> tuple[int | None, str]:
-    """Exit code and the one line to show; code None for what must pass through."""
-    if isinstance(error, KerfError):
-        return error.exit_code, f"compile-model: {_one_line(error)}"
-    if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return EXIT_INTERRUPTED, "compile-model: interrupted; nothing was written"
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code, ""
-    if isinstance(error, click.ClickException):
-        command = getattr(getattr(error, "ctx", None), "command_path", "compile-model")
-        return EXIT_USER, f"{command}: {_one_line(error.format_message())} (see {command} --help)"
-    if isinstance(error, BrokenPipeError):
-        # The reader of our output went away; keep Python from failing again when it flushes at
-        # exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, ""
-    if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename else _one_line(error)
-        return EXIT_USER, f"compile-model: {what}"
-    if isinstance(error, MemoryError):
-        return EXIT_USER, "compile-model: out of memory"
-    if isinstance(error, Exception):
-        what = f"{type(error).__name__}: {_one_line(error)}"
-        again = "" if "--debug" in sys.argv else " (--debug shows where)"
-        return EXIT_BUG, f"compile-model: this is a bug in Kerf: {what}{again}"
-    return None, ""
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@click.group("compile-model", cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "compile-model", cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="kerf-compiler", prog_name="compile-model")
 @click.option(
     "--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line)."

@@ -253,6 +253,21 @@ def test_every_kind_of_failure_is_one_line(fails, monkeypatch, error, code, said
     assert said in fails(code, "fail")
 
 
+def test_ctrl_c_inside_a_callback_of_tvm_is_no_bug(fails, monkeypatch):
+    """TVM turns the interrupt into an empty RuntimeError."""
+    import tvm_ffi
+
+    def interrupt_self():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    build = click.Command("build", callback=lambda: tvm_ffi.convert(interrupt_self)())
+    monkeypatch.setitem(main.commands, "build", build)
+    before = signal.getsignal(signal.SIGINT)
+    assert fails(130, "build") == "compile-model: interrupted; nothing was written"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     def fail():
         raise RuntimeError("deep down")
@@ -264,28 +279,32 @@ def test_debug_shows_the_traceback(monkeypatch):
         assert "Traceback" in result.stderr and "in fail" in result.stderr
 
 
-@pytest.mark.parametrize("after_s", [0.05, 0.6, 3.0, 8.0])
-def test_ctrl_c_in_any_phase(small_onnx, tmp_path, after_s):
+@pytest.mark.parametrize("phase", ["importing", "simplifying", "compiling", "verifying", "writing"])
+def test_ctrl_c_in_any_phase(small_onnx, tmp_path, phase):
     line = [sys.executable, "-m", "compiler.cli", "build", str(small_onnx), "-o", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
+        line, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
     )
-    time.sleep(after_s)
+    reached = any(phase in said for said in process.stderr)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    rest = process.stderr.read()
+    code = process.wait(timeout=60)
+    assert reached, rest
     left = [p.name for p in tmp_path.iterdir()]
-    if process.returncode == 0:  # it was faster than the signal: then the artifact is whole
+    if code == 0:  # it was faster than the signal: then the artifact is whole
         assert left == ["out"]
         return
-    assert process.returncode, errors  # before our code runs, Python itself says so
+    assert code == 130, rest
+    assert rest.splitlines()[-1] == "compile-model: interrupted; nothing was written"
     assert left == []
-    if process.returncode != 130:
-        assert after_s < 0.5, errors
-    else:
-        assert errors.splitlines()[-1] == "compile-model: interrupted; nothing was written"
+
+
+def test_ctrl_c_while_python_starts(small_onnx, tmp_path):
+    line = [sys.executable, "-m", "compiler.cli", "build", str(small_onnx), "-o", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert not list(tmp_path.iterdir())
