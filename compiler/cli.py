@@ -198,9 +198,10 @@ def verify(artifact, input_path, json_path):
     _check_json(json_path)
     arrays = read_npz(input_path) if input_path else None
     from compiler import report
+    from compiler.artifact import open_artifact
     from compiler.verify import verify_artifact
 
-    found = verify_artifact(artifact, arrays)
+    found = verify_artifact(open_artifact(artifact), arrays)
     _write_json(json_path, found.to_json())
     _print(*report.verification(found))
 
@@ -239,9 +240,11 @@ def bench(artifact, threads, against, duration, json_path):
     process."""
     _check_json(json_path)
     from compiler import report
+    from compiler.artifact import open_artifact
     from compiler.measure import bench as measure
 
-    found = measure(artifact, threads=threads, against=against, duration=duration)
+    opened = open_artifact(artifact)
+    found = measure(opened, threads=threads, against=against, duration=duration)
     _write_json(json_path, found.to_json())
     _print(*report.bench(found))
 
@@ -255,9 +258,12 @@ def profile(artifact, threads, json_path):
     compressed."""
     _check_json(json_path)
     from compiler import report
-    from compiler.profile import profile as measure
+    from compiler.artifact import open_artifact
+    from compiler.measure import default_inputs
+    from compiler.profile import profile_artifact
 
-    found = measure(artifact, threads=threads)
+    opened = open_artifact(artifact)
+    found = profile_artifact(opened, default_inputs(opened), threads=threads)
     _write_json(json_path, found.to_json())
     _print(*report.profile(found))
 
