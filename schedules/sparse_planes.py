@@ -145,6 +145,13 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
+def _scratch(shape: tuple[int, ...], dtype: str = "float32", scope: str = "global"):
+    """A buffer inside the current loop, seen through a view: TVM spends seconds on narrowing what it can analyse."""
+    if scope == "local":
+        return T.alloc_buffer(shape, dtype, scope=scope)
+    return T.decl_buffer(shape, dtype, data=T.alloc_buffer(shape, dtype, scope=scope).data, scope=scope)
+
+
 def _i(value: int):
     return T.int32(value)
 
@@ -165,57 +172,55 @@ class _Planes:
         self.chunks = -(-problem.panel_rows // point.chunk)
 
     def emit(self) -> None:
-        p, splits = self.problem, self.point.splits
-        tiles, vectors, large = tiles_of(p.pixels, self.lanes, self.point.vectors)
+        p, splits, lanes = self.problem, self.point.splits, self.lanes
+        tiles, most, large = tiles_of(p.pixels, lanes, self.point.vectors)
         loop = T.parallel if self.threads > 1 and tiles * splits > 1 else T.serial
         with loop(0, tiles * splits) as task:
-            tile = T.Bind(task // splits)
-            share = task % splits
-            if large == tiles:
-                self._tile(tile * vectors, vectors, share)
-                return
-            with T.If(tile < large):
-                with T.Then():
-                    self._tile(tile * vectors, vectors, share)
-                with T.Else():
-                    self._tile(large * vectors + (tile - large) * (vectors - 1), vectors - 1, share)
+            tile, share = T.Bind(task // splits), task % splits
+            vectors, first = most, T.Bind(tile * (most * lanes))
+            if large < tiles:
+                vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
+                first = T.Bind(first - tirx.max(tile - large, 0) * lanes)
+            self._tile(first, vectors, most, share)
 
-    def _tile(self, first_vector, vectors: int, share) -> None:
-        """One tile of `vectors` pixel vectors from `first_vector`, the share-th part of its output channels."""
-        p, count = self.problem, len(self.parts)
-        width = vectors * self.lanes
-        panel = T.alloc_buffer((p.panel_rows * width,), "float32")
-        sums = T.alloc_buffer((-(-self.parts[-1][1] // p.block) * p.block * width,), "float32")
-        first = T.Bind(first_vector * self.lanes)
-        self._pack(panel, first, vectors)
-        splits = self.point.splits
+    def _tile(self, first, vectors, most: int, share) -> None:
+        """The share-th part of one tile's output channels: `vectors` (`most` or one less) vectors from pixel `first`."""
+        p, count, splits = self.problem, len(self.parts), self.point.splits
+        panel = _scratch((p.panel_rows * most * self.lanes,))
+        sums = _scratch((-(-self.parts[-1][1] // p.block) * p.block * most * self.lanes,))
+        width = T.Bind(vectors * self.lanes) if vectors is not most else most * self.lanes
+        self._pack(panel, first, vectors, width)
         begin, end = (0, count) if splits == 1 else (share * count // splits, (share + 1) * count // splits)
-        with T.serial(begin, end) as part:
+        with T.serial(begin, end - begin) as part:
             first_channel = T.Bind(part * self.point.part)
             channels = self.parts[-1][1]
             if count > 1:
                 channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
             if self.chunks > 1:
-                self._clear(sums, channels, vectors)
-                with T.serial(0, self.chunks) as chunk:
-                    self._multiply(panel, sums, first_channel, channels, chunk, vectors)
+                self._clear(sums, channels, width)
+            if vectors is most:
+                self._multiply(panel, sums, first_channel, channels, most)
             else:
-                self._multiply(panel, sums, first_channel, channels, 0, vectors)
-            self._store(sums, first, first_channel, channels, vectors)
+                with T.If(vectors == most):
+                    with T.Then():
+                        self._multiply(panel, sums, first_channel, channels, most)
+                    with T.Else():
+                        self._multiply(panel, sums, first_channel, channels, most - 1)
+            self._store(sums, first, first_channel, channels, vectors, width)
 
     # -- panel ---------------------------------------------------------------------------------------------------------
 
-    def _pack(self, panel, first, vectors: int) -> None:
+    def _pack(self, panel, first, vectors, width) -> None:
         """Fill `panel[tap * C + c][pixel]` from channels-last x; zero where a tap falls on padding."""
         p, lanes = self.problem, self.lanes
         with T.serial(0, vectors) as g:
             pixel = T.Bind(tirx.min(T.ramp(first + g * lanes, 1, lanes), T.broadcast(_i(p.pixels - 1), lanes)))
-            offset = T.alloc_buffer((lanes,), "int32", scope="local")
-            inside = T.alloc_buffer((lanes,), "int32", scope="local")
+            offset = _scratch((lanes,), "int32", scope="local")
+            inside = _scratch((lanes,), "int32", scope="local")
             every = T.ramp(0, 1, lanes)
             if p.pointwise:
                 T.buffer_store(offset, pixel * p.channels, [every])
-                self._pack_tap(panel, 0, g, offset, None, vectors)
+                self._pack_tap(panel, 0, g, offset, None, width)
                 return
             row = T.Bind(pixel // p.out_width)
             top = T.Bind(row % p.out_height * p.strides[0] - p.padding[0])
@@ -234,12 +239,11 @@ class _Planes:
                         h = T.Bind(tirx.max(tirx.min(h, p.height - 1), 0))
                         w = T.Bind(tirx.max(tirx.min(w, p.width - 1), 0))
                     T.buffer_store(offset, ((image * p.height + h) * p.width + w) * p.channels, [every])
-                    self._pack_tap(panel, r * p.kernel[1] + s, g, offset, within, vectors)
+                    self._pack_tap(panel, r * p.kernel[1] + s, g, offset, within, width)
 
-    def _pack_tap(self, panel, tap, g, offset, inside, vectors: int) -> None:
+    def _pack_tap(self, panel, tap, g, offset, inside, width) -> None:
         """Transpose one vector of pixels, every channel, to panel rows `tap * C ...`."""
         p, lanes = self.problem, self.lanes
-        width = vectors * lanes
 
         def keep(value, at):
             T.buffer_store(panel, value, [at])
@@ -254,15 +258,12 @@ class _Planes:
                     keep(value if inside is None else tirx.Select(inside[lane] != 0, value, T.float32(0)), target(c) + lane)
             return
         span = lanes if p.channels >= lanes else 4
-        block = T.alloc_buffer((span * lanes,), "float32", scope="local")
         with T.serial(0, -(-p.channels // span)) as b:
             # The last block overlaps the one before where channels are no multiple of it: same values, written twice.
             c = T.Bind(b * span if p.channels % span == 0 else tirx.min(b * span, p.channels - span))
-            _transpose(
-                lambda lane, quad: self.x[T.ramp(offset[lane] + c + 4 * quad, 1, 4)], block, span // 4, lanes
-            )
-            for k in range(span):
-                value = block[T.ramp(k * lanes, 1, lanes)]
+            at = [T.Bind(offset[lane] + c) for lane in range(lanes)]
+            columns = _transpose(lambda lane, quad: self.x[T.ramp(at[lane] + 4 * quad, 1, 4)], span // 4, lanes)
+            for k, value in enumerate(columns):
                 if inside is not None:
                     within = inside[T.ramp(0, 1, lanes)] != T.broadcast(_i(0), lanes)
                     value = tirx.Select(within, value, T.broadcast(T.float32(0), lanes))
@@ -270,56 +271,51 @@ class _Planes:
 
     # -- multiply ------------------------------------------------------------------------------------------------------
 
-    def _clear(self, sums, channels, vectors: int) -> None:
-        with T.serial(0, -(-channels // self.problem.block) * self.problem.block * vectors) as i:
+    def _clear(self, sums, channels, width) -> None:
+        block = self.problem.block
+        with T.serial(0, (channels + block - 1) // block * block * width // self.lanes) as i:
             T.buffer_store(sums, T.broadcast(T.float32(0), self.lanes), [T.ramp(i * self.lanes, 1, self.lanes)])
 
-    def _multiply(self, panel, sums, first_channel, channels, chunk, vectors: int) -> None:
-        """Add one chunk of panel rows to the sums of a part's channels."""
-        p, lanes, rows = self.problem, self.lanes, self.point.rows
-        width = vectors * lanes
-        with T.serial(0, (channels + p.block - 1) // p.block) as b:
-            acc = T.alloc_buffer((rows * vectors * lanes,), "float32", scope="local")
-            x = T.alloc_buffer((vectors * lanes,), "float32", scope="local")
+    def _multiply(self, panel, sums, first_channel, channels, vectors: int) -> None:
+        """The sums of a part's channels, chunk of panel rows by chunk."""
+        p, rows = self.problem, self.point.rows
+        with T.serial(0, self.chunks) as chunk, T.serial(0, (channels + p.block - 1) // p.block) as b:
             at = T.Bind(chunk * p.blocks + first_channel // p.block + b)
             begin, end = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
+            with T.serial(0, p.block // rows) as half:
+                base = T.Bind((b * p.block + half * rows) * (vectors * self.lanes))
+                self._multiply_rows(panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors)
 
-            def run(half) -> None:
-                def place(i, j):
-                    return T.ramp((b * p.block + half * rows + i) * width + j * lanes, 1, lanes)
+    def _multiply_rows(self, panel, sums, base, span, first_row, lane, vectors: int) -> None:
+        """`rows` channels: sums[base ...] from the non-zeros in `span`, weights `lane ...` of each, rows from `first_row`."""
+        lanes, rows = self.lanes, self.point.rows
+        width = vectors * lanes
+        acc = _scratch((rows * width,), scope="local")
 
-                def a(i, j):
-                    return T.ramp((i * vectors + j) * lanes, 1, lanes)
+        def vector(start):
+            return T.ramp(start, 1, lanes)
 
-                for i in range(rows):
-                    for j in range(vectors):
-                        start = T.broadcast(T.float32(0), lanes) if self.chunks == 1 else sums[place(i, j)]
-                        T.buffer_store(acc, start, [a(i, j)])
-                with T.serial(0, end - begin) as n:
-                    k = T.Bind(self.index[begin + n].astype("int32"))
-                    row = T.Bind((chunk * self.point.chunk + k) * width)
-                    for j in range(vectors):
-                        T.buffer_store(x, panel[T.ramp(row + j * lanes, 1, lanes)], [T.ramp(j * lanes, 1, lanes)])
-                    for i in range(rows):
-                        weight = T.broadcast(self.values[begin + n, half * rows + i], lanes)
-                        for j in range(vectors):
-                            T.buffer_store(acc, acc[a(i, j)] + weight * x[T.ramp(j * lanes, 1, lanes)], [a(i, j)])
-                for i in range(rows):
-                    for j in range(vectors):
-                        T.buffer_store(sums, acc[a(i, j)], [place(i, j)])
-
-            if rows == p.block:
-                run(0)
-            else:
-                with T.serial(0, p.block // rows) as half:
-                    run(half)
+        for i in range(rows * vectors):
+            start = T.broadcast(T.float32(0), lanes) if self.chunks == 1 else sums[vector(base + i * lanes)]
+            T.buffer_store(acc, start, [vector(i * lanes)])
+        begin, end = span
+        with T.serial(0, end - begin) as i:
+            n = T.Bind(begin + i)
+            row = T.Bind((first_row + self.index[n].astype("int32")) * width)
+            x = [T.Bind(panel[vector(row + j * lanes)]) for j in range(vectors)]
+            for r in range(rows):
+                weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
+                for j in range(vectors):
+                    at = vector(r * width + j * lanes)
+                    T.buffer_store(acc, acc[at] + weight * x[j], [at])
+        for i in range(rows * vectors):
+            T.buffer_store(sums, acc[vector(i * lanes)], [vector(base + i * lanes)])
 
     # -- store ---------------------------------------------------------------------------------------------------------
 
-    def _store(self, sums, first, first_channel, channels, vectors: int) -> None:
+    def _store(self, sums, first, first_channel, channels, vectors, width) -> None:
         """Transpose a part's sums to channels last and store them through the epilogue."""
         p, lanes = self.problem, self.lanes
-        width = vectors * lanes
         if p.outputs < lanes:
             with T.serial(0, width) as pixel, T.If(first + pixel < p.pixels), T.Then():
                 for o in range(p.outputs):
@@ -327,14 +323,15 @@ class _Planes:
             return
         with T.serial(0, (channels + lanes - 1) // lanes) as b:
             c = T.Bind(tirx.min(b * lanes, channels - lanes))
-            row = T.alloc_buffer((lanes,), "int32", scope="local")
+            row = _scratch((lanes,), "int32", scope="local")
             every = T.ramp(0, 1, lanes)
             T.buffer_store(row, self.slot[T.ramp(first_channel + c, 1, lanes)] * width, [every])
             with T.serial(0, vectors) as g:
-                block = T.alloc_buffer((lanes * lanes,), "float32", scope="local")
-                _transpose(
-                    lambda lane, quad: sums[T.ramp(row[lane] + g * lanes + 4 * quad, 1, 4)], block, lanes // 4, lanes
-                )
+                at = [T.Bind(row[lane] + g * lanes) for lane in range(lanes)]
+                columns = _transpose(lambda lane, quad: sums[T.ramp(at[lane] + 4 * quad, 1, 4)], lanes // 4, lanes)
+                block = _scratch((lanes * lanes,), scope="local")
+                for k, value in enumerate(columns):
+                    T.buffer_store(block, value, [T.ramp(k * lanes, 1, lanes)])
                 with T.serial(0, lanes) as j:
                     pixel = T.Bind(first + g * lanes + j)
 
@@ -359,36 +356,34 @@ class _Planes:
         return indices
 
 
-def _transpose(load, block, quads: int, lanes: int) -> None:
-    """`block[4 * quad + j][lane] = load(lane, quad)[j]` for `lanes` sources of `quads` groups of 4 values.
+def _transpose(load, quads: int, lanes: int) -> list:
+    """`4 * quads` vectors, the k-th holding value k of each of `lanes` sources; `load(lane, quad)` reads 4 of a source.
 
-    Each source is read in groups of 4 that are inserted where they end, so that two rounds of shuffles within groups of 4
-    finish the transposition; source by source, because sources 4 KiB apart share one cache set.
+    Groups of 4 are inserted where they end, so that two rounds of shuffles within groups of 4 finish the transposition.
+    They are read source by source, because sources 4 KiB apart share one cache set.
     """
     pieces = lanes // 4
 
     def joined(k: int, quad: int):
         parts = [load(4 * s + k, quad) for s in range(pieces)]
-        return parts[0] if pieces == 1 else tirx.Shuffle(parts, list(range(lanes)))
+        return T.Bind(parts[0] if pieces == 1 else tirx.Shuffle(parts, list(range(lanes))))
 
     def in_lane(a, b, pattern):
         """The same selection of 4 from two vectors in every group of 4; 0..3 from a, 4..7 from b."""
-        return tirx.Shuffle([a, b], [4 * s + (q if q < 4 else lanes + q - 4) for s in range(pieces) for q in pattern])
+        chosen = [4 * s + (q if q < 4 else lanes + q - 4) for s in range(pieces) for q in pattern]
+        return T.Bind(tirx.Shuffle([a, b], chosen))
 
-    at = [[T.ramp((4 * quad + k) * lanes, 1, lanes) for k in range(4)] for quad in range(quads)]
-    for k in range(4):
-        for quad in range(quads):
-            T.buffer_store(block, joined(k, quad), [at[quad][k]])
+    sources = [[joined(k, quad) for quad in range(quads)] for k in range(4)]
+    columns = []
     for quad in range(quads):
-        a = [T.Bind(block[at[quad][k]]) for k in range(4)]
-        low01, high01 = T.Bind(in_lane(a[0], a[1], (0, 4, 1, 5))), T.Bind(in_lane(a[0], a[1], (2, 6, 3, 7)))
-        low23, high23 = T.Bind(in_lane(a[2], a[3], (0, 4, 1, 5))), T.Bind(in_lane(a[2], a[3], (2, 6, 3, 7)))
-        results = (
+        a = [sources[k][quad] for k in range(4)]
+        low01, high01 = in_lane(a[0], a[1], (0, 4, 1, 5)), in_lane(a[0], a[1], (2, 6, 3, 7))
+        low23, high23 = in_lane(a[2], a[3], (0, 4, 1, 5)), in_lane(a[2], a[3], (2, 6, 3, 7))
+        columns += [
             in_lane(low01, low23, (0, 1, 4, 5)), in_lane(low01, low23, (2, 3, 6, 7)),
             in_lane(high01, high23, (0, 1, 4, 5)), in_lane(high01, high23, (2, 3, 6, 7)),
-        )  # fmt: skip
-        for k in range(4):
-            T.buffer_store(block, results[k], [at[quad][k]])
+        ]  # fmt: skip
+    return columns
 
 
 def _arguments(kernel: Emission) -> dict:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First guess of a layer's time, dense and sparse, to leave dense what cannot win. Measurement has the last word.
+
+Times are counted in vector multiply-adds at the core's peak, so only ratios mean anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schedules.sparse_planes import Problem
+from schedules.target import CpuTarget
+
+# Share of the multiply-add peak that each kernel's inner loop reaches, from tools-level measurements on AVX-512.
+_DENSE_EFFICIENCY = 0.8
+_WINOGRAD_GAIN = 2.5
+_SPARSE_EFFICIENCY = {1: 0.30, 4: 0.5, 8: 0.55, 16: 0.55}
+# Moving one vector through a transposition, in vector multiply-adds.
+_TRANSPOSE = 6.0
+# Starting the loop over one block's non-zeros for one tile (branch mispredictions, accumulators in and out).
+_LOOP_START = 25.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated vector multiply-adds at peak of the best dense kernel and of the sparse one."""
+
+    dense: float
+    sparse: float
+
+    @property
+    def ratio(self) -> float:
+        return self.sparse / self.dense
+
+
+def has_winograd(problem: Problem) -> bool:
+    """Whether the dense layer may run as Winograd: 3x3, stride 1, no dilation, no groups, enough channels."""
+    return (
+        problem.kernel == (3, 3) and problem.strides == (1, 1) and problem.dilation == (1, 1)
+        and problem.groups == 1 and min(problem.channels, problem.outputs) >= 16
+    )  # fmt: skip
+
+
+def estimate(problem: Problem, target: CpuTarget) -> Estimate:
+    """Dense and sparse cost of a layer on one core."""
+    p = problem
+    vectors = -(-p.pixels // target.lanes)
+    per_output = p.panel_rows // p.groups
+    dense = p.pixels * p.outputs * per_output / target.lanes / _DENSE_EFFICIENCY
+    if has_winograd(p):
+        dense /= _WINOGRAD_GAIN
+    multiply = vectors * p.stored * p.block / _SPARSE_EFFICIENCY[p.block]
+    starts = -(-vectors // 6) * p.blocks * _LOOP_START
+    moves = vectors * (p.panel_rows + p.outputs) * _TRANSPOSE
+    return Estimate(dense, multiply + starts + moves)
