@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from compiler import __version__
 from compiler.arrays import check_writable, read_npz, write_npz, write_whole
 from compiler.failures import KerfGroup
 from schedules.errors import ModelError
@@ -18,7 +19,7 @@ from schedules.errors import ModelError
 @click.group(
     "compile-model", cls=KerfGroup, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.version_option(package_name="kerf-compiler", prog_name="compile-model")
+@click.version_option(__version__, prog_name="compile-model")
 @click.option(
     "--debug", is_flag=True, help="Show the traceback of a failure (anywhere on the line)."
 )
