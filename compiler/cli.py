@@ -13,7 +13,7 @@ import click
 from compiler import __version__
 from compiler.arrays import check_writable, read_npz, write_npz, write_whole
 from compiler.failures import KerfGroup
-from schedules.errors import ModelError
+from schedules.errors import ModelError, UnsupportedModel
 
 
 @click.group(
@@ -79,11 +79,9 @@ def inspect(model, inputs, batch, json_path):
 
     found = inspect_model(model, inputs=dict(inputs) or None, batch=batch)
     _write_json(json_path, found.to_json())
-    if not found.unsupported:
-        _print(tables.inspection(found))
-        return
-    click.echo(found.unsupported, err=True)
-    sys.exit(3)
+    if found.unsupported:
+        raise UnsupportedModel(found.unsupported)
+    _print(tables.inspection(found))
 
 
 @main.command()
