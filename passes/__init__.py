@@ -11,7 +11,7 @@ def families() -> tuple:
     return (dense.FAMILY, sparse.FAMILY)
 
 
-def family(name: str):
+def family_named(name: str):
     """The family of that name. Raises RecipeError, listing the names there are."""
     from schedules.errors import RecipeError
 

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 from tvm.relax import PyExprMutator, expr_functor
 
-from passes import families, family
+from passes import families, family_named
 from passes.family import Layer
 from passes.layers import CONV2D, DENSE, const_array, is_call, is_const
 from passes.treatment import Decision, Treatment
@@ -60,7 +60,7 @@ def prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm.
         treatment = treatments.get(Layer(call).name)
         if treatment is None or not treatment.prune:
             return call
-        prune = family(treatment.family).prune
+        prune = family_named(treatment.family).prune
         if prune is None:
             return call
         weight = prune(const_array(call.args[1]), **treatment.parameters)
@@ -88,7 +88,7 @@ def treat_layers(
         layer = Layer(call)
         treatment = treatments.get(layer.name, Treatment())
         outcome = call
-        if (treat := family(treatment.family).treat) is not None:
+        if (treat := family_named(treatment.family).treat) is not None:
             outcome = treat(layer, treatment.parameters, target)
         declined = outcome.reason if isinstance(outcome, Declined) else None
         decisions.append(
