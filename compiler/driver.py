@@ -73,6 +73,13 @@ def build(
     if output is not None:
         check_output(output, force)
     cpu = parse_target(target, threads) if isinstance(target, str) else target
+    if records is not None:
+        from schedules.records import Records
+
+        found = Records.open(records)
+        cpu = cpu.with_records(found)
+        if ignored := found.ignored_for(cpu):
+            say(ignored)
     if cpu.arch == detect_host().arch:
         require_linker()
     recipe = load_recipe(recipe)

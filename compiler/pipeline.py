@@ -141,7 +141,7 @@ def _kernel_calls(
                     function=kernel.function,
                     layers=layers,
                     loops=kernel.loops,
-                    point=kernel.point,
+                    point={**kernel.point, "tuned": True} if kernel.tuned else kernel.point,
                     flops=sum(graph.flops.get(layer, 0) for layer in layers),
                     bytes=sum(_tensor_bytes(a) for a in value.args),
                 )

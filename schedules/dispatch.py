@@ -17,11 +17,12 @@ from schedules.target import CpuTarget
 
 @dataclass(frozen=True)
 class Kernel:
-    """How one PrimFunc was scheduled, for the report: loop structure and the parameters of its kernel."""
+    """How one PrimFunc was scheduled, for the report: loop structure, the parameters of its kernel, whether tuning found them."""
 
     function: str
     loops: str
     point: dict
+    tuned: bool = False
 
 
 # Each is a module of this package with `schedule(fused, target) -> PrimFunc`; imported when first met.
@@ -43,11 +44,19 @@ def schedule_function(name: str, func: tirx.PrimFunc, target: CpuTarget) -> tupl
     try:
         if fused is None:
             return generic.schedule(func, target), Kernel(name, "generic", {})
-        return loop_structure(fused.loops)(fused, target), Kernel(name, fused.loops, fused.point)
+        return loop_structure(fused.loops)(fused, target), Kernel(name, fused.loops, fused.point, _tuned(fused, target))
     except ScheduleError:
         raise
     except Exception as error:
         raise ScheduleError(f"{type(error).__name__}: {error}", where=f"kernel {name}") from error
+
+
+def _tuned(fused: Fused, target: CpuTarget) -> bool:
+    """Whether the point of this kernel is one that tuning recorded for it."""
+    if target.records is None or "problem" not in fused.point:
+        return False
+    recorded = target.records.lookup(target, fused.loops, fused.point["problem"])
+    return recorded is not None and dict(recorded) == fused.point.get("point")
 
 
 def schedule_module(mod: tvm.IRModule, target: CpuTarget) -> tuple[tvm.IRModule, dict[str, Kernel]]:

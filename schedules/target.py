@@ -7,10 +7,14 @@ import functools
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from schedules.errors import TargetError
+
+if TYPE_CHECKING:
+    from schedules.records import PointSource
 
 # Linux's names in /proc/cpuinfo (x86) and in the Features line (aarch64) -> LLVM's names of the same feature.
 _LINUX_TO_LLVM = {
@@ -26,7 +30,10 @@ _AVX512 = (*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """A processor by features, not by model name. Cache sizes in bytes; `threads` the most a kernel may use."""
+    """A processor by features, not by model name. Cache sizes in bytes; `threads` the most a kernel may use.
+
+    `records` holds kernel parameters that tuning found for it; it is no part of the target's identity.
+    """
 
     name: str
     arch: str  # "x86_64" or "aarch64"
@@ -34,6 +41,7 @@ class CpuTarget:
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 1024 * 1024
     threads: int = 1
+    records: PointSource | None = field(default=None, compare=False, repr=False)
 
     def has(self, *features: str) -> bool:
         return all(f in self.features for f in features)
@@ -76,6 +84,9 @@ class CpuTarget:
     def with_threads(self, threads: int) -> CpuTarget:
         return replace(self, threads=threads)
 
+    def with_records(self, records: PointSource | None) -> CpuTarget:
+        return replace(self, records=records)
+
     def tvm(self):
         """The TVM target: features spelled out, so that nothing depends on a CPU's name."""
         import tvm
@@ -92,7 +103,9 @@ class CpuTarget:
         return tvm.target.Target(spec)
 
     def to_json(self) -> dict:
-        return asdict(self)
+        fields = asdict(replace(self, records=None))
+        del fields["records"]
+        return fields
 
 
 NAMED = {

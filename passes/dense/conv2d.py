@@ -13,6 +13,7 @@ from passes.lower import call_te
 from schedules import contraction, depthwise
 from schedules.errors import ScheduleError
 from schedules.fused import annotations
+from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 
@@ -97,10 +98,10 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     kind = f"{problem.r}x{problem.s}" + (f"s{problem.stride[0]}" if problem.stride != (1, 1) else "")
     size = f"{problem.oh}x{problem.ow}_{problem.c}_{problem.o}"
     if problem.groups == problem.c == problem.o and problem.groups > 1:
-        point = depthwise.default_point(problem, target)
+        point = point_for(depthwise, problem, target)
         packed = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))
         return call_te(bb, define_depthwise(problem, point), call.args[0], relax.const(packed), hint=f"depthwise{kind}_{size}")
-    point = contraction.default_point(problem, target)
+    point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight, problem, point))
     grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
     return call_te(bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{grouped}")

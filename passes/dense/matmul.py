@@ -13,6 +13,7 @@ from passes.layers import DENSE, const_array, shape_of
 from passes.lower import call_te
 from schedules import batch_matmul, contraction
 from schedules.fused import annotations
+from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 
@@ -36,7 +37,7 @@ def lower_dense(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     x, weight = call.args[0], const_array(call.args[1])
     shape = shape_of(x)
     problem = contraction.Problem(1, 1, math.prod(shape[:-1]), shape[-1], weight.shape[0])
-    point = contraction.default_point(problem, target)
+    point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight[:, :, None, None], problem, point))
     return call_te(bb, define_dense(shape, problem, point), x, packed, hint=f"dense_{problem.w}_{problem.c}_{problem.o}")
 
@@ -64,7 +65,7 @@ def lower_matmul(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     if min(len(a), len(b)) < 2 or any(str(arg.ty.dtype) != "float32" for arg in call.args) or str(call.ty.dtype) != "float32":
         return None
     problem = batch_matmul.Problem(a[:-2], b[:-2], a[-2], a[-1], b[-1])
-    point = batch_matmul.default_point(problem, target)
+    point = point_for(batch_matmul, problem, target)
     hint = f"matmul_{math.prod(problem.batch)}_{problem.m}_{problem.k}_{problem.n}"
     return call_te(bb, define_matmul(problem, point), *call.args, hint=hint)
 
