@@ -18,6 +18,8 @@ from tvm import relax
 from passes.layers import const_array, is_call, is_const, shape_of
 from schedules.errors import KerfError
 
+_KNOWN_TYPES = (relax.TensorType, relax.ShapeType, tvm.ir.TupleType)
+
 # (value with rewritten operands, graph) -> replacement, or None where the rule does not apply.
 Rule = Callable[[relax.Expr, "Graph"], "relax.Expr | None"]
 
@@ -110,19 +112,21 @@ class Graph:
     def flatten(self, value: relax.Expr, name: str = "") -> relax.Expr:
         """The value with nested calls bound to variables of their own, and its type inferred."""
         if isinstance(value, relax.Call):
-            args = [self._leaf(a, name) for a in value.args]
-            if any(a is not b for a, b in zip(args, value.args)):
+            old = list(value.args)
+            args = [self._leaf(a, name) for a in old]
+            if _differ(args, old):
                 value = relax.Call(value.op, args, value.attrs, value.ty_args)
-        elif isinstance(value, relax.Tuple):
-            value = relax.Tuple([self._leaf(f, name) for f in value.fields])
-        elif isinstance(value, relax.TupleGetItem):
-            value = relax.TupleGetItem(self._leaf(value.tuple_value, name), value.index)
-        return self._builder.normalize(value)
+            return value if isinstance(value.ty, _KNOWN_TYPES) else self._builder.normalize(value)
+        if isinstance(value, relax.Tuple):
+            return relax.Tuple([self._leaf(f, name) for f in value.fields])
+        return relax.TupleGetItem(self._leaf(value.tuple_value, name), value.index)
 
     def _leaf(self, expr: relax.Expr, name: str) -> relax.Expr:
         if isinstance(expr, relax.Tuple):  # argument tuples (concat, strided_slice) stay where they are
-            return relax.Tuple([self._leaf(f, name) for f in expr.fields])
-        if isinstance(expr, (relax.Call, relax.TupleGetItem)) and not _is_shape_call(expr):
+            old = list(expr.fields)
+            new = [self._leaf(f, name) for f in old]
+            return relax.Tuple(new) if _differ(new, old) else expr
+        if isinstance(expr, (relax.Call, relax.TupleGetItem)):
             return self.emit(expr, f"{name}_{_operator(expr)}" if name else "")
         return expr
 
@@ -140,16 +144,15 @@ class Graph:
         """The value of the original function with its variables replaced by what they stand for now."""
         if isinstance(value, relax.Var):
             return self._env.get(value, value)
-        new = [self.substitute(o) for o in operands(value)]
-        if all(a is b for a, b in zip(new, operands(value))):
+        old = operands(value)
+        new = [self.substitute(o) for o in old]
+        if not _differ(new, old):
             return value
         if isinstance(value, relax.Call):
-            return self._builder.normalize(relax.Call(value.op, new, value.attrs, value.ty_args))
+            return _call_like(value, new)
         if isinstance(value, relax.Tuple):
             return relax.Tuple(new)
-        if is_tuple(new[0]):
-            return new[0].fields[value.index]
-        return self._builder.normalize(relax.TupleGetItem(new[0], value.index))
+        return new[0].fields[value.index] if isinstance(new[0], relax.Tuple) else relax.TupleGetItem(new[0], value.index)
 
     def define(self, original: relax.Var, value: relax.Expr) -> None:
         """Let the original variable stand for `value` from here on, under its old name where a binding is needed."""
@@ -158,11 +161,13 @@ class Graph:
             var = relax.DataflowVar(original.name, value.ty)
             self._bind(var, value)
             value = var
+        if not _same_type(value.ty, original.ty):
+            raise KerfError("a rewrite changed a type", where=original.name, found=str(value.ty), wanted=str(original.ty))
         self._env[original] = value
         if isinstance(value, relax.Var):
             self._originals.setdefault(value, []).append(original)
 
-    def finish(self, func: relax.Function, mod_name: str = "") -> relax.Function:
+    def finish(self, func: relax.Function) -> relax.Function:
         """The rebuilt function: used bindings only, one dataflow block, the result bound to a variable."""
         result = self.substitute(func.body.body)
         fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
@@ -186,11 +191,12 @@ def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Fun
     def swap(expr: relax.Expr) -> relax.Expr:
         if isinstance(expr, relax.Var):
             return renamed.get(expr, expr)
-        new = [swap(o) for o in operands(expr)]
-        if all(a is b for a, b in zip(new, operands(expr))):
+        old = operands(expr)
+        new = [swap(o) for o in old]
+        if not _differ(new, old):
             return expr
         if isinstance(expr, relax.Call):
-            return relax.Call(expr.op, new, expr.attrs, expr.ty_args)
+            return _call_like(expr, new)
         return relax.Tuple(new) if isinstance(expr, relax.Tuple) else relax.TupleGetItem(new[0], expr.index)
 
     bindings = []
@@ -209,12 +215,19 @@ def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Fun
     return relax.Function(list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs)
 
 
-def is_tuple(expr: relax.Expr) -> bool:
-    return isinstance(expr, relax.Tuple)
+def _same_type(a, b) -> bool:
+    if isinstance(a, relax.TensorType) and isinstance(b, relax.TensorType):
+        return str(a.dtype) == str(b.dtype) and [int(d) for d in a.shape] == [int(d) for d in b.shape]
+    return type(a) is type(b)
 
 
-def _is_shape_call(expr: relax.Expr) -> bool:
-    return not isinstance(expr, relax.Expr)
+def _differ(new: Sequence[relax.Expr], old: Sequence[relax.Expr]) -> bool:
+    return any(a is not b for a, b in zip(new, old))
+
+
+def _call_like(call: relax.Call, args: Sequence[relax.Expr]) -> relax.Call:
+    """The call on other operands of the same types, so that its own type need not be inferred again."""
+    return relax.Call(call.op, args, call.attrs, call.ty_args, ret_ty=call.ty)
 
 
 def _operator(value: relax.Expr) -> str:
@@ -225,7 +238,7 @@ def _operator(value: relax.Expr) -> str:
 
 def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 20) -> relax.Function:
     """Apply the rules to every value, again and again until none applies. Raises KerfError if they do not settle."""
-    for _ in range(limit):
+    for attempt in range(limit):
         graph, changed = Graph(func), False
         for binding in bindings_of(func):
             value = graph.substitute(binding.value)
@@ -235,9 +248,9 @@ def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 2
                     value, changed = new, True
                     break
             graph.define(binding.var, value)
-        func = graph.finish(func)
-        if not changed:
+        if attempt and not changed:
             return func
+        func = graph.finish(func)
     raise KerfError("rewrite rules do not settle", found=f"{limit} rounds", todo="This is a bug in Kerf")
 
 
