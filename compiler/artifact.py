@@ -86,12 +86,14 @@ class ReferenceRun:
 @dataclass(frozen=True)
 class VariantInfo:
     """A variant as the manifest describes it; `constants` are keys of the weights file in the
-    tuple's order."""
+    tuple's order, `constant_bytes` their sizes and `index` whether each says where values are."""
 
     name: str
     library: str
     constants: tuple[str, ...]
     constant_names: tuple[str, ...]
+    constant_bytes: tuple[int, ...]
+    index: tuple[bool, ...]
     kernels: tuple[KernelCall, ...]
     bytes: Mapping[str, int]
 
@@ -238,12 +240,14 @@ def parse_manifest(path: Path, manifest: Mapping) -> Artifact:
     try:
         variants = {
             name: VariantInfo(
-                name,
-                _library_name(v["library"]),
-                tuple(map(str, v["constants"])),
-                tuple(map(str, v["constant_names"])),
-                tuple(KernelCall(**k) for k in v["kernels"]),
-                dict(v["bytes"]),
+                name=name,
+                library=_library_name(v["library"]),
+                constants=tuple(map(str, v["constants"])),
+                constant_names=tuple(map(str, v["constant_names"])),
+                constant_bytes=tuple(map(int, v["constant_bytes"])),
+                index=tuple(map(bool, v["index"])),
+                kernels=tuple(KernelCall(**k) for k in v["kernels"]),
+                bytes=dict(v["bytes"]),
             )
             for name, v in manifest["variants"].items()
         }

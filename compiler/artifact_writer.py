@@ -233,9 +233,9 @@ def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None
 
 
 def is_index(array: np.ndarray) -> bool:
-    """Whether a packed constant says where values are rather than what they are: the overhead of
-    a sparse format."""
-    return array.dtype.kind in "iu" and array.dtype.itemsize > 1
+    """Whether a packed constant says where values are rather than what they are: the overhead of a
+    sparse format. Unsigned and 32-bit integers do; signed bytes are weights."""
+    return array.dtype.kind == "u" or (array.dtype.kind == "i" and array.dtype.itemsize >= 4)
 
 
 def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Path) -> dict:
@@ -247,6 +247,8 @@ def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Pat
         "library": library,
         "constants": keys,
         "constant_names": list(variant.constant_names),
+        "constant_bytes": [a.nbytes for a in variant.constants],
+        "index": [is_index(a) for a in variant.constants],
         "kernels": [asdict(k) for k in variant.kernels],
         "bytes": {"library": code, "weights": weights, "index": index, "total": code + weights},
     }

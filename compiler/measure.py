@@ -24,6 +24,8 @@ import numpy as np
 
 from compiler.artifact import Artifact, read_references
 from compiler.environment import describe_environment
+from compiler.layer_rows import layer_rows
+from compiler.profile import layer_us
 from compiler.runtime import LoadedModel, load_variants
 from schedules.errors import MeasurementError
 
@@ -86,15 +88,43 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `bench` found. `latency` by variant or peer; `memory` bytes by variant; `against` the
-    peers' versions."""
+    """What `bench` found. `latency` by variant or peer, `memory` and `disk` bytes by variant,
+    `peers` the versions of other engines; `verify` from the manifest, `layers` as in
+    `compiler.layer_rows`."""
 
     latency: Mapping[str, Latency]
     ratios: Mapping[str, Ratio]
-    against: Mapping[str, str]
+    peers: Mapping[str, str]
     memory: Mapping[str, Mapping[str, int]]
+    disk: Mapping[str, Mapping[str, int]]
     environment: Mapping[str, Any]
+    verify: Mapping[str, Any] = field(default_factory=dict)
+    layers: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
+
+    def to_json(self) -> dict:
+        """See docs/report.md."""
+
+        def entry(name: str, more: Mapping) -> dict:
+            found = self.latency[name]
+            samples = {"samples_ms": list(found.samples), "rounds": list(found.rounds)}
+            return {"latency_ms": found.to_json(), **more, **samples}
+
+        variants = [n for n in self.latency if n not in self.peers]
+        return {
+            "format": "kerf-bench",
+            "format_version": 1,
+            "variants": {
+                n: entry(n, {"memory_bytes": self.memory.get(n), "disk_bytes": self.disk.get(n)})
+                for n in variants
+            },
+            "peers": {n: entry(n, {"version": v}) for n, v in self.peers.items()},
+            "ratios": {name: found.to_json() for name, found in self.ratios.items()},
+            "verify": dict(self.verify),
+            "layers": [dict(row) for row in self.layers],
+            "environment": dict(self.environment),
+            "warnings": list(self.warnings),
+        }
 
 
 def interleave(
@@ -192,6 +222,7 @@ def bench(
     inputs: Sequence[Any] | None = None,
     module: Any = None,
     memory: bool = True,
+    layers: bool = True,
 ) -> Measurement:
     """Time every variant of an artifact, and the peers named in `against`, side by side.
 
@@ -207,18 +238,25 @@ def bench(
         models = load_variants(artifact, list(artifact.variants), threads)
         engines: dict[str, Callable[[], Any]] = {n: _call(m, inputs) for n, m in models.items()}
         peers = open_peers(artifact, against, inputs, threads, module)
-        wanted = engines["dense" if "dense" in engines else next(iter(engines))]()
+        wanted = engines["dense"]()
         for name, peer in peers.items():
             require_agreement(name, peer.call(), wanted)
             engines[name] = peer.call
         environment = describe_environment(threads, cores)
         latency = interleave(engines, runs=runs, seconds=duration)
-    used = measure_memory(artifact, inputs, threads) if memory else {}
+        times = layer_us(models, inputs, seconds=min(duration, 4.0)) if layers else {}
     environment["load_average_after"] = list(os.getloadavg())
     return Measurement(
-        latency, ratios_of(latency, list(models)), {n: p.version for n, p in peers.items()}, used,
-        environment, [noise_warning(n, found) for n, found in latency.items() if found.noisy],
-    )  # fmt: skip
+        latency=latency,
+        ratios=ratios_of(latency, list(models)),
+        peers={name: peer.version for name, peer in peers.items()},
+        memory=measure_memory(artifact, inputs, threads) if memory else {},
+        disk={name: dict(info.bytes) for name, info in artifact.variants.items()},
+        environment=environment,
+        verify=artifact.manifest.get("verify", {}),
+        layers=layer_rows(artifact, times),
+        warnings=[noise_warning(n, found) for n, found in latency.items() if found.noisy],
+    )
 
 
 def _call(model: LoadedModel, inputs: Sequence[Any]) -> Callable[[], Any]:

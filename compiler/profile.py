@@ -12,13 +12,15 @@ import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from compiler.artifact import Artifact
 from compiler.divergence import is_kernel
+from compiler.environment import describe_environment
+from compiler.layer_rows import layer_rows
 from compiler.runtime import LoadedModel, load_variants
 
 _MAX_ARGUMENTS = 8
@@ -61,8 +63,9 @@ class VariantProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """`peak_gflops` and `bandwidth_gbs` as measured now; `callback_us` what was subtracted, by the
-    number of arguments."""
+    """Kernel rows by variant and layer rows (see `compiler.layer_rows`). `peak_gflops` and
+    `bandwidth_gbs` as measured now; `callback_us` what was subtracted, by the number of
+    arguments."""
 
     variants: Mapping[str, VariantProfile]
     runs: int
@@ -70,10 +73,12 @@ class Profile:
     peak_gflops: float
     bandwidth_gbs: float
     callback_us: tuple[float, ...]
+    layers: Sequence[Mapping[str, Any]] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         """See docs/report.md."""
-        return {**asdict(self), "variants": {n: asdict(v) for n, v in self.variants.items()}}
+        return {"format": "kerf-profile", "format_version": 1, **asdict(self)}
 
 
 def _by_layer(rows: Sequence[tuple[Sequence[str], float]]) -> dict[str, float]:
@@ -207,6 +212,7 @@ def profile_artifact(
     """Profile every variant of an artifact on `inputs`, in alternating runs."""
     from compiler.hardware import measure_bandwidth, measure_peak
 
+    environment = describe_environment(threads)
     models = load_variants(artifact, list(artifact.variants), threads)
     machine = artifact.target.with_threads(threads)
     peak, bandwidth = measure_peak(machine).best, measure_bandwidth(machine).best
@@ -221,7 +227,10 @@ def profile_artifact(
         )
         for name, model in models.items()
     }
-    return Profile(variants, done, threads, peak, bandwidth, callback_overhead())
+    layers = layer_rows(artifact, {name: v.layer_us() for name, v in variants.items()})
+    return Profile(
+        variants, done, threads, peak, bandwidth, callback_overhead(), layers, environment
+    )
 
 
 def total_us(
@@ -244,11 +253,9 @@ def useful_shares(layers: Sequence[Mapping]) -> dict[str, float]:
     """Layer -> share of its operations that the compressed variant has to do, from the manifest."""
     shares = {}
     for row in layers:
-        density = row.get("density")
-        if density is None:
-            zeros = (row.get("found") or {}).get("zeros")
-            density = 1.0 - zeros if isinstance(zeros, float) else 1.0
-        shares[row["name"]] = float(density) if row.get("treatment", "dense") != "dense" else 1.0
+        density = (row.get("found") or {}).get("density")
+        compressed = row.get("treatment", "dense") != "dense" and density is not None
+        shares[row["name"]] = float(density) if compressed else 1.0
     return shares
 
 
