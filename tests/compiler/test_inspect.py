@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -57,9 +59,9 @@ def test_zeros_are_found_with_their_grain(found):
 def test_the_table_and_the_json_say_the_same(found):
     from rich.console import Console
 
-    console = Console(width=200, record=True, file=None, quiet=True)
+    console = Console(width=200, file=io.StringIO())
     console.print(tables.inspection(found))
-    text = console.export_text()
+    text = console.file.getvalue()
     document = found.to_json()
     for layer in document["layers"]:
         assert layer["name"] in text
