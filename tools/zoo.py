@@ -121,7 +121,7 @@ def efficientnet_b0(tiny: bool) -> nn.Module:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
     size = {
-        "width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 80, "image_size": 64, "num_labels": 10, "dropout_rate": 0.2,
+        "width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 64, "num_labels": 10, "dropout_rate": 0.2,
     } if tiny else {
         "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224, "num_labels": 1000, "dropout_rate": 0.2,
     }  # fmt: skip

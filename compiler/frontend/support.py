@@ -14,7 +14,7 @@ class Refused(Exception):
 
 def constant(array: np.ndarray) -> relax.Expr:
     """A Relax constant of exactly this dtype (`relax.const` of an array narrows int64)."""
-    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+    return relax.const(tvm.runtime.tensor(np.asarray(array, order="C")))
 
 
 def dtype_of(expr: relax.Expr) -> str:

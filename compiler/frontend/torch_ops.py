@@ -341,18 +341,31 @@ def _attention(c, query, key, value, mask, dropout, causal, scale, gqa) -> relax
 
     bias = None
     if mask is not None:
-        bias = _additive_mask(c, mask)
+        bias, causal = _bias(c, mask, (shape_of(query)[-2], shape_of(key)[-2]))
+    if bias is not None:
         if rank == 3 and len(shape_of(bias)) == 3:
-            bias = op.expand_dims(bias, 1)
-        while len(shape_of(c.builder.normalize(bias))) < 4:
-            bias = op.expand_dims(bias, 0)
-        bias = c.emit(bias)
+            bias = c.emit(op.expand_dims(bias, 1))
+        bias = c.emit(op.reshape(bias, (*[1] * (4 - len(shape_of(bias))), *shape_of(bias))))
     scale = 1 / math.sqrt(shape_of(query)[-1]) if scale is None else scale
     result = op.nn.attention(
         to_bshd(query), to_bshd(key), to_bshd(value), bias, scale=tvm.tirx.FloatImm("float32", scale), causal_mask="TopLeft" if causal else None
     )
     result = op.permute_dims(c.emit(result), [0, 2, 1, 3])
     return result if rank == 4 else op.squeeze(c.emit(result), 1)
+
+
+def _bias(c: Converter, mask: relax.Expr, extent: tuple[int, int]) -> tuple[relax.Expr | None, bool]:
+    """The additive mask, and whether it is the causal one; no mask for one that hides nothing."""
+    bias = _additive_mask(c, mask)
+    if not isinstance(bias, tvm.ir.expr.GenericConst):
+        return bias, False
+    array = bias.value.numpy()
+    if not array.any():
+        return None, False
+    causal = np.tril(np.ones(extent, bool))
+    hidden = array <= np.finfo(np.float32).min / 2
+    is_causal = array.shape[-2:] == extent and extent[0] == extent[1] and (hidden == ~causal).all() and not array[~hidden].any()
+    return (None, True) if is_causal else (bias, False)
 
 
 def _additive_mask(c: Converter, mask: relax.Expr) -> relax.Expr:
@@ -375,8 +388,6 @@ def _max_pool(c, x, kernel, stride, padding, dilation, ceil_mode) -> tuple:
     rank = len(kernel) if len(kernel) > 1 else 2
     if rank != 2 or len(shape_of(x)) != 4:
         raise Refused("an input that is not [N, C, H, W]")
-    if any(n.target is getattr(n.target, "getitem", n.target) and n.args[1] != 0 for n in c.node.users if key_of(n) == "getitem"):
-        raise Refused("the indices of the maxima are used")
     kernel = _spread(kernel, 2)
     padding = _pool_padding(x, kernel, _spread(stride or kernel, 2), _spread(padding, 2), _spread(dilation, 2), ceil_mode)
     pooled = op.nn.max_pool2d(
