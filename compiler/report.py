@@ -94,7 +94,7 @@ def bench(found: Measurement) -> list:
     parts += [Text(_environment_line(found.environment))]
     if found.layers:
         parts += [Text(), layer_table(found.layers), *why_dense(found.layers)]
-    return parts + [Text(), *verify_lines(found.verify)] + _hint_lines(hints(found.layers))
+    return [*parts, Text(), *verify_lines(found.verify), *_hint_lines(hints(found.layers))]
 
 
 def profile(found: Profile) -> list:
