@@ -156,13 +156,22 @@ class Graph:
 
     def define(self, original: relax.Var, value: relax.Expr) -> None:
         """Let the original variable stand for `value` from here on, under its old name where a binding is needed."""
-        if isinstance(value, (relax.Call, relax.Tuple, relax.TupleGetItem)):
-            value = self.flatten(value, original.name)
-            var = relax.DataflowVar(original.name, value.ty)
-            self._bind(var, value)
-            value = var
+        value = self.bind(original.name, value)
         if not _same_type(value.ty, original.ty):
             raise KerfError("a rewrite changed a type", where=original.name, found=str(value.ty), wanted=str(original.ty))
+        self.alias(original, value)
+
+    def bind(self, name: str, value: relax.Expr) -> relax.Expr:
+        """Bind a value under exactly this name; variables and constants pass through."""
+        if not isinstance(value, (relax.Call, relax.Tuple, relax.TupleGetItem)):
+            return value
+        value = self.flatten(value, name)
+        var = relax.DataflowVar(name, value.ty)
+        self._bind(var, value)
+        return var
+
+    def alias(self, original: relax.Var, value: relax.Expr) -> None:
+        """Let readers of the original variable read `value`, a variable or constant."""
         self._env[original] = value
         if isinstance(value, relax.Var):
             self._originals.setdefault(value, []).append(original)
@@ -283,7 +292,7 @@ def scalar(expr: relax.Expr) -> float | None:
 
 def constant(array: np.ndarray) -> relax.Expr:
     """A Relax constant with exactly this array's dtype (`relax.const` would narrow 64-bit arrays)."""
-    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+    return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
 
 
 def permutation(call: relax.Call) -> list[int]:
