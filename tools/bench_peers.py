@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kerf against ONNX Runtime and OpenVINO, and sparse against dense, on whole networks with random
+weights.
+
+    python tools/bench_peers.py resnet50 vit_s16 --work bench/ --json peers.json --markdown peers.md
+
+Each network is built three times (dense; 90 % of the weights pruned one by one; 90 % pruned in
+groups of four output channels) and all engines run interleaved in one process, so that a ratio
+does not depend on the machine's mood. Results are added to the JSON file network by network: what
+is there already is skipped, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+NETWORKS = (
+    "resnet50",
+    "resnet18",
+    "regnet_y",
+    "mobilenetv2",
+    "efficientnet_b0",
+    "convnext_t",
+    "vit_s16",
+    "bert",
+)
+SHORT = {
+    "regnet": "regnet_y",
+    "efficientnet": "efficientnet_b0",
+    "convnext": "convnext_t",
+    "vit": "vit_s16",
+}
+PEERS = ("onnxruntime", "openvino")
+# What is built: name -> options of `compile-model build`.
+BUILDS: Mapping[str, tuple[str, ...]] = {
+    "dense": ("--recipe", "dense"),
+    "element": ("--recipe", "sparse", "--density", "0.1", "--grain", "element", "--prune"),
+    "out4": ("--recipe", "sparse", "--density", "0.1", "--grain", "out:4", "--prune"),
+}
+
+
+def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str]) -> None:
+    """Write the network as NAME.pt2, NAME.onnx and its inputs, and build the artifacts below
+    `work`."""
+    import numpy as np
+
+    from tools import zoo
+
+    directory = work / name
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {s: directory / f"{name}.{s}" for s in ("pt2", "onnx", "npz")}
+    if not all(path.exists() for path in files.values()):
+        module, example = zoo.build(name)
+        zoo.save_pt2(module, example, files["pt2"])
+        zoo.save_onnx(module, example, files["onnx"])
+        np.savez(files["npz"], *[tensor.numpy() for tensor in example])
+    for build in builds:
+        output = directory / build
+        if keep and (output / "manifest.json").exists():
+            continue
+        start = time.perf_counter()
+        line = [
+            sys.executable,
+            "-m",
+            "compiler.cli",
+            "build",
+            str(files["pt2"]),
+            "-o",
+            str(output),
+            "--force",
+        ]
+        line += ["--threads", str(threads), *BUILDS[build]]
+        root = Path(__file__).resolve().parent.parent
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(line, env=environment, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name}: building {build} failed with exit code {done.returncode}")
+        log(f"{name}: built {build} in {time.perf_counter() - start:.0f} s")
+
+
+def measure(name: str, work: Path, *, threads: int, duration: float, builds: list[str]) -> dict:
+    """One network's row: every engine interleaved in this process."""
+    import numpy as np
+
+    from compiler import peers
+    from compiler.artifact import open_artifact
+    from compiler.environment import describe_environment
+    from compiler.measure import interleave, pinned, ratio, require_agreement
+    from compiler.runtime import load_variants
+
+    directory = work / name
+    with np.load(directory / f"{name}.npz") as file:
+        inputs = [file[key] for key in file.files]
+    with pinned(threads) as cores:
+        engines, layers, verify = {}, {}, {}
+        for build in builds:
+            artifact = open_artifact(directory / build)
+            variant = "dense" if build == "dense" else "compressed"
+            model = load_variants(artifact, [variant], threads)[variant]
+            engines[build] = lambda model=model: model(*inputs)
+            verify[build] = artifact.manifest["verify"]
+            rows = artifact.layers
+            layers[build] = [sum(r["treatment"] != "dense" for r in rows), len(rows)]
+        versions = {}
+        wanted = engines["dense"]()
+        for peer in PEERS:
+            opener = peers.OPENERS[peer]
+            feed = dict(enumerate(inputs))
+            opened = opener(
+                importlib.import_module(peer), directory / f"{name}.onnx", feed, threads
+            )
+            require_agreement(peer, opened.call(), wanted)
+            engines[peer], versions[peer] = opened.call, opened.version
+        environment = describe_environment(threads, cores)
+        latency = interleave(engines, runs=20, seconds=duration)
+    faster = min(PEERS, key=lambda peer: latency[peer].median)
+    pairs = [("dense", faster), *(("dense", p) for p in PEERS)]
+    pairs += [(build, "dense") for build in builds if build != "dense"]
+    return {
+        "network": name,
+        "faster_peer": faster,
+        "latency_ms": {n: found.to_json() for n, found in latency.items()},
+        "samples_ms": {n: list(found.samples) for n, found in latency.items()},
+        "ratios": {f"{a}/{b}": ratio(latency[a], latency[b]).to_json() for a, b in pairs},
+        "layers_compressed": layers,
+        "verify": {
+            b: {k: v[k] for k in ("passed", "max_abs", "cosine")} for b, v in verify.items()
+        },
+        "peers": versions,
+        "environment": environment,
+    }
+
+
+def add_row(path: Path, row: dict) -> list[dict]:
+    """Put a network's row into the JSON file, whole or not at all; returns all rows."""
+    rows = [r for r in read_rows(path) if r["network"] != row["network"]] + [row]
+    rows.sort(key=lambda r: NETWORKS.index(r["network"]))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(
+        json.dumps({"format": "kerf-peers", "format_version": 1, "rows": rows}, indent=1) + "\n"
+    )
+    os.replace(partial, path)
+    return rows
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of an earlier run; none if the file does not exist."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table, and where it was measured."""
+    lines = [
+        "| network | Kerf dense ms | ONNX Runtime ms | OpenVINO ms | dense / faster peer "
+        "| 90 % element / dense | 90 % out:4 / dense |",
+        "| --- | ---: | ---: | ---: | --- | --- | --- |",
+    ]
+    for row in rows:
+        ms = {
+            n: f"{v['median']:.2f}{'*' if v['noisy'] else ''}" for n, v in row["latency_ms"].items()
+        }
+        cells = [
+            ms["dense"],
+            ms["onnxruntime"],
+            ms["openvino"],
+            _ratio(row, f"dense/{row['faster_peer']}"),
+        ]
+        cells += [_ratio(row, f"{build}/dense") for build in ("element", "out4")]
+        lines.append(f"| {row['network']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Medians; ratios with their 95 % interval; * interquartile range beyond 10 %.",
+    ]
+    for row in rows[:1]:
+        e = row["environment"]
+        lines.append(
+            f"{e['cpu']['model']}, {e['threads']} thread(s), commit {e['git_commit']}, {e['date']}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(row: dict, name: str) -> str:
+    found = row["ratios"].get(name)
+    return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", help=f"{', '.join(NETWORKS)}; all by default")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="models and artifacts")
+    parser.add_argument("--json", type=Path, default=Path("peers.json"), help="results, added to")
+    parser.add_argument("--markdown", type=Path, help="the table")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--duration", type=float, default=45.0, help="seconds to measure each")
+    parser.add_argument("--builds", default="dense,element,out4", help=f"of {', '.join(BUILDS)}")
+    parser.add_argument("--keep", action="store_true", help="use artifacts that are there already")
+    parser.add_argument("--again", action="store_true", help="measure networks already in --json")
+    parser.add_argument("--prepare", action="store_true", help="build only")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # measure one prepared network, print JSON
+    options = parser.parse_args(arguments)
+    options.networks = [SHORT.get(n, n) for n in options.networks] or list(NETWORKS)
+    options.builds = options.builds.split(",")
+    if unknown := [n for n in options.networks if n not in NETWORKS]:
+        parser.error(f"unknown network {unknown[0]!r}; known are {', '.join(NETWORKS)}")
+    if "dense" not in options.builds or set(options.builds) - set(BUILDS):
+        parser.error(f"--builds must hold dense and be of {', '.join(BUILDS)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.one:
+        row = measure(
+            options.one,
+            options.work,
+            threads=options.threads,
+            duration=options.duration,
+            builds=options.builds,
+        )
+        print(json.dumps(row))
+        return 0
+    known = set() if options.again else {r["network"] for r in read_rows(options.json)}
+    for name in options.networks:
+        if name in known and not options.prepare:
+            log(f"{name}: measured already (--again measures it anew)")
+            continue
+        prepare(
+            name, options.work, threads=options.threads, keep=options.keep, builds=options.builds
+        )
+        if options.prepare:
+            continue
+        # A process of its own: no engine inherits another network's memory or threads.
+        line = [sys.executable, __file__, "--one", name, "--work", str(options.work)]
+        line += ["--threads", str(options.threads), "--duration", str(options.duration)]
+        done = subprocess.run(
+            [*line, "--builds", ",".join(options.builds)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(f"{name}: measuring failed with exit code {done.returncode}")
+        rows = add_row(options.json, json.loads(done.stdout.splitlines()[-1]))
+        log(markdown([r for r in rows if r["network"] == name]).splitlines()[2])
+    rows = read_rows(options.json)
+    if options.markdown and rows:
+        options.markdown.write_text(markdown(rows))
+    if rows:
+        print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
