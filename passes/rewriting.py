@@ -76,6 +76,7 @@ class Graph:
         for param in func.params:
             self._originals[param] = [param]
         self._added: Counter[relax.Var] = Counter()
+        self.current: relax.Var | None = None  # the original variable whose value is being rewritten
 
     def definition(self, expr: relax.Expr) -> relax.Expr | None:
         """The value bound to a variable (None for parameters), or the expression itself if it is no variable."""
@@ -96,9 +97,9 @@ class Graph:
         """Whether the value being rewritten is the only reader of `expr`."""
         return len(self.readers(expr)) + (0 if self._originals.get(expr) else self._added[expr]) <= 1
 
-    def readers_of_binding(self, var: relax.Var) -> list[relax.Expr]:
-        """Values of the original function that read the original variable `var`."""
-        return self._readers.get(var, [])
+    def next_readers(self) -> list[relax.Expr]:
+        """Values of the original function that read the variable being rewritten."""
+        return self._readers.get(self.current, [])
 
     def emit(self, value: relax.Expr, name: str = "") -> relax.Expr:
         """Bind a value (nested calls too, innermost first) and return the variable; variables and constants pass through."""
@@ -250,7 +251,7 @@ def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 2
     for attempt in range(limit):
         graph, changed = Graph(func), False
         for binding in bindings_of(func):
-            value = graph.substitute(binding.value)
+            value, graph.current = graph.substitute(binding.value), binding.var
             for rule in rules:
                 new = rule(value, graph) if isinstance(value, (relax.Call, relax.TupleGetItem)) else None
                 if new is not None:
