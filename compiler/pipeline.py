@@ -42,9 +42,36 @@ def canonicalize(mod: tvm.IRModule) -> tvm.IRModule:
 
 def canonical_passes() -> list[tvm.transform.Pass]:
     """Graph passes that no treatment or target changes."""
+    from passes.canonicalize_elementwise import CanonicalizeElementwise
+    from passes.canonicalize_flatten import CanonicalizeFlatten
+    from passes.canonicalize_padding import CanonicalizePadding
+    from passes.canonicalize_pooling import CanonicalizePooling
+    from passes.canonicalize_shapes import CanonicalizeShapes
+    from passes.fold_batch_norm import FoldBatchNorm
     from passes.fold_constants import FoldConstants
+    from passes.recognize_activation import RecognizeActivation
+    from passes.recognize_attention import RecognizeAttention
+    from passes.recognize_normalization import RecognizeNormalization
 
-    return [relax.transform.CanonicalizeBindings(), FoldConstants(), relax.transform.DeadCodeElimination()]
+    return [
+        # One spelling first: the recognisers and folds below match no other.
+        FoldConstants(),
+        CanonicalizeShapes(),
+        CanonicalizeElementwise(),
+        FoldConstants(),
+        # Composite operators before batch norm folding, which would take a norm's scale for its own.
+        RecognizeNormalization(),
+        RecognizeActivation(),
+        RecognizeAttention(),
+        CanonicalizePadding(),
+        CanonicalizePooling(),
+        FoldBatchNorm(),
+        CanonicalizeFlatten(),
+        # What became constant or cancels only now.
+        FoldConstants(),
+        CanonicalizeShapes(),
+        CanonicalizeElementwise(),
+    ]
 
 
 def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
