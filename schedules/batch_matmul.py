@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.contraction import loop, tile_rows, unravel, vectors
 from schedules.fused import Fused
 from schedules.target import CpuTarget
+from schedules.windows import loop, tile_rows, unravel, vectors
 
 
 @dataclass(frozen=True)

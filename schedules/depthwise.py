@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.contraction import Problem, kernel_rows, loop, tile_rows, vectors
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
+from schedules.windows import Problem, RowTiles, kernel_rows, loop, tile_rows, vectors
 
 
 @dataclass(frozen=True)
@@ -56,43 +56,13 @@ class _Depthwise:
     def __init__(self, kernel: Emission, problem: Problem, point: Point):
         self.kernel, self.problem, self.point = kernel, problem, point
         self.x, self.w = kernel.inputs
-        self.tiles = -(-problem.ow // point.mr)
+        self.row = RowTiles(problem, point.mr, problem.ow)
 
     def emit(self, parallel: bool) -> None:
         problem = self.problem
         with loop(problem.n * problem.oh, parallel) as u:
             image, oh = (0, u) if problem.n == 1 else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
-            run: list[int] = []
-            for t in range(self.tiles):
-                if self._inside(t):
-                    run.append(t)
-                    continue
-                self._row_tiles(run, image, oh)
-                run = []
-                self._channels(image, oh, self._base(t), self._base(t))
-            self._row_tiles(run, image, oh)
-
-    def _base(self, tile):
-        last = self.problem.ow - self.point.mr
-        if isinstance(tile, int):
-            return min(tile * self.point.mr, last)
-        return tile * self.point.mr if self.problem.ow % self.point.mr == 0 else tirx.min(tile * self.point.mr, last)
-
-    def _row_tiles(self, run: list[int], image, oh) -> None:
-        """Consecutive tiles that touch no padding on the left or right."""
-        if len(run) == 1:
-            self._channels(image, oh, self._base(run[0]), None)
-        elif run:
-            with T.serial(run[0], run[-1] + 1) as t:
-                self._channels(image, oh, self._base(t), None)
-
-    def _inside(self, tile: int) -> bool:
-        base = self._base(tile)
-        return all(self._in_image(base, p, s) for p in range(self.point.mr) for s in range(self.problem.s))
-
-    def _in_image(self, base: int, p: int, s: int) -> bool:
-        problem = self.problem
-        return 0 <= (base + p) * problem.stride[1] + s * problem.dilation[1] - problem.padding[1] < problem.w
+            self.row.each(lambda _, base, edge: self._channels(image, oh, base, edge))
 
     def _channels(self, image, oh, base, edge: int | None) -> None:
         """All channels of one tile of pixels, full groups of vectors in a loop, the rest after it."""
@@ -129,8 +99,8 @@ class _Depthwise:
         """Input column, relative to the tile's first pixel times the stride -> the (pixel, tap) pairs that read it."""
         problem = self.problem
         users: dict[int, list[tuple[int, int]]] = {}
-        for p in range(self.point.mr):
-            for s in range(problem.s):
-                if edge is None or self._in_image(edge, p, s):
-                    users.setdefault(p * problem.stride[1] + s * problem.dilation[1] - problem.padding[1], []).append((p, s))
+        for s in range(problem.s):
+            for p in range(self.point.mr) if edge is None else self.row.taps_inside(edge, s):
+                column = p * problem.stride[1] + s * problem.dilation[1] - problem.padding[1]
+                users.setdefault(column, []).append((p, s))
         return users

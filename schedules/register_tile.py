@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emission of a contraction: the loops over panels, chunks and tiles, and the register tile inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.contraction import Point, packed_shape, panels_per_group
+from schedules.fused import Emission
+from schedules.windows import Problem, RowTiles, kernel_rows, loop, unravel, vectors
+
+_LINE = 16  # float32 values in a cache line
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A panel being computed: its number in the packed weights and in its group, first channels, its vectors."""
+
+    index: object
+    number: object
+    first_input: object
+    first_output: object
+    widths: tuple
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A tile's place: its running number, image and output row (None if flat), first pixel, `edge` as in RowTiles."""
+
+    tile: object
+    image: object
+    oh: object
+    base: object
+    edge: int | None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Input channels [start, start + steps) of the group. `first` is a condition, or a bool where it is known."""
+
+    start: object
+    steps: int
+    first: object
+    last: bool
+
+
+class Contraction:
+    """One kernel being emitted. `shape` is the output's: [N, OH, OW, O] or, flat, any [..., O]."""
+
+    def __init__(self, kernel: Emission, shape: tuple[int, ...], problem: Problem, point: Point, threads: int):
+        self.kernel, self.shape, self.problem, self.point = kernel, shape, problem, point
+        self.x, self.w = kernel.inputs
+        self.x_lead = tuple(int(d) for d in self.x.shape)[:-1]
+        self.parallel = threads > 1
+        self.row = RowTiles(problem, point.mr, problem.row)
+        self.tiles = self.row.count * problem.rows
+        self.chunk = point.chunk if 0 < point.chunk < problem.group_inputs else problem.group_inputs
+
+    # ---- loops
+
+    def emit(self) -> None:
+        problem, point = self.problem, self.point
+        units = self.row.count if problem.flat else problem.rows
+        if point.order == "panels":
+            self._over_chunks(
+                lambda chunk: self._over_panels(lambda panel: self._over_units(0, units, panel, chunk), self.parallel)
+            )
+            return
+        block = min(point.block, units)
+        everything = _Chunk(0, problem.group_inputs, True, True)
+        with loop(-(-units // block), self.parallel) as b:
+            if block == 1:
+                self._over_panels(lambda panel: self._unit(b, panel, everything), False)
+                return
+            stop = (b + 1) * block if units % block == 0 else tirx.min((b + 1) * block, units)
+            self._over_panels(lambda panel: self._over_units(b * block, stop, panel, everything), False)
+
+    def _over_chunks(self, body: Callable[[_Chunk], None]) -> None:
+        """All but the last chunk in one loop; the last one writes the result."""
+        inputs, chunk = self.problem.group_inputs, self.chunk
+        count = -(-inputs // chunk)
+        if count > 1:
+            panels = packed_shape(self.problem, self.point)[0]
+            self.partial = T.alloc_buffer((panels, self.tiles, self.point.mr, self.point.panel), "float32")
+            if count == 2:
+                body(_Chunk(0, chunk, True, False))
+            else:
+                with T.serial(0, count - 1) as j:
+                    body(_Chunk(j * chunk, chunk, j == 0, False))
+        start = (count - 1) * chunk
+        body(_Chunk(start, inputs - start, count == 1, True))
+
+    def _over_panels(self, body: Callable[[_Panel], None], parallel: bool) -> None:
+        problem, point = self.problem, self.point
+        count = panels_per_group(problem, point)
+        full = problem.group_outputs // point.panel
+        whole = vectors(point.panel, point.lanes)
+        rest = vectors(problem.group_outputs - full * point.panel, point.lanes)
+
+        def group(g) -> None:
+            def panel(q, widths):
+                first = g * problem.group_inputs
+                body(_Panel(g * count + q, q, first, g * problem.group_outputs + q * point.panel, widths))
+
+            if full == 1:
+                panel(0, whole)
+            elif full:
+                with loop(full, parallel and problem.groups == 1) as q:
+                    panel(q, whole)
+            if rest:
+                panel(full, rest)
+
+        if problem.groups == 1:
+            group(0)
+        else:
+            with loop(problem.groups, parallel) as g:
+                group(g)
+
+    def _over_units(self, start, stop, panel: _Panel, chunk: _Chunk) -> None:
+        # From 0: TVM 0.27 compiles a loop whose lower bound is computed from the variable of another loop that does not
+        # start at 0 (here: kernel rows from output rows) wrongly.
+        with T.serial(0, stop - start) as i:
+            self._unit(start + i, panel, chunk)
+
+    def _unit(self, u, panel: _Panel, chunk: _Chunk) -> None:
+        """One flat tile, or one row of an image in tiles."""
+        problem = self.problem
+        if problem.flat:
+            self._tile(_Pixels(u, None, None, self.row.base(u), None), panel, chunk)
+            return
+        image, oh = (0, u) if problem.n == 1 else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
+        self.row.each(
+            lambda t, base, edge: self._tile(_Pixels(u * self.row.count + t, image, oh, base, edge), panel, chunk)
+        )
+
+    # ---- one tile
+
+    def _tile(self, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+        mr, lanes = self.point.mr, self.point.lanes
+        # Scratch on the stack, which LLVM keeps in registers, has to be small arrays of scope "global".
+        banks = [
+            [[T.alloc_buffer((width,), "float32") for width, _ in panel.widths] for _ in range(mr)]
+            for _ in range(self.point.sums)
+        ]
+        self._start(banks, pixels, panel, chunk)
+        self._sum(banks, pixels, panel, chunk)
+        for p in range(mr):
+            lead = [pixels.image, pixels.oh, pixels.base + p]
+            at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else lead
+            for v, (width, stored) in enumerate(panel.widths):
+                parts = [bank[p][v][T.ramp(0, 1, stored if chunk.last else width)] for bank in banks]
+                while len(parts) > 1:
+                    parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
+                if chunk.last:
+                    self.kernel.store(parts[0], [*at, T.ramp(panel.first_output + v * lanes, 1, stored)])
+                else:
+                    T.buffer_store(self.partial, parts[0], [panel.index, pixels.tile, p, T.ramp(v * lanes, 1, width)])
+
+    def _start(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+        """Zero the sums, or load what the chunks before have left in the first bank."""
+
+        def fill(resume: bool) -> None:
+            for b, bank in enumerate(banks):
+                for p, registers in enumerate(bank):
+                    for v, ((width, _), register) in enumerate(zip(panel.widths, registers)):
+                        value = T.broadcast(T.float32(0), width)
+                        if resume and b == 0:
+                            value = self.partial[panel.index, pixels.tile, p, T.ramp(v * self.point.lanes, 1, width)]
+                        T.buffer_store(register, value, [T.ramp(0, 1, width)])
+
+        if isinstance(chunk.first, bool):
+            fill(not chunk.first)
+            return
+        with T.If(chunk.first):
+            with T.Then():
+                fill(False)
+            with T.Else():
+                fill(True)
+
+    def _sum(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+        """Add the terms of `chunk`, kernel rows inside the image only."""
+        problem, everyone = self.problem, list(range(self.point.mr))
+        first = panel.first_input + chunk.start
+        if problem.flat:
+            self._run(
+                banks, everyone, chunk.steps, panel, pixels,
+                lambda p, k: (*unravel(pixels.base + p, self.x_lead), first + k), lambda k: (0, 0, chunk.start + k),
+            )  # fmt: skip
+            return
+        (sh, sw), (dh, dw), (top, left, _, _) = problem.stride, problem.dilation, problem.padding
+        with T.serial(*kernel_rows(problem, pixels.oh)) as r:
+            ih = pixels.oh * sh + r * dh - top
+
+            def tap(s, valid: list[int]) -> None:
+                def x_index(p, k):
+                    return (pixels.image, ih, (pixels.base + p) * sw + s * dw - left, first + k)
+
+                self._run(banks, valid, chunk.steps, panel, pixels, x_index, lambda k: (r, s, chunk.start + k))
+
+            if pixels.edge is not None:
+                for s in range(problem.s):
+                    if valid := self.row.taps_inside(pixels.edge, s):
+                        tap(s, valid)
+            elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
+                self._whole_row(banks, pixels, panel, r, ih)
+            else:
+                with T.serial(0, problem.s) as s:
+                    tap(s, everyone)
+
+    def _whole_row(self, banks: list, pixels: _Pixels, panel: _Panel, r, ih) -> None:
+        """All taps of kernel row `r`: for each pixel, S * C values that lie one after the other."""
+        c, sw, left = self.problem.c, self.problem.stride[1], self.problem.padding[1]
+
+        def x_index(p, k):
+            iw = (pixels.base + p) * sw - left
+            return (pixels.image, ih, iw + tirx.floordiv(k, c), tirx.floormod(k, c))
+
+        self._run(
+            banks, list(range(self.point.mr)), self.problem.s * c, panel, pixels, x_index,
+            lambda k: (r, tirx.floordiv(k, c), tirx.floormod(k, c)),
+        )  # fmt: skip
+
+    def _run(self, banks: list, valid: list[int], steps: int, panel: _Panel, pixels: _Pixels, x_index, w_index) -> None:
+        """`steps` terms of the sum for the pixels in `valid`; `x_index(pixel, k)`, `w_index(k)` say where term k is."""
+        point = self.point
+
+        def term(k, bank: list) -> None:
+            for p in valid:
+                x = self.x[tuple(x_index(p, k))]
+                for v, (width, _) in enumerate(panel.widths):
+                    register, lane = bank[p][v], T.ramp(0, 1, width)
+                    w = self.w[(panel.index, *w_index(k), T.ramp(v * point.lanes, 1, width))]
+                    T.buffer_store(register, register[lane] + T.broadcast(x, width) * w, [lane])
+
+        unroll = min(point.unroll, steps)
+        with T.serial(0, steps // unroll) as i:
+            if point.prefetch and point.order == "panels":
+                self._prefetch_panel(panel, pixels, steps, i * unroll, w_index)
+            elif point.prefetch and self.problem.flat:
+                self._prefetch_pixels(panel, pixels, steps, i * unroll)
+            for j in range(unroll):
+                term(i * unroll + j, banks[j % point.sums])
+        for j in range(steps % unroll):
+            term(steps - steps % unroll + j, banks[j % point.sums])
+
+    # ---- fetching ahead
+
+    def _prefetch_panel(self, panel: _Panel, pixels: _Pixels, steps: int, k, w_index) -> None:
+        """This iteration's share of the next panel: of the values that `steps` terms read, each tile asks for a part."""
+        share = -(-steps * self.point.panel // self.tiles)
+        per_step = -(-self.point.panel // self.tiles)
+        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
+            offset = pixels.tile * share + k * per_step + line * _LINE
+            _prefetch(self.w[(panel.index + 1, *w_index(0), offset)])
+
+    def _prefetch_pixels(self, panel: _Panel, pixels: _Pixels, steps: int, k) -> None:
+        """This iteration's share of the next tile's pixels, which lie one after the other."""
+        panels = panels_per_group(self.problem, self.point)
+        per_step = -(-self.point.mr * self.problem.c // (panels * steps))
+        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
+            offset = (panel.number * steps + k) * per_step + line * _LINE
+            _prefetch(self.x[(*unravel(pixels.base + self.point.mr, self.x_lead), offset)])
+
+
+def _prefetch(value) -> None:
+    """Fetch the cache line of a buffer element into the second-level cache and up; past the end it does nothing."""
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), T.int32(0), T.int32(2), T.int32(1)))
