@@ -12,7 +12,7 @@ import click
 
 from compiler import __version__
 from compiler.arrays import check_writable, read_npz, write_npz, write_whole
-from compiler.failures import KerfGroup
+from compiler.failures import EXIT_INTERRUPTED, KerfGroup
 from schedules.errors import ModelError, UnsupportedModel
 
 
@@ -279,24 +279,28 @@ def profile(artifact, threads, json_path):
 @_shapes
 @_batch
 @_threads
-def tune(model, trials, records, target, inputs, batch, threads):
+@click.option("--seconds", type=click.FloatRange(1), help="Stop searching after this long.")
+def tune(model, trials, records, target, inputs, batch, threads, seconds):
     """Search for better kernel parameters for MODEL; `build --records` uses them."""
     from schedules.target import parse_target
 
     _check_model(model)
     cpu = parse_target(target, threads)
-    from compiler import driver
+    from compiler import tables, tuning
 
-    driver.tune(
+    found = tuning.tune(
         model,
         records,
         trials=trials,
         target=cpu,
         inputs=dict(inputs) or None,
         batch=batch,
+        time_budget=seconds,
         progress=_progress,
     )
-    click.echo(f"wrote {records}")
+    _print(tables.tuning(found))
+    if found.interrupted == "interrupted":
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _progress(text: str) -> None:

@@ -32,7 +32,9 @@ class KerfGroup(click.Group):
                 name = prog_name or "compile-model"
                 code = super().main(args, name, standalone_mode=False, **extra)
         except BaseException as error:
-            code, line = describe_failure(KeyboardInterrupt() if interrupts.seen else error)
+            if interrupts.seen and not isinstance(error, (SystemExit, click.exceptions.Exit)):
+                error = KeyboardInterrupt()
+            code, line = describe_failure(error)
             if code is None:
                 raise
             if debug:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from compiler.hardware import Hardware, Rate
 from compiler.inspect import Inspection, LayerInfo
+
+if TYPE_CHECKING:
+    from compiler.tuning import TuningResult
 
 
 def inspection(found: Inspection) -> Group:
@@ -103,6 +107,30 @@ def hardware(machine: Hardware) -> Group:
     for key, value in rows:
         table.add_row(Text(key, style="bold"), Text(value))
     return Group(table)
+
+
+def tuning(found: TuningResult) -> Group:
+    """What was searched and what it gained, heaviest task first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("kernel", "calls", "trials", "default us", "tuned us", "saved"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for task in found.tasks:
+        tuned = "default" if task.tuned_us is None else f"{task.tuned_us:.1f}"
+        note = "" if task.confirmed or task.tuned_us is None else " (unconfirmed)"
+        table.add_row(
+            task.name,
+            str(task.calls),
+            str(task.trials),
+            f"{task.default_us:.1f}",
+            tuned + note,
+            f"{task.gain:.1%}",
+        )
+    end = f" ({found.interrupted})" if found.interrupted else ""
+    totals = (
+        f"\n{found.trials} trials in {found.seconds:.0f} s{end}; {found.saved:.1%} of their time "
+        f"saved; records in {found.records}"
+    )
+    return Group(table, Text(totals), *(Text(note) for note in found.notes))
 
 
 def _rate(rate: Rate | None, unit: str) -> str:
