@@ -131,25 +131,36 @@ def _contraction(problem: contraction.Problem, target: CpuTarget) -> Space:
         (default.mr, default.nv, default.sums)
     }
     units = -(-problem.row // default.mr) if problem.flat else problem.rows
+    # Partial sums are kept for all pixels while a chunk of the inputs is in use.
+    chunks = (c for c in (128, 256, 384, 512) if problem.groups == 1 and c < steps)
     walks = {
-        ("panels", 1),
-        *(("blocks", b) for b in (1, 2, 4, 8, 16) if b <= units),
-        (default.order, default.block),
+        ("panels", 1, 0),
+        *(("panels", 1, chunk) for chunk in chunks),
+        *(("blocks", block, 0) for block in (1, 2, 4, 8, 16) if block <= units),
+        (default.order, default.block, default.chunk),
     }
     unrolls = _with((u for u in (1, 2, 4, 8, 16) if u <= steps), default.unroll)
 
     def assemble(chosen: Mapping) -> contraction.Point:
         mr, nv, sums = chosen["tile"]
-        order, block = chosen["walk"]
+        order, block, chunk = chosen["walk"]
         unroll = chosen["unroll"]
         if (mr, nv, sums, unroll) != (default.mr, default.nv, default.sums, default.unroll):
             unroll = min(steps, max(sums, min(unroll, max(1, _BODY // (mr * nv)))))
-        return contraction.Point(lanes, mr, nv, order, block, unroll, sums, chosen["prefetch"])
+        return contraction.Point(
+            lanes, mr, nv, order, block, chunk, unroll, sums, chosen["prefetch"]
+        )
 
     return Space(
-        {"tile": tuple(sorted(tiles)), "walk": tuple(sorted(walks)), "unroll": unrolls, "prefetch": (0, 1)},
-        assemble, lambda p: cost(p.mr, p.nv, p.sums),
-    )  # fmt: skip
+        {
+            "tile": tuple(sorted(tiles)),
+            "walk": tuple(sorted(walks)),
+            "unroll": unrolls,
+            "prefetch": (0, 1),
+        },
+        assemble,
+        lambda p: cost(p.mr, p.nv, p.sums),
+    )
 
 
 def _depthwise(problem: contraction.Problem, target: CpuTarget) -> Space:
