@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flatten images channels last, so that no permute is needed between a convolution and a dense layer.
+"""Flatten images channels last: no permute is needed between a convolution and a dense layer.
 
-    rewrite: kerf.dense(reshape(x [N, C, H, W], [N, C*H*W]), w)
-             ->  kerf.dense(reshape(permute_dims(x, [0, 2, 3, 1]), [N, H*W*C]), w with its columns reordered)
-    requires: NCHW, constants folded; x comes from a convolution or pool, perhaps by way of elementwise operators
-    ensures: once the graph is channels last, flattening costs nothing
+rewrite: kerf.dense(reshape(x [N, C, H, W], [N, C*H*W]), w)
+         ->  kerf.dense(reshape(permute_dims(x, [0, 2, 3, 1]), [N, H*W*C]), columns of w reordered)
+requires: NCHW, constants folded; x comes from a convolution or pool, perhaps by way of
+  elementwise operators
+ensures: once the graph is channels last, flattening costs nothing
 """
 
 from __future__ import annotations
@@ -18,10 +19,32 @@ from passes.numpy_operators import UNARY
 from passes.rewriting import Graph, constant, rewrite_function, rewrite_module
 
 _FOLLOWS = frozenset(
-    [f"relax.{n}" for n in (*UNARY, "clip", "add", "subtract", "multiply", "divide", "maximum", "minimum", "concat", "nn.pad")]
-    + [f"relax.nn.{n}" for n in ("relu", "leakyrelu", "gelu", "gelu_tanh", "silu", "softplus", "selu")]
+    [
+        f"relax.{n}"
+        for n in (
+            *UNARY,
+            "clip",
+            "add",
+            "subtract",
+            "multiply",
+            "divide",
+            "maximum",
+            "minimum",
+            "concat",
+            "nn.pad",
+        )
+    ]
+    + [
+        f"relax.nn.{n}"
+        for n in ("relu", "leakyrelu", "gelu", "gelu_tanh", "silu", "softplus", "selu")
+    ]
 )
-_SOURCES = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d", "relax.image.resize2d")
+_SOURCES = (
+    "relax.nn.max_pool2d",
+    "relax.nn.avg_pool2d",
+    "relax.nn.adaptive_avg_pool2d",
+    "relax.image.resize2d",
+)
 _DEPTH = 12
 
 
@@ -33,8 +56,16 @@ def _is_image(expr: relax.Expr, graph: Graph, depth: int = _DEPTH) -> bool:
     name = value.op.name
     if name in _SOURCES or (name.startswith("kerf.") and "layout" in attrs_of(value)):
         return True
-    operands = value.args[0].fields if name == "relax.concat" and isinstance(value.args[0], relax.Tuple) else value.args
-    tensors = [a for a in operands if isinstance(a, relax.Var) and len(shape_of(a)) == 4] if name in _FOLLOWS else []
+    operands = (
+        value.args[0].fields
+        if name == "relax.concat" and isinstance(value.args[0], relax.Tuple)
+        else value.args
+    )
+    tensors = (
+        [a for a in operands if isinstance(a, relax.Var) and len(shape_of(a)) == 4]
+        if name in _FOLLOWS
+        else []
+    )
     return any(_is_image(t, graph, depth - 1) for t in tensors)
 
 
@@ -46,10 +77,17 @@ def flatten_last(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     if reshape is None or len(shape_of(reshape.args[0])) != 4 or len(shape_of(reshape)) != 2:
         return None
     n, c, h, w = shape_of(reshape.args[0])
-    if shape_of(reshape) != (n, c * h * w) or h * w == 1 or c == 1 or not _is_image(reshape.args[0], graph):
+    if (
+        shape_of(reshape) != (n, c * h * w)
+        or h * w == 1
+        or c == 1
+        or not _is_image(reshape.args[0], graph)
+    ):
         return None
     weight = const_array(value.args[1])
-    moved = np.ascontiguousarray(weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1).reshape(weight.shape))
+    moved = np.ascontiguousarray(
+        weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1).reshape(weight.shape)
+    )
     flat = relax.op.reshape(relax.op.permute_dims(reshape.args[0], [0, 2, 3, 1]), (n, h * w * c))
     return operator_call(DENSE, [flat, constant(moved)], **attrs_of(value))
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let a convolution do the zero padding in front of it.
 
-    rewrite: kerf.conv2d(nn.pad(x, zeros around height and width), w)  ->  kerf.conv2d(x, w, padding=...)
-    requires: NCHW
-    ensures: a convolution reads no padded copy of zeros; a pad by another value, of another kind or of other axes stays
+rewrite: kerf.conv2d(nn.pad(x, zeros around height and width), w) -> kerf.conv2d(x, w, padding=...)
+requires: NCHW
+ensures: a convolution reads no padded copy of zeros; a pad by another value, of another kind or of
+  other axes stays
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def fold_padding(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     if not is_call(value, CONV2D):
         return None
     attrs, pad = attrs_of(value), graph.call(value.args[0], "relax.nn.pad")
-    if pad is None or attrs["layout"] != "NCHW" or str(pad.attrs.pad_mode) != "constant" or float(pad.attrs.pad_value) != 0:
+    if (
+        pad is None
+        or attrs["layout"] != "NCHW"
+        or str(pad.attrs.pad_mode) != "constant"
+        or float(pad.attrs.pad_value) != 0
+    ):
         return None
     widths = ints(pad.attrs.pad_width)
     if any(widths[:4]) or min(widths) < 0:

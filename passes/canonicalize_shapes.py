@@ -4,14 +4,16 @@
     rewrite: squeeze, expand_dims, flatten, broadcast_to its own shape  ->  reshape, or nothing
              reshape(reshape(x)), permute_dims(permute_dims(x))         ->  one of them, or nothing
              permute_dims that moves axes of size 1 only                ->  reshape
-             permute_dims(reshape(x [N, C, H, W], [N, C, H*W]))         ->  reshape(permute_dims(x), [N, H*W, C])
+             permute_dims(reshape(x, merged axes))                      ->  reshape(permute_dims(x))
              reshape(permute_dims(x), more axes)                        ->  permute_dims(reshape(x))
              f(reshape(x, fewer axes)), f along the last axis at most   ->  reshape(f(x))
+             reshape(kerf.dense(x), more axes)                          ->  kerf.dense(reshape(x))
              matmul(reshape(a, [B*H, M, K]), reshape(b, [B*H, K, N]))   ->  reshape(matmul(a, b))
     requires: static shapes, constants folded
     ensures: no squeeze, expand_dims, flatten is left
 
-Reshapes that keep the last axis sink towards the output, where they meet their inverses; permutes act on the most axes.
+Reshapes that keep the last axis sink towards the output, where they meet their inverses; permutes
+act on the most axes.
 """
 
 from __future__ import annotations
@@ -28,21 +30,30 @@ from passes.rewriting import Graph, axes_of, constant, permutation, rewrite_func
 _RESHAPES = ("relax.squeeze", "relax.expand_dims", "relax.flatten", "relax.nn.batch_flatten")
 _UNARY = frozenset(
     [f"relax.{n}" for n in (*UNARY, "rsqrt", "round", "clip", "astype")]
-    + [f"relax.nn.{n}" for n in ("relu", "leakyrelu", "selu", "gelu", "gelu_tanh", "silu", "softplus")]
+    + [
+        f"relax.nn.{n}"
+        for n in ("relu", "leakyrelu", "selu", "gelu", "gelu_tanh", "silu", "softplus")
+    ]
 )
 _BINARY = frozenset(f"relax.{n}" for n in (*BINARY, "divide"))
 
 
 def _name(value: relax.Expr) -> str:
-    return value.op.name if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) else ""
+    return (
+        value.op.name if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) else ""
+    )
 
 
 def spell_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """Operators that only change the shape become reshapes; those that do not even do that disappear."""
+    """Operators that only change the shape become reshapes; those that do not even do that
+    disappear.
+    """
     name = _name(value)
     if name in _RESHAPES:
         return relax.op.reshape(value.args[0], shape_of(value))
-    if name in ("relax.broadcast_to", "relax.reshape") and shape_of(value) == shape_of(value.args[0]):
+    if name in ("relax.broadcast_to", "relax.reshape") and shape_of(value) == shape_of(
+        value.args[0]
+    ):
         return value.args[0]
     return None
 
@@ -71,7 +82,9 @@ def merge_permutes(value: relax.Expr, graph: Graph) -> relax.Expr | None:
 
 
 def merged_axes(fine: tuple[int, ...], coarse: tuple[int, ...]) -> list[list[int]] | None:
-    """For each axis of `coarse` the axes of `fine` it is the product of, or None if it is no such merging."""
+    """For each axis of `coarse` the axes of `fine` it is the product of, or None if it is no such
+    merging.
+    """
     groups: list[list[int]] = []
     at = 0
     for size in coarse:
@@ -111,7 +124,11 @@ def permute_after_splitting(value: relax.Expr, graph: Graph) -> relax.Expr | Non
     if not is_call(value, "relax.reshape"):
         return None
     inner = graph.call(value.args[0], "relax.permute_dims")
-    if inner is None or len(shape_of(value)) <= len(shape_of(inner)) or not graph.is_read_once(value.args[0]):
+    if (
+        inner is None
+        or len(shape_of(value)) <= len(shape_of(inner))
+        or not graph.is_read_once(value.args[0])
+    ):
         return None
     groups = merged_axes(shape_of(value), shape_of(inner))
     if groups is None:
@@ -140,9 +157,16 @@ def sink_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     x = _merged(value.args[0], graph)
     if name == "relax.take":
         ids = graph.call(value.args[1], "relax.reshape")
-        if ids is None or value.attrs.axis is None or int(value.attrs.axis) != 0 or len(shape_of(ids.args[0])) <= len(shape_of(ids)):
+        if (
+            ids is None
+            or value.attrs.axis is None
+            or int(value.attrs.axis) != 0
+            or len(shape_of(ids.args[0])) <= len(shape_of(ids))
+        ):
             return None
-        return relax.op.reshape(relax.Call(value.op, [value.args[0], ids.args[0]], value.attrs), shape_of(value))
+        return relax.op.reshape(
+            relax.Call(value.op, [value.args[0], ids.args[0]], value.attrs), shape_of(value)
+        )
     if name in _BINARY:
         return _sink_through_binary(value, graph)
     if x is None:
@@ -156,9 +180,18 @@ def sink_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
         moved = relax.op.nn.softmax(x, -1)
     elif name == "relax.nn.layer_norm" and axes_of(value.attrs.axes, rank) == [rank - 1]:
         a = value.attrs
-        moved = relax.op.nn.layer_norm(x, *list(value.args)[1:], axes=[-1], epsilon=float(a.epsilon), center=bool(a.center), scale=bool(a.scale))
+        moved = relax.op.nn.layer_norm(
+            x,
+            *list(value.args)[1:],
+            axes=[-1],
+            epsilon=float(a.epsilon),
+            center=bool(a.center),
+            scale=bool(a.scale),
+        )
     elif name == "relax.nn.rms_norm" and axes_of(value.attrs.axes, rank) == [rank - 1]:
-        moved = relax.op.nn.rms_norm(x, value.args[1], axes=[-1], epsilon=float(value.attrs.epsilon))
+        moved = relax.op.nn.rms_norm(
+            x, value.args[1], axes=[-1], epsilon=float(value.attrs.epsilon)
+        )
     else:
         return None
     return relax.op.reshape(moved, shape_of(value))
@@ -183,8 +216,36 @@ def _sink_through_binary(value: relax.Call, graph: Graph) -> relax.Expr | None:
     return None
 
 
+def raise_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    """reshape(dense(x), more axes) -> dense(reshape(x)), and the same with a bias in between."""
+    if not is_call(value, "relax.reshape"):
+        return None
+    inner, shape = graph.definition(value.args[0]), shape_of(value)
+    if not isinstance(inner, relax.Call) or not graph.is_read_once(value.args[0]):
+        return None
+    if not shape or len(shape) <= len(shape_of(inner)) or shape[-1] != shape_of(inner)[-1]:
+        return None
+    if is_call(inner, DENSE):
+        x = inner.args[0]
+        split = relax.op.reshape(x, (*shape[:-1], shape_of(x)[-1]))
+        return operator_call(DENSE, [split, inner.args[1]], **attrs_of(inner))
+    if is_call(inner, "relax.add"):
+        for i, (x, other) in enumerate((list(inner.args), list(inner.args)[::-1])):
+            if (
+                is_const(other)
+                and shape_of(other) == shape[-1:]
+                and graph.call(x, DENSE) is not None
+                and graph.is_read_once(x)
+            ):
+                split = relax.op.reshape(x, shape)
+                return relax.op.add(split, other) if i == 0 else relax.op.add(other, split)
+    return None
+
+
 def split_batched_matmul(value: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """matmul of operands whose leading axes were merged in the same way -> the matmul before that, merged."""
+    """matmul of operands whose leading axes were merged in the same way -> the matmul before that,
+    merged.
+    """
     if not is_call(value, "relax.matmul"):
         return None
     a, b = (_merged(arg, graph, kept=2) for arg in value.args)
@@ -196,9 +257,15 @@ def split_batched_matmul(value: relax.Expr, graph: Graph) -> relax.Expr | None:
 
 
 RULES = (
-    spell_reshape, merge_reshapes, merge_permutes, permute_before_merging, permute_after_splitting, sink_reshape,
+    spell_reshape,
+    merge_reshapes,
+    merge_permutes,
+    permute_before_merging,
+    permute_after_splitting,
+    sink_reshape,
+    raise_reshape,
     split_batched_matmul,
-)  # fmt: skip
+)
 
 
 @tvm.transform.module_pass(opt_level=0, name="kerf.CanonicalizeShapes")

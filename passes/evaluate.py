@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a Relax function in numpy, one small function per operator: the reference that verification stands on.
+"""Evaluate a Relax function in numpy, one small function per operator: the reference that
+verification stands on.
 
-It shares no code with the kernels. Floats are computed in `dtype` (float64 by default), whatever the graph says;
-integers and booleans keep the graph's types.
+It shares no code with the kernels. Floats are computed in `dtype` (float64 by default), whatever
+the graph says; integers and booleans keep the graph's types.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import tvm
 from tvm import relax
 
 from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_const
-from passes.numpy_nn import NN_OPERATORS, conv2d, dense
+from passes.numpy_images import conv2d
+from passes.numpy_nn import NN_OPERATORS, dense
 from passes.numpy_operators import OPERATORS, Numeric
 from passes.rewriting import bindings_of, variables
 from schedules.errors import KerfError, UserError
@@ -33,8 +35,9 @@ def evaluate(
 ) -> list[np.ndarray]:
     """The outputs for `inputs`, in order.
 
-    `references` maps other operators to `(attributes, *arrays) -> array`; `observe(name, array)` is called with every
-    tensor as it is computed. Raises KerfError naming an operator there is no reference for, UserError for wrong inputs.
+    `references` maps other operators to `(attributes, *arrays) -> array`; `observe(name, array)` is
+    called with every tensor as it is computed. Raises KerfError naming an operator there is no
+    reference for, UserError for wrong inputs.
     """
     func = func_or_mod["main"] if isinstance(func_or_mod, tvm.IRModule) else func_or_mod
     numeric = Numeric(dtype)
@@ -48,7 +51,9 @@ def evaluate(
         values[binding.var] = value
         if observe is not None and isinstance(value, np.ndarray):
             observe(binding.var.name, value)
-        for var in variables(binding.value):  # activations are large: let go of each after its last reader
+        for var in variables(
+            binding.value
+        ):  # activations are large: let go of each after its last reader
             if last_use[var] == i and var not in kept:
                 values.pop(var, None)
     result = _operand(func.body.body, values, numeric)
@@ -57,12 +62,19 @@ def evaluate(
 
 def _bind_inputs(func: relax.Function, inputs: Sequence[np.ndarray], numeric: Numeric) -> dict:
     if len(inputs) != len(func.params):
-        raise UserError("wrong number of inputs", found=str(len(inputs)), wanted=str(len(func.params)))
+        raise UserError(
+            "wrong number of inputs", found=str(len(inputs)), wanted=str(len(func.params))
+        )
     values = {}
     for param, array in zip(func.params, inputs):
         shape = tuple(int(d) for d in param.ty.shape)
         if tuple(array.shape) != shape:
-            raise UserError("wrong input shape", where=param.name, found=str(tuple(array.shape)), wanted=str(shape))
+            raise UserError(
+                "wrong input shape",
+                where=param.name,
+                found=str(tuple(array.shape)),
+                wanted=str(shape),
+            )
         values[param] = np.asarray(array).astype(numeric.dtype(param.ty.dtype), copy=False)
     return values
 
@@ -90,7 +102,9 @@ def _operand(expr, values: Mapping, numeric: Numeric):
     raise KerfError("no numpy value for an operand", found=type(expr).__name__)
 
 
-def evaluate_value(expr: relax.Expr, values: Mapping, numeric: Numeric, references: Mapping, where: str = ""):
+def evaluate_value(
+    expr: relax.Expr, values: Mapping, numeric: Numeric, references: Mapping, where: str = ""
+):
     """One binding's value: an array, or a tuple of arrays."""
     if isinstance(expr, relax.TupleGetItem):
         return _operand(expr.tuple_value, values, numeric)[expr.index]

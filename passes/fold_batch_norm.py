@@ -3,13 +3,13 @@
 
     rewrite: batch_norm(kerf.conv2d(x, w))                  ->  kerf.conv2d(x, w * s) + b
              (kerf.dense(x, w) + c) * s                     ->  kerf.dense(x, w * s) + c * s
-             ((kerf.conv2d(x, w) - m) / d) * g + c          ->  kerf.conv2d(x, w * g/d) + (c - m * g/d)
+             ((kerf.conv2d(x, w) - m) / d) * g + c -> kerf.conv2d(x, w * g/d) + (c - m * g/d)
              batch_norm(x), x no layer's only reader        ->  x * s + b
     requires: NCHW, constants folded
     ensures: no inference `relax.nn.batch_norm` is left; a layer's result is scaled in its weight
 
-A whole chain is folded at once with its factors in float64, so weights are rounded once. A layer whose unscaled result
-is read elsewhere keeps its weight.
+A whole chain is folded at once with its factors in float64, so weights are rounded once. A layer
+whose unscaled result is read elsewhere keeps its weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const, operator_call, shape_of
+from passes.layers import (
+    CONV2D,
+    DENSE,
+    attrs_of,
+    const_array,
+    is_call,
+    is_const,
+    operator_call,
+    shape_of,
+)
 from passes.rewriting import Graph, constant, rewrite_function, rewrite_module
 
 _AFFINE = ("relax.add", "relax.subtract", "relax.multiply", "relax.divide")
@@ -40,7 +49,7 @@ def _channel_axis(shape: tuple[int, ...], layer: relax.Call) -> int:
 
 
 def _per_channel(expr: relax.Expr, shape: tuple[int, ...], axis: int) -> np.ndarray | None:
-    """A constant that varies along `axis` of `shape` only, as a float64 vector or a single value."""
+    """A constant that varies along `axis` of `shape` only, in float64: a vector or one value."""
     if not is_const(expr) or "float" not in str(expr.ty.dtype):
         return None
     own = shape_of(expr)
@@ -52,7 +61,11 @@ def _per_channel(expr: relax.Expr, shape: tuple[int, ...], axis: int) -> np.ndar
 
 def _affine_of(value: relax.Expr, axis: int) -> _Affine | None:
     """An elementwise operation with a per-channel constant, as scale and shift."""
-    if not (isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) and value.op.name in _AFFINE):
+    if not (
+        isinstance(value, relax.Call)
+        and isinstance(value.op, tvm.ir.Op)
+        and value.op.name in _AFFINE
+    ):
         return None
     left, right = value.args
     shape, one, zero = shape_of(value), np.ones(1), np.zeros(1)
@@ -75,7 +88,9 @@ def _affine_of(value: relax.Expr, axis: int) -> _Affine | None:
 
 
 def decompose(value: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """The first result of an inference batch norm as `x * scale + shift`; its statistics as what they were."""
+    """The first result of an inference batch norm as `x * scale + shift`; its statistics as what
+    they were.
+    """
     if not isinstance(value, relax.TupleGetItem):
         return None
     norm = graph.call(value.tuple_value, "relax.nn.batch_norm")
@@ -92,7 +107,11 @@ def decompose(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     axis, shape = int(norm.attrs.axis) % len(shape_of(x)), [1] * len(shape_of(x))
     shape[axis] = -1
     layer = graph.definition(x)
-    if layer is not None and (is_call(layer, CONV2D) or is_call(layer, DENSE)) and graph.is_read_once(x):
+    if (
+        layer is not None
+        and (is_call(layer, CONV2D) or is_call(layer, DENSE))
+        and graph.is_read_once(x)
+    ):
         if axis == _channel_axis(shape_of(x), layer) and is_const(layer.args[1]):
             return _scaled_layer(layer, shape_of(x), scale, shift)
     dtype = str(x.ty.dtype)
@@ -100,22 +119,32 @@ def decompose(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     return relax.op.add(scaled, constant(shift.reshape(shape).astype(dtype)))
 
 
-def _scaled_layer(layer: relax.Call, shape: tuple[int, ...], scale: np.ndarray, shift: np.ndarray) -> relax.Expr:
+def _scaled_layer(
+    layer: relax.Call, shape: tuple[int, ...], scale: np.ndarray, shift: np.ndarray
+) -> relax.Expr:
     """The layer with its output channels scaled and shifted."""
     w = const_array(layer.args[1])
     channels = w.shape[0]
     scale = np.broadcast_to(scale, (channels,))
     new = (w.astype("float64") * scale.reshape((channels,) + (1,) * (w.ndim - 1))).astype(w.dtype)
-    call = operator_call(layer.op.name, [layer.args[0], constant(new)], **attrs_of(layer)) if np.any(scale != 1) else layer
+    call = (
+        operator_call(layer.op.name, [layer.args[0], constant(new)], **attrs_of(layer))
+        if np.any(scale != 1)
+        else layer
+    )
     if not np.any(shift):
         return call
     along = [1] * len(shape)
     along[_channel_axis(shape, layer)] = channels
-    return relax.op.add(call, constant(np.broadcast_to(shift, (channels,)).reshape(along).astype(w.dtype)))
+    return relax.op.add(
+        call, constant(np.broadcast_to(shift, (channels,)).reshape(along).astype(w.dtype))
+    )
 
 
 def fold_scale(value: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """A chain of per-channel operations that ends here and begins at a layer, as that layer plus one shift."""
+    """A chain of per-channel operations that ends here and begins at a layer, as that layer plus
+    one shift.
+    """
     if not isinstance(value.ty, relax.TensorType) or len(shape_of(value)) < 2:
         return None
     for axis in (1, len(shape_of(value)) - 1):
@@ -129,7 +158,11 @@ def fold_scale(value: relax.Expr, graph: Graph) -> relax.Expr | None:
                 break
             steps.append(step)
             at = graph.definition(step.x)
-        if at is None or not (is_call(at, CONV2D) or is_call(at, DENSE)) or not is_const(at.args[1]):
+        if (
+            at is None
+            or not (is_call(at, CONV2D) or is_call(at, DENSE))
+            or not is_const(at.args[1])
+        ):
             continue
         if axis != _channel_axis(shape_of(value), at) or not _worth_folding(steps):
             continue

@@ -3,9 +3,11 @@
 
     rewrite: permute_dims(const) -> const;  arange(0, 9) -> const;  shape_of(x) -> shape
     requires: static shapes
-    ensures: no operator is left whose operands are all constants, except creations too large to be worth storing
+    ensures: no operator is left whose operands are all constants, except creations too large to be
+      worth storing
 
-TVM's own FoldConstant compiles every distinct constant expression with LLVM, which takes tens of seconds on a large network.
+TVM's own FoldConstant compiles every distinct constant expression with LLVM, which takes tens of
+seconds on a large network.
 """
 
 from __future__ import annotations
@@ -55,20 +57,30 @@ def fold(value: relax.Expr, graph: Graph):
     """The constant a value always has, or None."""
     if isinstance(value, relax.TupleGetItem):
         items = graph.definition(value.tuple_value)
-        return items.fields[value.index] if isinstance(items, relax.Tuple) and _is_foldable(items.fields[value.index]) else None
+        return (
+            items.fields[value.index]
+            if isinstance(items, relax.Tuple) and _is_foldable(items.fields[value.index])
+            else None
+        )
     if not isinstance(value.op, tvm.ir.Op):
         return None
     if (shape := _shape_operand(value, graph)) is not None:
         return shape
     name = value.op.name
-    if name not in OPERATORS and name not in NN_OPERATORS or not all(_is_foldable(a) for a in value.args):
+    if (name not in OPERATORS and name not in NN_OPERATORS) or not all(
+        _is_foldable(a) for a in value.args
+    ):
         return None
     if isinstance(value.ty, relax.TensorType) and _too_large(value):
         return None
     with np.errstate(all="ignore"):
         result = evaluate_value(value, {}, _AS_DECLARED, {})
     if isinstance(result, tuple):
-        return relax.Tuple([constant(r) for r in result]) if all(isinstance(r, np.ndarray) for r in result) else None
+        return (
+            relax.Tuple([constant(r) for r in result])
+            if all(isinstance(r, np.ndarray) for r in result)
+            else None
+        )
     return constant(result)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relax's general tensor operators in numpy: elementwise, reductions, shapes, indexing, creation.
 
-Every entry of `OPERATORS` is `(numeric, attributes, *arguments) -> array`. Shapes arrive as tuples, constants of the
-expression language (a bound of `clip`, an end of `arange`) as Python numbers.
+Every entry of `OPERATORS` is `(numeric, attributes, *arguments) -> array`. Shapes arrive as tuples,
+constants of the expression language (a bound of `clip`, an end of `arange`) as Python numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from passes.numpy_indexing import INDEXING_OPERATORS
 from passes.rewriting import axes_of, ints
 
 
 @dataclass(frozen=True)
 class Numeric:
-    """How floats are computed: in `floats` whatever the graph says, or as the graph says when it is empty."""
+    """How floats are computed: in `floats` whatever the graph says, or as the graph says when it is
+    empty.
+    """
 
     floats: str = "float64"
 
@@ -25,7 +28,11 @@ class Numeric:
         name = str(declared)
         if name == "bool":
             return np.dtype(bool)
-        return np.dtype(self.floats) if self.floats and name.startswith(("float", "bfloat")) else np.dtype(name)
+        return (
+            np.dtype(self.floats)
+            if self.floats and name.startswith(("float", "bfloat"))
+            else np.dtype(name)
+        )
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -56,7 +63,11 @@ def _round(_n, _a, x):
 
 def _clip(_n, _a, x, low, high):
     # minimum and maximum hand NaN on, as torch's clamp does.
-    return np.minimum(np.maximum(x, np.asarray(low, x.dtype)), np.asarray(high, x.dtype)) if _is_float(x) else np.clip(x, low, high)
+    return (
+        np.minimum(np.maximum(x, np.asarray(low, x.dtype)), np.asarray(high, x.dtype))
+        if _is_float(x)
+        else np.clip(x, low, high)
+    )
 
 
 def _is_float(x: np.ndarray) -> bool:
@@ -81,7 +92,7 @@ def _arg(function):
 def _scan(function):
     def apply(numeric, attrs, x):
         dtype = numeric.dtype(attrs.dtype) if attrs.dtype is not None else x.dtype
-        x = x.astype(np.int64) if dtype == bool else x.astype(dtype)
+        x = x.astype(np.int64) if dtype.kind == "b" else x.astype(dtype)
         axis = 0 if attrs.axis is None else int(attrs.axis)
         x = x.reshape(-1) if attrs.axis is None else x
         result = function(x, axis=axis)
@@ -105,7 +116,9 @@ def _expand_dims(_n, attrs, x):
 
 
 def _squeeze(_n, attrs, x):
-    return np.squeeze(x, None if attrs.axis is None else tuple(a % x.ndim for a in ints(attrs.axis)))
+    return np.squeeze(
+        x, None if attrs.axis is None else tuple(a % x.ndim for a in ints(attrs.axis))
+    )
 
 
 def _concat(_n, attrs, parts):
@@ -122,40 +135,6 @@ def _split(_n, attrs, x):
     return tuple(np.split(x, list(range(step, size, step))[: count - 1], axis=int(attrs.axis)))
 
 
-def _strided_slice(_n, _attrs, x, axes, begin, end, strides=None):
-    index = [slice(None)] * x.ndim
-    for i, (axis, b, e) in enumerate(zip(axes, begin, end)):
-        step = int(strides[i]) if strides else 1
-        size = x.shape[axis]
-        b, e = (v + size if v < 0 else v for v in (int(b), int(e)))
-        if step > 0:
-            index[axis] = slice(min(max(b, 0), size), min(max(e, 0), size), step)
-        else:
-            b, e = min(max(b, -1), size - 1), min(max(e, -1), size - 1)
-            index[axis] = slice(b, None if e < 0 else e, step)
-    return x[tuple(index)]
-
-
-def _take(_n, attrs, x, indices):
-    if attrs.axis is None:
-        x, axis = x.reshape(-1), 0
-    else:
-        axis = int(attrs.axis)
-    indices = np.asarray(indices)
-    size = x.shape[axis]
-    mode = str(attrs.mode)
-    if mode == "wrap":
-        indices = indices % size
-    elif mode == "clip":
-        indices = np.clip(indices, 0, size - 1)
-    elif mode == "nan":
-        inside = (indices >= -size) & (indices < size)
-        taken = np.take(x, np.where(inside, indices, 0), axis=axis)
-        shape = [1] * axis + list(indices.shape) + [1] * (x.ndim - axis - 1)
-        return np.where(inside.reshape(shape), taken, np.nan)
-    return np.take(x, indices, axis=axis)
-
-
 def _where(_n, _a, condition, x, y):
     return np.where(condition.astype(bool), x, y)
 
@@ -166,66 +145,11 @@ def _pad(_n, attrs, x):
     mode = str(attrs.pad_mode)
     if mode == "constant":
         return np.pad(x, pairs, constant_values=float(attrs.pad_value))
-    return np.pad(x, pairs, mode={"reflect": "reflect", "replicate": "edge", "edge": "edge", "circular": "wrap"}[mode])
-
-
-def _one_hot(_n, attrs, indices, on, off):
-    depth = int(attrs.depth)
-    rows = np.where(np.arange(depth) == indices[..., None], on, off)
-    return np.moveaxis(rows, -1, int(attrs.axis))
-
-
-def _index_tensor(_n, _a, x, indices):
-    return x[tuple(indices)]
-
-
-def _gather_elements(_n, attrs, x, indices):
-    axis = int(attrs.axis)
-    return np.take_along_axis(x, np.where(indices < 0, indices + x.shape[axis], indices), axis)
-
-
-def _gather_nd(_n, attrs, x, indices):
-    batch = int(attrs.batch_dims)
-    if batch:
-        return np.stack([_gather_nd_flat(a, i) for a, i in zip(x, indices)]) if batch == 1 else _unsupported("gather_nd with batch_dims > 1")
-    return _gather_nd_flat(x, indices)
-
-
-def _gather_nd_flat(x, indices):
-    return x[tuple(np.moveaxis(indices, -1, 0))]
-
-
-def _unsupported(what: str):
-    raise NotImplementedError(what)
-
-
-def _scatter_elements(_n, attrs, x, indices, updates):
-    axis, result = int(attrs.axis), x.copy()
-    where = list(np.indices(indices.shape))
-    where[axis] = np.where(indices < 0, indices + x.shape[axis], indices)
-    reduction = str(attrs.reduction)
-    if reduction == "update":
-        result[tuple(where)] = updates
-        return result
-    {"add": np.add, "mul": np.multiply, "min": np.minimum, "max": np.maximum}[reduction].at(result, tuple(where), updates)
-    return result
-
-
-def _scatter_nd(_n, attrs, x, indices, updates):
-    result, where = x.copy(), tuple(np.moveaxis(indices, -1, 0))
-    reduction = str(attrs.reduction)
-    if reduction == "update":
-        result[where] = updates
-        return result
-    {"add": np.add, "mul": np.multiply, "min": np.minimum, "max": np.maximum}[reduction].at(result, where, updates)
-    return result
-
-
-def _slice_scatter(_n, attrs, x, source, start, end, step):
-    result, index = x.copy(), [slice(None)] * x.ndim
-    index[int(attrs.axis)] = slice(int(start), int(end), int(step))
-    result[tuple(index)] = source
-    return result
+    return np.pad(
+        x,
+        pairs,
+        mode={"reflect": "reflect", "replicate": "edge", "edge": "edge", "circular": "wrap"}[mode],
+    )
 
 
 def _repeat(_n, attrs, x):
@@ -256,36 +180,10 @@ def _einsum(_n, attrs, parts):
     return np.einsum(str(attrs.subscripts), *parts, optimize=True)
 
 
-def _sort(_n, attrs, x):
-    ascending = np.sort(x, axis=int(attrs.axis))
-    return np.flip(ascending, int(attrs.axis)) if attrs.descending else ascending
-
-
-def _argsort(_n, attrs, x):
-    axis = int(attrs.axis)
-    if not attrs.descending:
-        return np.argsort(x, axis=axis, kind="stable")
-    size = x.shape[axis]  # stable among equals in descending order as well
-    return size - 1 - np.flip(np.argsort(np.flip(x, axis), axis=axis, kind="stable"), axis)
-
-
-def _topk(numeric, attrs, x):
-    axis, k = int(attrs.axis) % x.ndim, int(attrs.k)
-    if k < 1:
-        k = x.shape[axis]
-    flipped = np.flip(x, axis)
-    if attrs.largest:
-        order = x.shape[axis] - 1 - np.flip(np.argsort(flipped, axis=axis, kind="stable"), axis)
-    else:
-        order = np.argsort(x, axis=axis, kind="stable")
-    order = np.take(order, range(k), axis=axis)
-    values = np.take_along_axis(x, order, axis)
-    order = order.astype(numeric.dtype(attrs.dtype))
-    return {"both": (values, order), "values": values, "indices": order}[str(attrs.ret_type)]
-
-
 def _meshgrid(_n, attrs, parts):
-    return tuple(np.meshgrid(*parts, indexing="ij" if attrs.indexing is None else str(attrs.indexing)))
+    return tuple(
+        np.meshgrid(*parts, indexing="ij" if attrs.indexing is None else str(attrs.indexing))
+    )
 
 
 def _logical(function):
@@ -297,27 +195,76 @@ def _variance(x, axis, keepdims):
 
 
 UNARY = {
-    "abs": np.abs, "acos": np.arccos, "acosh": np.arccosh, "asin": np.arcsin, "asinh": np.arcsinh, "atan": np.arctan,
-    "atanh": np.arctanh, "ceil": np.ceil, "cos": np.cos, "cosh": np.cosh, "exp": np.exp, "floor": np.floor, "log": np.log,
-    "negative": np.negative, "sin": np.sin, "sinh": np.sinh, "sqrt": np.sqrt, "square": np.square, "tan": np.tan,
-    "tanh": np.tanh, "trunc": np.trunc, "sign": np.sign, "erf": erf, "sigmoid": sigmoid, "isfinite": np.isfinite,
-    "isinf": np.isinf, "isnan": np.isnan, "bitwise_not": np.invert,
-}  # fmt: skip
+    "abs": np.abs,
+    "acos": np.arccos,
+    "acosh": np.arccosh,
+    "asin": np.arcsin,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atanh": np.arctanh,
+    "ceil": np.ceil,
+    "cos": np.cos,
+    "cosh": np.cosh,
+    "exp": np.exp,
+    "floor": np.floor,
+    "log": np.log,
+    "negative": np.negative,
+    "sin": np.sin,
+    "sinh": np.sinh,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "tan": np.tan,
+    "tanh": np.tanh,
+    "trunc": np.trunc,
+    "sign": np.sign,
+    "erf": erf,
+    "sigmoid": sigmoid,
+    "isfinite": np.isfinite,
+    "isinf": np.isinf,
+    "isnan": np.isnan,
+    "bitwise_not": np.invert,
+}
 BINARY = {
-    "add": np.add, "subtract": np.subtract, "multiply": np.multiply, "power": np.power, "maximum": np.maximum,
-    "minimum": np.minimum, "floor_divide": np.floor_divide, "floor_mod": np.mod, "mod": np.fmod, "atan2": np.arctan2,
-    "equal": np.equal, "not_equal": np.not_equal, "less": np.less, "less_equal": np.less_equal, "greater": np.greater,
-    "greater_equal": np.greater_equal, "bitwise_and": np.bitwise_and, "bitwise_or": np.bitwise_or,
-    "bitwise_xor": np.bitwise_xor, "left_shift": np.left_shift, "right_shift": np.right_shift,
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "power": np.power,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "floor_divide": np.floor_divide,
+    "floor_mod": np.mod,
+    "mod": np.fmod,
+    "atan2": np.arctan2,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "bitwise_and": np.bitwise_and,
+    "bitwise_or": np.bitwise_or,
+    "bitwise_xor": np.bitwise_xor,
+    "left_shift": np.left_shift,
+    "right_shift": np.right_shift,
     "log_add_exp": np.logaddexp,
-}  # fmt: skip
+}
 REDUCTIONS = {
-    "sum": np.sum, "mean": np.mean, "prod": np.prod, "max": np.max, "min": np.min, "variance": _variance, "std": np.std,
-}  # fmt: skip
+    "sum": np.sum,
+    "mean": np.mean,
+    "prod": np.prod,
+    "max": np.max,
+    "min": np.min,
+    "variance": _variance,
+    "std": np.std,
+}
 
 OPERATORS = {
+    **INDEXING_OPERATORS,
     **{f"relax.{name}": _unary(function) for name, function in UNARY.items()},
-    **{f"relax.{name}": (lambda f: lambda _n, _a, x, y: f(x, y))(function) for name, function in BINARY.items()},
+    **{
+        f"relax.{name}": (lambda f: lambda _n, _a, x, y: f(x, y))(function)
+        for name, function in BINARY.items()
+    },
     **{f"relax.{name}": _reduce(function) for name, function in REDUCTIONS.items()},
     "relax.logical_and": _logical(np.logical_and),
     "relax.logical_or": _logical(np.logical_or),
@@ -342,17 +289,8 @@ OPERATORS = {
     "relax.concat": _concat,
     "relax.stack": lambda _n, a, parts: np.stack(parts, 0 if a.axis is None else int(a.axis)),
     "relax.split": _split,
-    "relax.strided_slice": _strided_slice,
-    "relax.take": _take,
     "relax.where": _where,
     "relax.nn.pad": _pad,
-    "relax.one_hot": _one_hot,
-    "relax.index_tensor": _index_tensor,
-    "relax.gather_elements": _gather_elements,
-    "relax.gather_nd": _gather_nd,
-    "relax.scatter_elements": _scatter_elements,
-    "relax.scatter_nd": _scatter_nd,
-    "relax.slice_scatter": _slice_scatter,
     "relax.repeat": _repeat,
     "relax.tile": lambda _n, a, x: np.tile(x, ints(a.repeats)),
     "relax.flip": lambda _n, a, x: np.flip(x, int(a.axis)),
@@ -371,9 +309,6 @@ OPERATORS = {
     "relax.matmul": _matmul,
     "relax.outer": lambda _n, _a, x, y: np.outer(x, y),
     "relax.einsum": _einsum,
-    "relax.sort": _sort,
-    "relax.argsort": _argsort,
-    "relax.topk": _topk,
     "relax.meshgrid": _meshgrid,
     "relax.shape_of": lambda _n, _a, x: tuple(x.shape),
     "relax.shape_to_tensor": lambda _n, _a, shape: np.asarray(shape, "int64"),

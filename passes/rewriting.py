@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewrite a Relax function binding by binding, keeping the names of its variables.
 
-A pass is a table of rules. A rule sees one value (a call or a tuple element) whose operands are already rewritten, and a
-`Graph` to look upstream, and returns what to put in its place, or None. The result may nest new calls; they are flattened
-into bindings of their own. Bindings that nothing uses any more disappear.
+A pass is a table of rules. A rule sees one value (a call or a tuple element) whose operands are
+already rewritten, and a `Graph` to look upstream, and returns what to put in its place, or None.
+The result may nest new calls; they are flattened into bindings of their own. Bindings that nothing
+uses any more disappear.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ Rule = Callable[[relax.Expr, "Graph"], "relax.Expr | None"]
 
 
 def bindings_of(func: relax.Function) -> list[relax.VarBinding]:
-    """The bindings of a straight-line function, in order. Raises KerfError for control flow and match casts."""
+    """The bindings of a straight-line function, in order. Raises KerfError for control flow and
+    match casts.
+    """
     found = []
     for block in func.body.blocks:
         for binding in block.bindings:
-            if not isinstance(binding, relax.VarBinding) or isinstance(binding.value, (relax.If, relax.Function)):
+            if not isinstance(binding, relax.VarBinding) or isinstance(
+                binding.value, (relax.If, relax.Function)
+            ):
                 raise KerfError(
-                    "control flow cannot be rewritten", where=binding.var.name, found=type(binding).__name__, wanted="straight-line code"
+                    "control flow cannot be rewritten",
+                    where=binding.var.name,
+                    found=type(binding).__name__,
+                    wanted="straight-line code",
                 )
             found.append(binding)
     return found
@@ -76,10 +84,14 @@ class Graph:
         for param in func.params:
             self._originals[param] = [param]
         self._added: Counter[relax.Var] = Counter()
-        self.current: relax.Var | None = None  # the original variable whose value is being rewritten
+        self.current: relax.Var | None = (
+            None  # the original variable whose value is being rewritten
+        )
 
     def definition(self, expr: relax.Expr) -> relax.Expr | None:
-        """The value bound to a variable (None for parameters), or the expression itself if it is no variable."""
+        """The value bound to a variable (None for parameters), or the expression itself if it is no
+        variable.
+        """
         return self._definitions.get(expr) if isinstance(expr, relax.Var) else expr
 
     def call(self, expr: relax.Expr, name: str) -> relax.Call | None:
@@ -91,18 +103,24 @@ class Graph:
         """Values of the original function that read what `expr` now stands for."""
         if not isinstance(expr, relax.Var):
             return []
-        return [r for original in self._originals.get(expr, []) for r in self._readers.get(original, [])]
+        return [
+            r for original in self._originals.get(expr, []) for r in self._readers.get(original, [])
+        ]
 
     def is_read_once(self, expr: relax.Expr) -> bool:
         """Whether the value being rewritten is the only reader of `expr`."""
-        return len(self.readers(expr)) + (0 if self._originals.get(expr) else self._added[expr]) <= 1
+        return (
+            len(self.readers(expr)) + (0 if self._originals.get(expr) else self._added[expr]) <= 1
+        )
 
     def next_readers(self) -> list[relax.Expr]:
         """Values of the original function that read the variable being rewritten."""
         return self._readers.get(self.current, [])
 
     def emit(self, value: relax.Expr, name: str = "") -> relax.Expr:
-        """Bind a value (nested calls too, innermost first) and return the variable; variables and constants pass through."""
+        """Bind a value (nested calls too, innermost first) and return the variable; variables and
+        constants pass through.
+        """
         if not isinstance(value, (relax.Call, relax.Tuple, relax.TupleGetItem)):
             return value
         value = self.flatten(value, name)
@@ -123,7 +141,9 @@ class Graph:
         return relax.TupleGetItem(self._leaf(value.tuple_value, name), value.index)
 
     def _leaf(self, expr: relax.Expr, name: str) -> relax.Expr:
-        if isinstance(expr, relax.Tuple):  # argument tuples (concat, strided_slice) stay where they are
+        if isinstance(
+            expr, relax.Tuple
+        ):  # argument tuples (concat, strided_slice) stay where they are
             old = list(expr.fields)
             new = [self._leaf(f, name) for f in old]
             return relax.Tuple(new) if _differ(new, old) else expr
@@ -142,7 +162,9 @@ class Graph:
             self._added[read] += 1
 
     def substitute(self, value: relax.Expr) -> relax.Expr:
-        """The value of the original function with its variables replaced by what they stand for now."""
+        """The value of the original function with its variables replaced by what they stand for
+        now.
+        """
         if isinstance(value, relax.Var):
             return self._env.get(value, value)
         old = operands(value)
@@ -153,13 +175,24 @@ class Graph:
             return _call_like(value, new)
         if isinstance(value, relax.Tuple):
             return relax.Tuple(new)
-        return new[0].fields[value.index] if isinstance(new[0], relax.Tuple) else relax.TupleGetItem(new[0], value.index)
+        return (
+            new[0].fields[value.index]
+            if isinstance(new[0], relax.Tuple)
+            else relax.TupleGetItem(new[0], value.index)
+        )
 
     def define(self, original: relax.Var, value: relax.Expr) -> None:
-        """Let the original variable stand for `value` from here on, under its old name where a binding is needed."""
+        """Let the original variable stand for `value` from here on, under its old name where a
+        binding is needed.
+        """
         value = self.bind(original.name, value)
         if not _same_type(value.ty, original.ty):
-            raise KerfError("a rewrite changed a type", where=original.name, found=str(value.ty), wanted=str(original.ty))
+            raise KerfError(
+                "a rewrite changed a type",
+                where=original.name,
+                found=str(value.ty),
+                wanted=str(original.ty),
+            )
         self.alias(original, value)
 
     def bind(self, name: str, value: relax.Expr) -> relax.Expr:
@@ -178,7 +211,9 @@ class Graph:
             self._originals.setdefault(value, []).append(original)
 
     def finish(self, func: relax.Function) -> relax.Function:
-        """The rebuilt function: used bindings only, one dataflow block, the result bound to a variable."""
+        """The rebuilt function: used bindings only, one dataflow block, the result bound to a
+        variable.
+        """
         result = self.substitute(func.body.body)
         fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
         used: set[relax.Var] = set()
@@ -194,7 +229,9 @@ class Graph:
 
 
 def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Function:
-    """A function from its bindings; outputs become ordinary variables, which may leave the dataflow block."""
+    """A function from its bindings; outputs become ordinary variables, which may leave the dataflow
+    block.
+    """
     outputs = set(variables(result))
     renamed: dict[relax.Var, relax.Var] = {}
 
@@ -207,7 +244,11 @@ def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Fun
             return expr
         if isinstance(expr, relax.Call):
             return _call_like(expr, new)
-        return relax.Tuple(new) if isinstance(expr, relax.Tuple) else relax.TupleGetItem(new[0], expr.index)
+        return (
+            relax.Tuple(new)
+            if isinstance(expr, relax.Tuple)
+            else relax.TupleGetItem(new[0], expr.index)
+        )
 
     bindings = []
     for var, value in kept:
@@ -216,18 +257,24 @@ def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Fun
             renamed[var] = relax.Var(var.name, var.ty)
         bindings.append(relax.VarBinding(renamed.get(var, var), value))
     result = swap(result)
-    if not isinstance(result, (relax.Var, relax.Tuple)):  # a constant result needs a binding as well
+    if not isinstance(
+        result, (relax.Var, relax.Tuple)
+    ):  # a constant result needs a binding as well
         out = relax.Var("out", result.ty)
         bindings.append(relax.VarBinding(out, result))
         result = out
     blocks = [relax.DataflowBlock(bindings)] if bindings else []
     body = relax.SeqExpr(blocks, result)
-    return relax.Function(list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs)
+    return relax.Function(
+        list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs
+    )
 
 
 def _same_type(a, b) -> bool:
     if isinstance(a, relax.TensorType) and isinstance(b, relax.TensorType):
-        return str(a.dtype) == str(b.dtype) and [int(d) for d in a.shape] == [int(d) for d in b.shape]
+        return str(a.dtype) == str(b.dtype) and [int(d) for d in a.shape] == [
+            int(d) for d in b.shape
+        ]
     return type(a) is type(b)
 
 
@@ -236,7 +283,9 @@ def _differ(new: Sequence[relax.Expr], old: Sequence[relax.Expr]) -> bool:
 
 
 def _call_like(call: relax.Call, args: Sequence[relax.Expr]) -> relax.Call:
-    """The call on other operands of the same types, so that its own type need not be inferred again."""
+    """The call on other operands of the same types, so that its own type need not be inferred
+    again.
+    """
     return relax.Call(call.op, args, call.attrs, call.ty_args, ret_ty=call.ty)
 
 
@@ -246,14 +295,22 @@ def _operator(value: relax.Expr) -> str:
     return "item" if isinstance(value, relax.TupleGetItem) else "tuple"
 
 
-def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 20) -> relax.Function:
-    """Apply the rules to every value, again and again until none applies. Raises KerfError if they do not settle."""
+def rewrite_function(
+    func: relax.Function, rules: Sequence[Rule], limit: int = 20
+) -> relax.Function:
+    """Apply the rules to every value, again and again until none applies. Raises KerfError if they
+    do not settle.
+    """
     for attempt in range(limit):
         graph, changed = Graph(func), False
         for binding in bindings_of(func):
             value, graph.current = graph.substitute(binding.value), binding.var
             for rule in rules:
-                new = rule(value, graph) if isinstance(value, (relax.Call, relax.TupleGetItem)) else None
+                new = (
+                    rule(value, graph)
+                    if isinstance(value, (relax.Call, relax.TupleGetItem))
+                    else None
+                )
                 if new is not None:
                     value, changed = new, True
                     break
@@ -261,10 +318,14 @@ def rewrite_function(func: relax.Function, rules: Sequence[Rule], limit: int = 2
         if attempt and not changed:
             return func
         func = graph.finish(func)
-    raise KerfError("rewrite rules do not settle", found=f"{limit} rounds", todo="This is a bug in Kerf")
+    raise KerfError(
+        "rewrite rules do not settle", found=f"{limit} rounds", todo="This is a bug in Kerf"
+    )
 
 
-def rewrite_module(mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]) -> tvm.IRModule:
+def rewrite_module(
+    mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]
+) -> tvm.IRModule:
     """A new module with every Relax function rewritten and its types inferred."""
     functions = {}
     for gv, func in mod.functions_items():
@@ -281,7 +342,11 @@ def ints(values) -> list[int]:
         return [int(v.value) for v in values.fields]
     if isinstance(values, relax.ShapeExpr):
         return [int(v) for v in values.values]
-    return [int(values)] if isinstance(values, int) or not hasattr(values, "__len__") else [int(v) for v in values]
+    return (
+        [int(values)]
+        if isinstance(values, int) or not hasattr(values, "__len__")
+        else [int(v) for v in values]
+    )
 
 
 def scalar(expr: relax.Expr) -> float | None:
@@ -292,14 +357,18 @@ def scalar(expr: relax.Expr) -> float | None:
 
 
 def constant(array: np.ndarray) -> relax.Expr:
-    """A Relax constant with exactly this array's dtype (`relax.const` would narrow 64-bit arrays)."""
+    """A Relax constant of exactly this array's dtype (`relax.const` narrows 64-bit arrays)."""
     return relax.const(tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)))
 
 
 def permutation(call: relax.Call) -> list[int]:
     """The axes of a `relax.permute_dims` call, non-negative."""
     rank = len(shape_of(call.args[0]))
-    return list(range(rank))[::-1] if call.attrs.axes is None else [int(a) % rank for a in call.attrs.axes]
+    return (
+        list(range(rank))[::-1]
+        if call.attrs.axes is None
+        else [int(a) % rank for a in call.attrs.axes]
+    )
 
 
 def axes_of(values, rank: int) -> list[int]:
