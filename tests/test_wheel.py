@@ -11,6 +11,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     """Its dependencies come from this environment by a .pth file; the package itself must come from
     the wheel."""
@@ -72,6 +74,30 @@ def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     command = str(environment / "bin" / "compile-model")
     assert "build" in run(command, "--help")
     assert "0.1.0" in run(command, "--version")
-    shown = run(command, "hardware", "--json", "hardware.json")
-    assert "GFLOP/s" in shown
+    shown = run(command, "hardware", "--no-measure", "--json", "hardware.json")
+    assert "features" in shown
     assert (outside / "hardware.json").is_file()
+    weight = write_model(outside / "model.onnx")
+    assert "verified" in run(command, "build", "model.onnx", "-o", "out")
+    x = np.linspace(-1, 1, 8, dtype="float32").reshape(1, 8)
+    np.savez(outside / "x.npz", x=x)
+    run(command, "run", "out", "--input", "x.npz", "--output", "y.npz")
+    with np.load(outside / "y.npz") as found:
+        np.testing.assert_allclose(found["y"], x @ weight, rtol=1e-5, atol=1e-5)
+
+
+def write_model(path: Path) -> np.ndarray:
+    """x [1, 8] -> x @ weight [1, 4]; returns the weight."""
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = np.linspace(-2, 3, 32, dtype="float32").reshape(8, 4)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "fc")],
+        "model",
+        [helper.make_tensor_value_info("x", kind, [1, 8])],
+        [helper.make_tensor_value_info("y", kind, [1, 4])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    return weight
