@@ -124,6 +124,8 @@ def prepare(mod: tvm.IRModule, options: BuildOptions) -> Graphs:
     from passes.treat_layers import layers_of, prune_layers
 
     original = pipeline.canonicalize(mod)
+    if options.recipe.winograd == "never":
+        original = pipeline.forbid_winograd(original)
     treatments = resolve(options.recipe, [layer.name for layer in layers_of(original)])
     pruned = prune_layers(original, treatments) if any(t.prune for t in treatments.values()) else original
     return Graphs(original, pruned, treatments)

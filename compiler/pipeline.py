@@ -14,7 +14,7 @@ from tvm import relax
 from compiler.artifact import CompiledVariant, KernelCall
 from passes import families
 from passes.hoist_constants import Hoisted, hoist_constants
-from passes.layers import attrs_of, multiply_accumulates, shape_of
+from passes.layers import CONV2D, attrs_of, is_call, multiply_accumulates, operator_call, shape_of
 from passes.lower import lower_operators
 from schedules.dispatch import Kernel, schedule_module
 from schedules.target import CpuTarget
@@ -79,6 +79,16 @@ def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
     from passes.channels_last import ChannelsLast
 
     return ChannelsLast()(mod)
+
+
+def forbid_winograd(mod: tvm.IRModule) -> tvm.IRModule:
+    """Mark every convolution so that its lowering does not consider Winograd's algorithm."""
+    from passes.treat_layers import rewrite_layers
+
+    def mark(call: relax.Call) -> relax.Call:
+        return operator_call(call.op.name, call.args, **attrs_of(call), winograd="never") if is_call(call, CONV2D) else call
+
+    return rewrite_layers(mod, mark)
 
 
 def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:

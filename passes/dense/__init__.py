@@ -4,12 +4,19 @@
 from __future__ import annotations
 
 from passes import layers
-from passes.dense import conv2d, matmul, pooling, reference
+from passes.dense import activation, attention, conv2d, matmul, normalization, pooling, reference
 from passes.family import Family
 
 FAMILY = Family(
     name="dense",
     register=layers.register,
-    lowerings={**conv2d.LOWERINGS, **matmul.LOWERINGS, **pooling.LOWERINGS},
+    lowerings={
+        **conv2d.LOWERINGS,
+        **matmul.LOWERINGS,
+        **pooling.LOWERINGS,
+        **activation.LOWERINGS,
+        **attention.LOWERINGS,
+        **normalization.LOWERINGS,
+    },
     references={layers.CONV2D: reference.conv2d, layers.DENSE: reference.dense},
 )

@@ -7,6 +7,7 @@ import numpy as np
 import tvm
 from tvm import relax, te
 
+from passes.dense import winograd
 from passes.family import Lowering
 from passes.layers import CONV2D, attrs_of, const_array, shape_of
 from passes.lower import call_te
@@ -93,7 +94,9 @@ def problem_of(call: relax.Call) -> contraction.Problem:
 
 
 def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """A depthwise kernel where every channel is its own group, else a contraction."""
+    """Winograd's algorithm where it pays, a depthwise kernel where every channel is its own group, else a contraction."""
+    if (fast := winograd.lower(bb, call, target)) is not None:
+        return fast
     problem, weight = problem_of(call), const_array(call.args[1])
     kind = f"{problem.r}x{problem.s}" + (f"s{problem.stride[0]}" if problem.stride != (1, 1) else "")
     size = f"{problem.oh}x{problem.ow}_{problem.c}_{problem.o}"
