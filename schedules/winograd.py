@@ -114,14 +114,15 @@ def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
 
 
 def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
-    """Block and register tile with the least padding that keep a block's matrices within 70 % of the second-level cache."""
+    """Block and register tile with the least padding whose matrices stay within 45 % of the second-level cache,
+    beside the weights and the image that stream through it."""
     lanes = target.lanes
     channel_vectors = -(-problem.o // lanes)
     vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
     most_rows = min(14, (target.registers - 2 - vectors) // vectors)
     tiles = int(np.prod(problem.tiles(m)))
-    bytes_per_tile = (m + 2) ** 2 * 4 * (_row_stride(problem.c) + vectors * lanes)
-    most_tiles = max(most_rows, int(0.7 * target.l2_bytes) // bytes_per_tile)
+    bytes_per_tile = 4 * (_strides(m + 2, problem.c)[1] + _strides(m + 2, vectors * lanes)[1])
+    most_tiles = max(most_rows, int(0.45 * target.l2_bytes) // bytes_per_tile)
 
     def cost(candidate: tuple[int, int]) -> tuple:
         block, rows = candidate
@@ -133,6 +134,33 @@ def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
     blocks = -(-tiles // block)
     by_tiles = blocks >= 3 * target.threads or blocks % target.threads == 0
     return Point(m, block, rows, vectors, lanes, "tiles" if by_tiles else "channels")
+
+
+# Cycles per vector and matrix entry of an input or output transform, cache misses included; bytes of weights per cycle
+# from memory; share of the multiply-add peak that register tiles reach: fitted to 56, 28, 14 and 7 pixels on AVX-512.
+_TRANSFORM_CYCLES = {2: 13.0, 4: 19.0}
+_WEIGHT_BYTES_PER_CYCLE = 5.0
+_TILE_EFFICIENCY = 0.9
+
+
+def cost(problem: Problem, m: int, target: CpuTarget) -> float:
+    """Estimated cycles of F(m x m) on one core, weights not in cache."""
+    point = default_point(problem, m, target)
+    tiles, entries, lanes = int(np.prod(problem.tiles(m))), (m + 2) ** 2, target.lanes
+    panels = -(-problem.o // point.panel) * point.panel
+    computed = -(-tiles // point.block) * -(-point.block // point.rows) * point.rows
+    products = computed * entries * problem.c * panels / (2 * lanes * _TILE_EFFICIENCY)
+    vectors = tiles * entries * (-(-problem.c // lanes) + -(-problem.o // lanes))
+    weights = 4 * entries * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
+    return products + vectors * _TRANSFORM_CYCLES[m] + weights
+
+
+def direct_cost(problem: Problem, target: CpuTarget) -> float:
+    """Estimated cycles of the direct convolution on one core, weights not in cache."""
+    height, width = problem.output_hw
+    outputs = -(-problem.o // target.lanes) * target.lanes
+    products = problem.n * height * width * 9 * problem.c * outputs / (2 * target.lanes * _TILE_EFFICIENCY)
+    return products + 4 * 9 * problem.c * outputs / _WEIGHT_BYTES_PER_CYCLE
 
 
 def define_winograd(x, u, problem: Problem, point: Point):
@@ -188,8 +216,8 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
-def linear(matrix: np.ndarray, values: list, scratch, lanes: int) -> list:
-    """The vectors `matrix @ values` with shared sums: `scratch(expr)` stores a vector and returns its load.
+def linear(matrix: np.ndarray, values: list, lanes: int) -> list:
+    """The vectors `matrix @ values`, shared sums bound to variables.
 
     Columns j, k with |column j| = |column k| enter as their sum and difference; rows i, j that are E + O and E - O with
     disjoint E and O are made from those two.
@@ -199,7 +227,7 @@ def linear(matrix: np.ndarray, values: list, scratch, lanes: int) -> list:
         for k in range(j + 1, matrix.shape[1]):
             same, opposite = matrix[:, j] == matrix[:, k], matrix[:, j] == -matrix[:, k]
             if (matrix[:, j] != 0).sum() > 1 and (same | opposite).all() and not same.all() and not opposite.all():
-                values[j], values[k] = scratch(values[j] + values[k]), scratch(values[j] - values[k])
+                values[j], values[k] = T.bind(values[j] + values[k]), T.bind(values[j] - values[k])
                 matrix[:, j], matrix[:, k] = np.where(same, matrix[:, j], 0), np.where(same, 0, matrix[:, j])
     results: list = [None] * len(matrix)
     for i in range(len(matrix)):
@@ -207,7 +235,7 @@ def linear(matrix: np.ndarray, values: list, scratch, lanes: int) -> list:
             even, odd = (matrix[i] + matrix[j]) / 2, (matrix[i] - matrix[j]) / 2
             if results[i] is None and even.any() and odd.any() and not (even * odd).any():
                 factor = odd[np.flatnonzero(odd)[-1]]
-                e, o = scratch(_sum(even, values, lanes)), scratch(_sum(odd / factor, values, lanes))
+                e, o = T.bind(_sum(even, values, lanes)), T.bind(_sum(odd / factor, values, lanes))
                 o = o if factor == 1 else o * splat(factor, lanes)
                 results[i], results[j] = e + o, e - o
         if results[i] is None:
@@ -230,28 +258,11 @@ def _sum(coefficients: np.ndarray, values: list, lanes: int):
     return result
 
 
-def _row_stride(channels: int) -> int:
-    """Floats between a tile's rows of channels: whole lines, an odd number where rows would share few cache sets."""
+def _strides(size: int, channels: int) -> tuple[int, int]:
+    """Floats between a tile's (m+2)^2 vectors of channels, in whole lines, and between tiles: an odd number of lines,
+    for the rows of a register tile must not share a few cache sets."""
     lines = -(-channels // _LINE)
-    return _LINE * (lines + 1 if lines % 16 == 0 else lines)
-
-
-def _plane_stride(floats: int) -> int:
-    """Floats between the (m+2)^2 matrices: an odd number of lines, for a transform touches one line of each."""
-    return _LINE * (-(-floats // _LINE) | 1)
-
-
-class _Registers:
-    """Vectors that live in registers for a while: `keep(expr)` stores one and returns its load."""
-
-    def __init__(self, size: int, lanes: int):
-        self.buffer, self.lanes, self.next = local_buffer(size * lanes), lanes, 0
-
-    def keep(self, expr):
-        at = ramp(self.next * self.lanes, self.lanes)
-        self.next += 1
-        T.buffer_store(self.buffer, expr, [at])
-        return self.buffer[at]
+    return _LINE * lines, _LINE * (size * size * lines | 1)
 
 
 @dataclass
@@ -268,9 +279,8 @@ class _Emitter:
     def __post_init__(self):
         self.size = self.point.m + 2
         self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
-        self.row = _row_stride(self.problem.c)
-        self.plane = _plane_stride(self.point.block * self.row)
-        self.product_plane = _plane_stride(self.point.block * self.point.panel)
+        self.strides = _strides(self.size, self.problem.c)
+        self.product_strides = _strides(self.size, self.point.panel)
         self.bt, _, self.at = matrices(self.point.m)
 
     def emit(self) -> None:
@@ -281,7 +291,7 @@ class _Emitter:
         by_channels = parallel and not by_tiles
         with loop(blocks, parallel=by_tiles) as block:
             base = tirx.min(block * point.block, self.tiles - point.block)
-            v = workspace(self.size**2 * self.plane)
+            v = workspace(point.block * self.strides[1])
             with loop(point.block, parallel=by_channels) as tile:
                 self._transform_input(v, base, tile)
             whole, rest = divmod(self.problem.o, point.panel)
@@ -325,13 +335,12 @@ class _Emitter:
     def _transform_vector(self, load: Callable, v, tile, channel, lanes: int) -> None:
         size = self.size
         half = []  # half[l][i]
-        registers = _Registers(size * size * 4, lanes)
         for l in range(size):
-            column = [registers.keep(load(q, l)) for q in range(size)]
-            half.append([registers.keep(e) for e in linear(self.bt, column, registers.keep, lanes)])
+            column = [T.bind(load(q, l)) for q in range(size)]
+            half.append([T.bind(e) for e in linear(self.bt, column, lanes)])
         for i in range(size):
-            for j, value in enumerate(linear(self.bt, [half[l][i] for l in range(size)], registers.keep, lanes)):
-                at = (i * size + j) * self.plane + tile * self.row + channel
+            for j, value in enumerate(linear(self.bt, [half[l][i] for l in range(size)], lanes)):
+                at = (i * size + j) * self.strides[0] + tile * self.strides[1] + channel
                 T.buffer_store(v, value, [ramp(at, lanes)])
 
     def _emit_panel(self, v, base, panel, channels: int) -> None:
@@ -339,7 +348,7 @@ class _Emitter:
         point, size, lanes = self.point, self.size, self.point.lanes
         vectors = -(-channels // lanes)
         tile = Tile(point.rows, vectors, lanes)
-        product = workspace(size**2 * self.product_plane)
+        product = workspace(point.block * self.product_strides[1])
         acc = tile.allocate()
         steps = -(-point.block // point.rows)
         with T.serial(0, size**2) as e:
@@ -347,12 +356,12 @@ class _Emitter:
                 first = tirx.min(step * point.rows, point.block - point.rows)
                 tile.multiply(
                     acc, self.problem.c,
-                    lambda r, k: v[e * self.plane + (first + r) * self.row + k],
+                    lambda r, k: v[e * self.strides[0] + (first + r) * self.strides[1] + k],
                     lambda k, t: self.u[panel, e, k, ramp(t * lanes, lanes)],
                     lambda k: self._prefetch(panel, e, step * self.problem.c + k, steps),
                 )  # fmt: skip
                 for r, t in tile.cells():
-                    at = e * self.product_plane + (first + r) * point.panel + t * lanes
+                    at = e * self.product_strides[0] + (first + r) * self.product_strides[1] + t * lanes
                     T.buffer_store(product, acc[tile.at(r, t)], [ramp(at, lanes)])
         with T.serial(0, point.block) as t:
             if channels == point.panel:
@@ -375,16 +384,16 @@ class _Emitter:
         p, m, size = self.problem, self.point.m, self.size
         height, width = p.output_hw
         n, i, j = unravel(base + tile, p.tiles(m))
-        registers = _Registers(size * size * 4, lanes)
         half = []  # half[l][r]
         for l in range(size):
-            at = [(q * size + l) * self.product_plane + tile * self.point.panel + offset for q in range(size)]
-            column = [registers.keep(product[ramp(a, lanes)]) for a in at]
-            half.append([registers.keep(e) for e in linear(self.at, column, registers.keep, lanes)])
+            start = tile * self.product_strides[1] + offset
+            at = [start + (q * size + l) * self.product_strides[0] for q in range(size)]
+            column = [T.bind(product[ramp(a, lanes)]) for a in at]
+            half.append([T.bind(e) for e in linear(self.at, column, lanes)])
         channel = ramp(panel * self.point.panel + offset, lanes)
         for r in range(m):
-            for s, value in enumerate(linear(self.at, [half[l][r] for l in range(size)], registers.keep, lanes)):
-                kept = registers.keep(value)
+            for s, value in enumerate(linear(self.at, [half[l][r] for l in range(size)], lanes)):
+                kept = T.bind(value)
                 y, x = i * m + r, j * m + s
                 checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
                 if not checks:
@@ -393,15 +402,3 @@ class _Emitter:
                 with T.If(tirx.all(*checks)):
                     with T.Then():
                         self.kernel.store(kept, [n, y, x, channel])
-
-
-def multiplications(problem: Problem, m: int) -> int:
-    """Multiplications between the transforms, padding tiles included."""
-    return int(np.prod(problem.tiles(m))) * (m + 2) ** 2 * problem.c * problem.o
-
-
-def weight_bytes(problem: Problem, m: int) -> int:
-    """Bytes of transformed weights."""
-    return 4 * (m + 2) ** 2 * problem.c * problem.o
-
-

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""3x3 convolutions of stride 1 lowered to Winograd's algorithm, where its cost rule says that pays.
+
+    rewrite: y = kerf.conv2d(x, w)  ->  y = call_tir(winograd, (x, packed G w G^T))
+
+The call attribute `winograd` = "never" forbids it: its rounding error is 3-8 times that of the direct sum (see
+`schedules/winograd.py`).
+"""
+
+from __future__ import annotations
+
+from tvm import relax
+
+from passes.layers import attrs_of, const_array, shape_of
+from passes.lower import call_te
+from schedules import winograd
+from schedules.errors import Declined
+from schedules.target import CpuTarget
+
+
+# The estimate is good to about a tenth, and the direct kernel is the more accurate one.
+_WORTH = 0.9
+
+
+def problem_of(call: relax.Call) -> winograd.Problem | Declined:
+    """The problem of a `kerf.conv2d` call, or why Winograd's algorithm does not apply to it."""
+    attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
+    if (r, s) != (3, 3):
+        return Declined(f"Winograd: the kernel is {r}x{s}, not 3x3")
+    for key, wanted in (("strides", [1, 1]), ("dilation", [1, 1]), ("groups", 1), ("layout", "NHWC")):
+        if attrs[key] != wanted:
+            return Declined(f"Winograd: {key} is {attrs[key]}, not {wanted}")
+    if attrs.get("winograd", "auto") == "never":
+        return Declined("Winograd: forbidden for this layer")
+    n, h, w, _ = shape_of(call.args[0])
+    return winograd.Problem(n, h, w, c, o, tuple(attrs["padding"]))
+
+
+def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
+    """The output tile m of F(m x m, 3 x 3) that the cost rule expects to be fastest, or why the direct kernel is."""
+    direct = winograd.direct_cost(problem, target)
+    costs = {m: winograd.cost(problem, m, target) for m in (4, 2)}
+    best = min(costs, key=costs.get)
+    if costs[best] > _WORTH * direct:
+        return Declined(f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct")
+    return best
+
+
+def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+    """The Winograd kernel for a `kerf.conv2d` call in NHWC; None where it does not apply or does not pay."""
+    problem = problem_of(call)
+    m = problem if isinstance(problem, Declined) else choose(problem, target)
+    return None if isinstance(m, Declined) else lower_with(bb, call, problem, m, target)
+
+
+def lower_with(bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, m: int, target: CpuTarget) -> relax.Expr:
+    """The kernel of F(m x m, 3 x 3), whatever the cost rule says."""
+    point = winograd.default_point(problem, m, target)
+    packed = relax.const(winograd.pack_weights(const_array(call.args[1]), point))
+    height, width = problem.output_hw
+
+    def define(x, u):
+        return winograd.define_winograd(x, u, problem, point)
+
+    return call_te(bb, define, call.args[0], packed, hint=f"winograd{m}_{height}x{width}_{problem.c}_{problem.o}")
