@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import tvm
 from onnx import helper
 from tvm import relax
 from tvm.relax import op
@@ -69,7 +68,7 @@ class Converter:
             results = converter_of(node)(self, *[self.value(n) if n else None for n in node.input])
         except Refused as error:
             raise UnsupportedModel(f"{at}: {error}", where=self.graph.where) from None
-        except (tvm.TVMError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
             raise UnsupportedModel(f"{at} cannot be converted: {first_line(error)}", where=self.graph.where) from error
         results = results if isinstance(results, (list, tuple)) else [results]
         for name, result in zip(node.output, results):
@@ -264,7 +263,7 @@ def _gemm(c: Converter, a: relax.Expr, b: relax.Expr, bias: relax.Expr | None = 
     a = c.emit(op.permute_dims(a)) if c.attr("transA", 0) else a
     b = c.emit(op.permute_dims(b)) if c.attr("transB", 0) else b
     product = c.emit(op.matmul(a, b))
-    product = product if alpha == 1 else op.multiply(product, number(alpha, product))
+    product = product if alpha == 1 else c.emit(op.multiply(product, number(alpha, product)))
     if bias is None or beta == 0:
         return product
     return op.add(product, bias if beta == 1 else op.multiply(bias, number(beta, product)))

@@ -24,6 +24,7 @@ KEPT = (
     "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "hardtanh.default", "relu6.default", "log_softmax.int", "softmax.int",
     "conv1d.default", "conv2d.default", "std.correction", "stack.default", "square.default", "reciprocal.default", "mish.default",
     "addmm.default", "rsub.Scalar", "split.Tensor", "split_with_sizes.default", "unbind.int", "t.default", "transpose.int",
+    "instance_norm.default", "pad.default",
 )  # fmt: skip
 # Evaluating these would freeze one sample of a random variable or an uninitialised buffer into the model.
 _NOT_FOLDED = ("rand", "dropout", "bernoulli", "empty", "normal", "multinomial", "exponential", "uniform")
@@ -75,9 +76,20 @@ def prepare(program: ExportedProgram, where: str) -> Prepared:
             names[node] = layer_name(spec.target)
         elif node.users:
             raise UnsupportedModel(f"input {node.name} is a {spec.kind.name}", where=where)
+    if open_nodes := [n.name for n in program.graph.nodes if _is_open(n.meta.get("val"))]:
+        raise UnsupportedModel("the size of a result depends on data", where=where, found=", ".join(open_nodes[:5]))
     _fold(program, constants, names)
     outputs = _user_outputs(program, where)
     return Prepared(program.graph, inputs, constants, names, outputs)
+
+
+def _is_open(value) -> bool:
+    """Whether a tensor's shape, or a number, is known at run time only."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_open, value))
+    if isinstance(value, torch.Tensor):
+        return any(not isinstance(d, int) for d in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _bound_tensor(program: ExportedProgram, target: str) -> torch.Tensor:

@@ -26,7 +26,7 @@ from schedules.errors import UnsupportedModel
 
 DTYPES = {
     torch.float32: "float32", torch.float64: "float64", torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8",
-    torch.uint8: "uint8", torch.bool: "bool", torch.float16: "float16",
+    torch.uint8: "uint8", torch.bool: "bool",
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class Converter:
             result = function(self, *self._arguments(node))
         except Refused as error:
             raise UnsupportedModel(f"{key_of(node)} ({_position(node)}): {error}", where=self.where) from None
-        except (tvm.TVMError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
             raise UnsupportedModel(f"{key_of(node)} ({_position(node)}) cannot be converted: {message}", where=self.where) from error
         result = tuple(result) if isinstance(result, (tuple, list)) else self._bound(result)
@@ -134,7 +134,10 @@ class Converter:
     def dtype(self) -> str:
         """Dtype of the current node's result."""
         value = self.node.meta["val"]
-        return DTYPES[(value[0] if isinstance(value, (tuple, list)) else value).dtype]
+        dtype = (value[0] if isinstance(value, (tuple, list)) else value).dtype
+        if dtype not in DTYPES:
+            raise Refused(f"a result of type {dtype}")
+        return DTYPES[dtype]
 
     def cast(self, value: Any, dtype: str) -> relax.Expr:
         """A tensor or Python number as a tensor of `dtype`."""
@@ -226,10 +229,9 @@ def _hardsigmoid(c: Converter, x: relax.Expr) -> relax.Expr:
 
 
 def _elu(c: Converter, x: relax.Expr, alpha: float, scale: float, input_scale: float) -> relax.Expr:
-    if scale != 1 or input_scale != 1:
-        raise Refused("scale or input_scale other than 1")
-    negative = op.subtract(op.exp(op.minimum(x, c.cast(0, c.dtype))), c.cast(1, c.dtype))
-    return op.where(op.greater(x, c.cast(0, c.dtype)), x, op.multiply(negative, c.cast(alpha, c.dtype)))
+    negative = op.subtract(op.exp(op.multiply(op.minimum(x, c.cast(0, c.dtype)), c.cast(input_scale, c.dtype))), c.cast(1, c.dtype))
+    positive = x if scale == 1 else op.multiply(x, c.cast(scale, c.dtype))
+    return op.where(op.greater(x, c.cast(0, c.dtype)), positive, op.multiply(negative, c.cast(alpha * scale, c.dtype)))
 
 
 def _softmax(function: Callable) -> Callable:
@@ -376,7 +378,7 @@ def _additive_mask(c: Converter, mask: relax.Expr) -> relax.Expr:
         if not kept.any(axis=-1).all():
             raise Refused("a constant mask that hides every key from some query")
         return constant(np.where(kept, 0, -np.inf).astype("float32"))
-    return op.where(mask, c.cast(0.0, "float32"), c.cast(float("-inf"), "float32"))
+    return c.emit(op.where(mask, c.cast(0.0, "float32"), c.cast(float("-inf"), "float32")))
 
 
 def _embedding(c, weight, indices, *_unused) -> relax.Expr:
@@ -446,6 +448,20 @@ def _log1p(c: Converter, x: relax.Expr) -> relax.Expr:
     return op.log(op.add(c.cast(x, c.dtype), c.cast(1, c.dtype)))
 
 
+def _logarithm(base: float) -> Callable:
+    return lambda c, x: op.multiply(op.log(c.cast(x, c.dtype)), c.cast(1 / math.log(base), c.dtype))
+
+
+def _expm1(c: Converter, x: relax.Expr) -> relax.Expr:
+    return op.subtract(op.exp(c.cast(x, c.dtype)), c.cast(1, c.dtype))
+
+
+def _instance_norm(c, x, weight, bias, mean, _variance, use_input_stats, _momentum, epsilon, _cudnn) -> relax.Expr:
+    if not use_input_stats or mean is not None:
+        raise Refused("running statistics")
+    return _group_norm(c, x, shape_of(x)[1], weight, bias, epsilon)
+
+
 def _prelu(c: Converter, x: relax.Expr, weight: relax.Expr) -> relax.Expr:
     if shape_of(weight) != (1,):
         weight = op.reshape(weight, (1, -1, *[1] * (len(shape_of(x)) - 2)))
@@ -469,7 +485,7 @@ CONVERTERS: dict[str, Callable] = {
     "bitwise_or.Tensor": lambda c, a, b: op.logical_or(a, b) if is_bool(a) and is_bool(b) else op.bitwise_or(c.cast(a, c.dtype), c.cast(b, c.dtype)),
     "bitwise_not.default": lambda c, x: op.logical_not(x) if is_bool(x) else op.bitwise_not(x),
     "neg.default": _unary(op.negative), "reciprocal.default": lambda c, x: op.divide(c.cast(1, c.dtype), c.cast(x, c.dtype)),
-    "log1p.default": _log1p, "rsub.Scalar": _subtract_from, "rsub.Tensor": _subtract_from,
+    "log1p.default": _log1p, "log2.default": _logarithm(2), "log10.default": _logarithm(10), "expm1.default": _expm1, "rsub.Scalar": _subtract_from, "rsub.Tensor": _subtract_from,
     "pow.Tensor_Scalar": _power, "pow.Tensor_Tensor": _power, "pow.Scalar": _power,
     "relu.default": _predicate(op.nn.relu), "silu.default": _predicate(op.nn.silu), "gelu.default": _gelu,
     "relu6.default": lambda c, x: _clamp(c, x, 0, 6), "hardtanh.default": _clamp, "clamp.default": _clamp, "clamp.Tensor": _clamp,
@@ -484,7 +500,7 @@ CONVERTERS: dict[str, Callable] = {
     "convolution.default": _convolution, "conv1d.default": _conv, "conv2d.default": _conv,
     "_native_batch_norm_legit_no_training.default": _batch_norm_inference,
     "layer_norm.default": _layer_norm, "native_layer_norm.default": _native_layer_norm, "rms_norm.default": _rms_norm,
-    "group_norm.default": _group_norm, "native_group_norm.default": _native_group_norm,
+    "group_norm.default": _group_norm, "instance_norm.default": _instance_norm, "native_group_norm.default": _native_group_norm,
     "scaled_dot_product_attention.default": _attention, "embedding.default": _embedding,
     "max_pool2d_with_indices.default": _max_pool, "avg_pool2d.default": _avg_pool,
     "adaptive_avg_pool2d.default": _adaptive_avg_pool, "_adaptive_avg_pool2d.default": _adaptive_avg_pool,

@@ -213,6 +213,33 @@ def _pad(c: Converter, x: relax.Expr, padding: list[int], value: Any = 0) -> rel
     return x if not any(widths) else op.nn.pad(x, widths, "constant", float(value))
 
 
+def _pad_mode(c: Converter, x: relax.Expr, padding: list[int], mode: str = "constant", value: Any = None) -> relax.Expr:
+    if mode == "constant":
+        return _pad(c, x, padding, value or 0)
+    for i in range(0, len(padding), 2):
+        axis = len(shape_of(x)) - 1 - i // 2
+        source = np.pad(np.arange(shape_of(x)[axis]), padding[i : i + 2], {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode])
+        x = c.emit(op.take(x, constant(source), axis=axis, mode="clip"))
+    return x
+
+
+def _norm(c: Converter, x: relax.Expr, order: Any = 2, axes: Any = None, keepdims: bool = False, _dtype: Any = None) -> relax.Expr:
+    axes = list(range(len(shape_of(x)))) if axes in (None, []) else list(axes)
+    if order == 1:
+        return op.sum(op.abs(x), axes, keepdims=keepdims)
+    if order == 2:
+        return op.sqrt(op.sum(op.multiply(x, x), axes, keepdims=keepdims))
+    if order == float("inf"):
+        return op.max(op.abs(x), axes, keepdims=keepdims)
+    raise Refused(f"a norm of order {order}")
+
+
+def _any(c: Converter, x: relax.Expr, axes: Any = None, keepdims: bool = False) -> relax.Expr:
+    axes = None if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
+    truth = x if is_bool(x) else c.emit(op.not_equal(x, c.cast(0, dtype_of(x))))
+    return op.astype(c.emit(op.max(c.emit(op.astype(truth, "int32")), axes, keepdims=keepdims)), "bool")
+
+
 def _flip(c: Converter, x: relax.Expr, axes: list[int]) -> relax.Expr:
     for axis in axes:
         x = c.emit(op.flip(x, axis % len(shape_of(x))))
@@ -282,6 +309,7 @@ _REDUCTIONS: dict[str, Callable] = {
     "amax.default": _reduce(op.max), "amin.default": _reduce(op.min), "max.dim": _extremum_axis(op.max), "min.dim": _extremum_axis(op.min),
     "max.default": _reduce_all(op.max), "min.default": _reduce_all(op.min), "var.correction": _variance, "std.correction": _std,
     "argmax.default": _argument(op.argmax), "argmin.default": _argument(op.argmin), "cumsum.default": _cumsum,
+    "linalg_vector_norm.default": _norm, "any.dims": _any, "any.dim": _any, "any.default": _any,
 }  # fmt: skip
 
 CONVERTERS: dict[str, Callable] = {
@@ -301,7 +329,7 @@ CONVERTERS: dict[str, Callable] = {
     "where.self": _where, "where.ScalarOther": _where, "where.ScalarSelf": _where, "where.Scalar": _where,
     "masked_fill.Scalar": _masked_fill, "masked_fill.Tensor": _masked_fill,
     "full_like.default": _full_like, "zeros_like.default": _filled_like(0), "ones_like.default": _filled_like(1),
-    "index_select.default": _index_select, "index.Tensor": _index, "gather.default": _gather, "constant_pad_nd.default": _pad,
+    "index_select.default": _index_select, "index.Tensor": _index, "gather.default": _gather, "constant_pad_nd.default": _pad, "pad.default": _pad_mode,
     "flip.default": _flip, "roll.default": _roll, "repeat.default": _repeat, "tril.default": _triangle(op.tril), "triu.default": _triangle(op.triu),
     "pixel_shuffle.default": _pixel_shuffle, "upsample_nearest2d.vec": _nearest, "upsample_bilinear2d.vec": _bilinear,
     "one_hot.default": _one_hot,
