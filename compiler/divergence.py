@@ -54,7 +54,7 @@ def find_first_divergence(
     position = [0]
 
     def watch(_function, name, before, _result, *arguments):
-        if before or found or not is_kernel(name):
+        if before or found or name not in model.kernel_names:
             return 0
         index = position[0]
         position[0] += 1
@@ -67,12 +67,6 @@ def find_first_divergence(
     with model.instrumented(watch):
         model.invoke(tensors)
     return found[0] if found else None
-
-
-def is_kernel(name: str) -> bool:
-    """Whether a call of the virtual machine is a kernel rather than one of its own built-in
-    functions."""
-    return not name.startswith("vm.")
 
 
 class _Definitions:

@@ -5,7 +5,9 @@ the CPU in float32."""
 from __future__ import annotations
 
 import importlib
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +107,9 @@ def export_onnx(module: Any, arrays: Sequence[np.ndarray], scratch: Path) -> Pat
 
     path = scratch / "peer.onnx"
     examples = tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
-    with torch.no_grad():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own dependencies
         torch.onnx.export(module, examples, str(path), dynamo=True, verbose=False)
     return path
 

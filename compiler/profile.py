@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from compiler.artifact import Artifact
-from compiler.divergence import is_kernel
 from compiler.environment import describe_environment
 from compiler.layer_rows import layer_rows
 from compiler.runtime import LoadedModel, load_variants
+from schedules.errors import MeasurementError
 
 _MAX_ARGUMENTS = 8
 
@@ -145,13 +145,19 @@ def _instrumented_run(
         now = clock()
         if before:
             start[0] = clock()
-        elif is_kernel(name):
+        elif name in model.kernel_names:
             own = overhead[min(len(arguments), len(overhead) - 1)]
             times.append(max((now - start[0]) / 1e3 - own, 0.0))
         return 0
 
     with model.instrumented(watch):
         model.invoke(tensors)
+    if len(times) != len(model.kernels):
+        raise MeasurementError(
+            "the program does not call the kernels its manifest lists",
+            found=f"{len(times)} calls",
+            wanted=f"{len(model.kernels)}",
+        )
     return times
 
 

@@ -90,6 +90,11 @@ def bench(found: Measurement) -> list:
         parts.append(
             Text(f"{name}: {ratio.median:.3f} (95 % interval {ratio.low:.3f} to {ratio.high:.3f})")
         )
+    for name, used in found.memory.items():
+        own = _bytes(used["peak"] - used["start"])
+        parts.append(
+            Text(f"{name}: of its peak memory {own} are the model's, the rest Python and TVM")
+        )
     parts += [Text(f"warning: {warning}", style="yellow") for warning in found.warnings]
     parts += [Text(_environment_line(found.environment))]
     if found.layers:
@@ -123,7 +128,8 @@ def profile(found: Profile) -> list:
                 f"{k.useful_gflops:.1f}" if k.flops else "",
                 f"{k.roofline:.0%}" if k.roofline else "",
             )
-        rest = variant.total_us - sum(k.us for k in variant.kernels)
+        # Two medians of a wandering clock: their difference may come out negative.
+        rest = max(variant.total_us - sum(k.us for k in variant.kernels), 0.0)
         parts += [
             table,
             Text(

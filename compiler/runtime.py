@@ -55,6 +55,7 @@ class LoadedModel:
         self.variant = variant
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.kernels = tuple(kernels)
+        self.kernel_names = frozenset(k.function for k in self.kernels)
         self.threads = threads
         self._parallel = parallel
         self._vm = relax.VirtualMachine(module, tvm.cpu())
