@@ -71,20 +71,16 @@ def _shape(shape) -> str:
 
 
 def describe_found(found: Mapping[str, object]) -> str:
-    """What the families see in a weight, in words; what says nothing (None, all of it stored) is
-    left out."""
-    parts = []
+    """What the families see in a weight: `grain out:4 (element 10%, out:4 10%, out:8 19%)`, the
+    shares that each grain would store; what says nothing (None, all of it stored) is left out."""
+    parts, shares = [], []
     for key, value in found.items():
         if isinstance(value, Mapping):
-            if any(v != 1 for v in value.values()):
-                parts += [f"{name} {_number(v)}" for name, v in value.items()]
+            if any(share != 1 for share in value.values()):
+                shares += [f"{name} {share:.0%}" for name, share in value.items()]
         elif value is not None and key not in ("zeros", "density"):
-            parts.append(f"{key} {_number(value)}")
-    return ", ".join(parts)
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+            parts.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+    return " ".join([", ".join(parts), f"({', '.join(shares)})" if shares else ""]).strip()
 
 
 def hardware(machine: Hardware) -> Group:

@@ -150,7 +150,9 @@ def export(model: nn.Module, example: torch.Tensor, path: Path) -> None:
 def command(*arguments: str) -> None:
     """Run compile-model as a user would, showing the command line."""
     print("\n$ compile-model " + shlex.join(arguments), flush=True)
-    subprocess.run([sys.executable, "-m", "compiler.cli", *arguments], check=True)
+    done = subprocess.run([sys.executable, "-m", "compiler.cli", *arguments], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def main() -> int:
