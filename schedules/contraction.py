@@ -19,15 +19,20 @@ from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
 
 
+WEIGHTS_OR_PIXELS, OUTPUT, PARTIAL = 1, 2, 4
+
+
 @dataclass(frozen=True)
 class Point:
     """Parameters of one kernel.
 
     `order`: "panels" runs all pixels for one panel of weights before the next (weights are read once); "blocks" runs
     all panels for `block` rows of tiles (flat problems: for `block` tiles). `chunk`: input channels summed before the
-    next panel, partial sums being kept in memory (0: all of them). `unroll`: steps of the sum per loop iteration.
-    `sums`: independent partial sums, for tiles too small to hide the latency of an addition. `prefetch`: whether the
-    next panel (order "panels") or the next tile's pixels (order "blocks", flat problems) are fetched ahead.
+    pixels are gone through again, partial sums being kept in memory (0: all of them); with order "chunks" all panels
+    are gone through before the next chunk. `unroll`: steps of the sum per loop iteration.
+    `sums`: independent partial sums, for tiles too small to hide the latency of an addition. `prefetch`: what is fetched
+    ahead, the sum of `WEIGHTS_OR_PIXELS` (the next panel, or with order "blocks" the next tile's pixels), `OUTPUT` (the
+    lines a tile will write) and `PARTIAL` (the next tile's partial sums).
     """
 
     lanes: int
@@ -76,9 +81,13 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
-_NEAR = 0.4  # share of the second-level cache an operand may take and still be there when it is read again
-_LONG_SUM = 640  # steps from which a sum is cut into chunks, so that a panel of weights stays near
-_CHUNK = 512  # steps of a chunk, about
+# Shares of the second-level cache: an operand that is still there when it is read again; a panel of weights that is
+# worth cutting into chunks, and the size of these. Measured on 1 MiB (Cascade Lake).
+_NEAR = 0.4
+_LONG_PANEL = 0.25
+_CHUNK_PANEL = 0.1
+_ALIAS_BYTES = 4096  # pixels this far apart compete for one set of the first-level cache
+_ALIAS_ROWS = 8  # as many as fit into one set
 
 
 def _step_cycles(mr: int, nv: int, sums: int) -> float:
@@ -90,7 +99,7 @@ def _step_cycles(mr: int, nv: int, sums: int) -> float:
     return max(mr * nv / 2, 0.58 * (mr + nv), 2.6 * nv, 4 / sums) + 0.1 * mr + 0.2 * nv
 
 
-def estimated_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) -> float:
+def _row_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) -> float:
     """Cycles of a whole row of tiles over all channels of one group."""
     count = len(vectors(problem.group_outputs, lanes))
     total = 0.0
@@ -103,19 +112,30 @@ def estimated_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) 
 def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
     """(mr, nv, sums) of the least estimated time."""
     count = len(vectors(problem.group_outputs, target.lanes))
+    aliased = 4 * problem.c * problem.stride[1] % _ALIAS_BYTES == 0
     best = None
     for nv in range(1, min(count, 8 if problem.row <= 2 else 6) + 1):
         largest = (target.registers - 1 - nv) // nv
-        if largest < 1:
-            break
-        mr = tile_rows(problem.row, largest)
-        sums = 1
-        while mr * nv * sums < 8 and 2 * sums * mr * nv + nv + 1 <= target.registers and 2 * sums <= problem.group_inputs:
-            sums *= 2
-        cost = estimated_cycles(problem, target.lanes, mr, nv, sums)
-        if best is None or cost < best[0] * 0.99:
-            best = (cost, mr, nv, sums)
+        if aliased and problem.row > _ALIAS_ROWS:
+            largest = min(largest, _ALIAS_ROWS)
+        for mr in sorted({tile_rows(problem.row, m) for m in range(max(1, largest // 2), largest + 1)}):
+            sums, inputs = 1, problem.group_inputs
+            while mr * nv * sums < 8 and 2 * sums * mr * nv + nv + 1 <= target.registers and 2 * sums <= inputs:
+                sums *= 2
+            cost = _row_cycles(problem, target.lanes, mr, nv, sums)
+            if best is None or cost < best[0] * 0.995:
+                best = (cost, mr, nv, sums)
     return best[1:]
+
+
+def _chunk(problem: Problem, panel: int, target: CpuTarget) -> int:
+    """Input channels of a chunk, 0 if the weights of a panel of `panel` channels stay near all the same."""
+    size = 4 * problem.steps * panel
+    if problem.groups > 1 or problem.row <= 2 or size <= _LONG_PANEL * target.l2_bytes:
+        return 0
+    parts = max(2, round(size / (_CHUNK_PANEL * target.l2_bytes)))
+    chunk = -(-problem.c // parts // 16) * 16
+    return chunk if chunk < problem.c else 0
 
 
 def _order(problem: Problem, panels: int, chunk: int, target: CpuTarget) -> tuple[str, int]:
@@ -127,36 +147,31 @@ def _order(problem: Problem, panels: int, chunk: int, target: CpuTarget) -> tupl
     rows = problem.n * problem.oh
     row_bytes = 4 * problem.ow * problem.c * (problem.stride[0] if problem.r > 1 else 1)
     pixels = row_bytes * rows
-    at_once = pixels * (chunk or problem.group_inputs) / problem.group_inputs
-    by_panels = weights + pixels * (panels if at_once > 1.25 * near else 1)
+    if chunk:
+        return ("panels" if pixels <= near else "chunks"), 1
+    by_panels = weights + pixels * (panels if pixels > 1.25 * near else 1)
     block = max(1, int(near * 0.8 / row_bytes))
     by_blocks = pixels + weights * -(-rows // block)
-    if problem.flat or chunk or by_panels <= by_blocks:
-        return "panels", 1
-    return "blocks", block
+    return ("panels", 1) if problem.flat or by_panels <= by_blocks else ("blocks", block)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The tile with the least estimated time, and the order that moves the least memory."""
     mr, nv, sums = _tile(problem, target)
     panels = problem.groups * -(-len(vectors(problem.group_outputs, target.lanes)) // nv)
-    chunk = 0
-    if problem.groups == 1 and problem.row > 2 and problem.steps > _LONG_SUM:
-        parts = max(1, round(problem.steps / _CHUNK))
-        chunk = -(-problem.c // parts // 16) * 16
-        chunk = 0 if chunk >= problem.c else chunk
+    chunk = _chunk(problem, nv * target.lanes, target)
     order, block = _order(problem, panels, chunk, target)
     tiles = -(-problem.row // mr)
     if target.threads > 1:
         order = _order_for_threads(order, panels, tiles if problem.flat else problem.rows, target.threads)
     if order == "blocks":
         chunk = 0
-    if mr * nv + 2 * nv + 1 > target.registers:
-        unroll = 1  # the next step's weights would not fit beside the tile
-    else:
-        unroll = 4 if mr * nv <= 14 else 2
+    # Two steps at a time need room for the next step's weights; small tiles take four to hide the loop's own work.
+    unroll = 1 if mr * nv + nv + 3 > target.registers else 4 if mr * nv <= 14 else 2
     unroll = min(max(sums, unroll), chunk or problem.group_inputs)
-    prefetch = int(tiles * problem.rows > 1 and (order == "panels" or problem.flat))
+    prefetch = 0
+    if tiles * problem.rows > 1:
+        prefetch = WEIGHTS_OR_PIXELS * (order != "blocks" or problem.flat) + OUTPUT + PARTIAL * (order == "chunks")
     return Point(target.lanes, mr, nv, order, block, chunk, unroll, sums, prefetch)
 
 
@@ -166,7 +181,7 @@ def _order_for_threads(order: str, panels: int, units: int, threads: int) -> str
     def busy(parts: int) -> float:
         return parts / (-(-parts // threads) * threads)
 
-    mine, other = (panels, units) if order == "panels" else (units, panels)
+    mine, other = (units, panels) if order == "blocks" else (panels, units)
     if busy(mine) < 0.9 and busy(other) > busy(mine):
-        return "blocks" if order == "panels" else "panels"
+        return "panels" if order == "blocks" else "blocks"
     return order

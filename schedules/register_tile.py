@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.contraction import Point, packed_shape, panels_per_group
+from schedules.contraction import OUTPUT, PARTIAL, WEIGHTS_OR_PIXELS, Point, packed_shape, panels_per_group
 from schedules.fused import Emission
 from schedules.windows import Problem, RowTiles, kernel_rows, loop, unravel, vectors
 
@@ -65,9 +65,14 @@ class Contraction:
     def emit(self) -> None:
         problem, point = self.problem, self.point
         units = self.row.count if problem.flat else problem.rows
-        if point.order == "panels":
+        if point.order == "chunks":
             self._over_chunks(
                 lambda chunk: self._over_panels(lambda panel: self._over_units(0, units, panel, chunk), self.parallel)
+            )
+            return
+        if point.order == "panels":
+            self._over_panels(
+                lambda panel: self._over_chunks(lambda chunk: self._over_units(0, units, panel, chunk)), self.parallel
             )
             return
         block = min(point.block, units)
@@ -84,7 +89,7 @@ class Contraction:
         inputs, chunk = self.problem.group_inputs, self.chunk
         count = -(-inputs // chunk)
         if count > 1:
-            panels = packed_shape(self.problem, self.point)[0]
+            panels = packed_shape(self.problem, self.point)[0] if self.point.order == "chunks" else 1
             self.partial = T.alloc_buffer((panels, self.tiles, self.point.mr, self.point.panel), "float32")
             if count == 2:
                 body(_Chunk(0, chunk, True, False))
@@ -147,6 +152,12 @@ class Contraction:
             for _ in range(self.point.sums)
         ]
         self._start(banks, pixels, panel, chunk)
+        if self.point.prefetch & OUTPUT and chunk.last:
+            self._prefetch_output(pixels, panel)
+        if self.point.prefetch & PARTIAL and self.point.order == "chunks":
+            for p in range(mr):
+                for v in range(len(panel.widths)):
+                    _prefetch(self.partial[panel.index, pixels.tile + 1, p, v * lanes])
         self._sum(banks, pixels, panel, chunk)
         for p in range(mr):
             lead = [pixels.image, pixels.oh, pixels.base + p]
@@ -158,10 +169,16 @@ class Contraction:
                 if chunk.last:
                     self.kernel.store(parts[0], [*at, T.ramp(panel.first_output + v * lanes, 1, stored)])
                 else:
-                    T.buffer_store(self.partial, parts[0], [panel.index, pixels.tile, p, T.ramp(v * lanes, 1, width)])
+                    T.buffer_store(self.partial, parts[0], [*self._slot(panel, pixels), p, T.ramp(v * lanes, 1, width)])
+
+    def _slot(self, panel: _Panel, pixels: _Pixels) -> tuple:
+        """Where a tile's partial sums are kept between chunks."""
+        return (panel.index if self.point.order == "chunks" else 0, pixels.tile)
 
     def _start(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
         """Zero the sums, or load what the chunks before have left in the first bank."""
+
+        slot = self._slot(panel, pixels)
 
         def fill(resume: bool) -> None:
             for b, bank in enumerate(banks):
@@ -169,7 +186,7 @@ class Contraction:
                     for v, ((width, _), register) in enumerate(zip(panel.widths, registers)):
                         value = T.broadcast(T.float32(0), width)
                         if resume and b == 0:
-                            value = self.partial[panel.index, pixels.tile, p, T.ramp(v * self.point.lanes, 1, width)]
+                            value = self.partial[(*slot, p, T.ramp(v * self.point.lanes, 1, width))]
                         T.buffer_store(register, value, [T.ramp(0, 1, width)])
 
         if isinstance(chunk.first, bool):
@@ -204,6 +221,8 @@ class Contraction:
             if pixels.edge is not None:
                 for s in range(problem.s):
                     if valid := self.row.taps_inside(pixels.edge, s):
+                        # Keeps LLVM from sharing pixels between unrolled taps, which would spill the sums.
+                        _prefetch(self.x[(pixels.image, ih, (pixels.base + valid[0]) * sw + s * dw - left, first)])
                         tap(s, valid)
             elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
                 self._whole_row(banks, pixels, panel, r, ih)
@@ -238,9 +257,9 @@ class Contraction:
 
         unroll = min(point.unroll, steps)
         with T.serial(0, steps // unroll) as i:
-            if point.prefetch and point.order == "panels":
+            if point.prefetch & WEIGHTS_OR_PIXELS and point.order != "blocks":
                 self._prefetch_panel(panel, pixels, steps, i * unroll, w_index)
-            elif point.prefetch and self.problem.flat:
+            elif point.prefetch & WEIGHTS_OR_PIXELS and self.problem.flat:
                 self._prefetch_pixels(panel, pixels, steps, i * unroll)
             for j in range(unroll):
                 term(i * unroll + j, banks[j % point.sums])
@@ -266,6 +285,15 @@ class Contraction:
             _prefetch(self.x[(*unravel(pixels.base + self.point.mr, self.x_lead), offset)])
 
 
-def _prefetch(value) -> None:
+    def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
+        """The lines that this tile will write, so that they are there when it is done."""
+        for p in range(self.point.mr):
+            at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else [pixels.image, pixels.oh, pixels.base + p]
+            for v in range(len(panel.widths)):
+                _prefetch(self.kernel.output[(*at, panel.first_output + v * self.point.lanes)], write=True)
+
+
+def _prefetch(value, write: bool = False) -> None:
     """Fetch the cache line of a buffer element into the second-level cache and up; past the end it does nothing."""
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), T.int32(0), T.int32(2), T.int32(1)))
+    kind, near, data = T.int32(int(write)), T.int32(3 if write else 2), T.int32(1)
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), kind, near, data))
