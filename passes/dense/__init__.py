@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from passes import layers
-from passes.dense import activation, attention, conv2d, matmul, normalization, pooling, reference
+from passes.dense import activation, attention, broadcast, conv2d, matmul, normalization, pooling, reference
 from passes.family import Family
 
 FAMILY = Family(
@@ -16,6 +16,7 @@ FAMILY = Family(
         **pooling.LOWERINGS,
         **activation.LOWERINGS,
         **attention.LOWERINGS,
+        **broadcast.LOWERINGS,
         **normalization.LOWERINGS,
     },
     references={layers.CONV2D: reference.conv2d, layers.DENSE: reference.dense},

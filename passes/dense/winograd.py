@@ -15,6 +15,7 @@ from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
 from schedules import winograd
 from schedules.errors import Declined
+from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 
@@ -50,16 +51,22 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.
     """The Winograd kernel for a `kerf.conv2d` call in NHWC; None where it does not apply or does not pay."""
     problem = problem_of(call)
     m = problem if isinstance(problem, Declined) else choose(problem, target)
-    return None if isinstance(m, Declined) else lower_with(bb, call, problem, m, target)
+    if isinstance(m, Declined):
+        return None
+    default = winograd.default_point(problem, m, target)
+    return _lower_at(bb, call, problem, point_for(winograd, problem, target, default))
 
 
 def lower_with(bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, m: int, target: CpuTarget) -> relax.Expr:
     """The kernel of F(m x m, 3 x 3), whatever the cost rule says."""
-    point = winograd.default_point(problem, m, target)
+    return _lower_at(bb, call, problem, winograd.default_point(problem, m, target))
+
+
+def _lower_at(bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point) -> relax.Expr:
     packed = relax.const(winograd.pack_weights(const_array(call.args[1]), point))
     height, width = problem.output_hw
 
     def define(x, u):
         return winograd.define_winograd(x, u, problem, point)
 
-    return call_te(bb, define, call.args[0], packed, hint=f"winograd{m}_{height}x{width}_{problem.c}_{problem.o}")
+    return call_te(bb, define, call.args[0], packed, hint=f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}")
