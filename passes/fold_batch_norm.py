@@ -126,7 +126,9 @@ def _scaled_layer(
     w = const_array(layer.args[1])
     channels = w.shape[0]
     scale = np.broadcast_to(scale, (channels,))
-    new = (w.astype("float64") * scale.reshape((channels,) + (1,) * (w.ndim - 1))).astype(w.dtype)
+    new = np.empty_like(w)  # rounded once: the product is taken in float64, a buffer at a time
+    along = scale.reshape((channels,) + (1,) * (w.ndim - 1))
+    np.multiply(w, along, out=new, dtype="float64", casting="same_kind")
     call = (
         operator_call(layer.op.name, [layer.args[0], constant(new)], **attrs_of(layer))
         if np.any(scale != 1)

@@ -3,6 +3,8 @@
 
     rewrite: matmul(softmax(matmul(q, permute_dims(k)) * scale + mask), v), all [B, H, S, D]
              ->  permute_dims(attention(q, k, v, mask, scale)), all [B, S, H, D]
+             attention_bias(q, k, v, 0 on and below the diagonal, -inf above)
+             ->  attention(q, k, v, causal_mask="TopLeft")
     requires: constants folded, shapes canonical
     ensures: the permutes that split and merge heads meet their inverses; scalar factors of q, k or
       the scores are in `scale`; a mask is added, or chosen by `where`, and broadcasts; one of zeros
@@ -23,6 +25,9 @@ from tvm import relax
 
 from passes.layers import const_array, is_call, is_const, shape_of
 from passes.rewriting import Graph, constant, rewrite_function, rewrite_module, scalar
+
+# Added to a float32 score, a number below this leaves nothing of it.
+_NOTHING_LEFT = -1e30
 
 
 def _unscaled(expr: relax.Expr, graph: Graph) -> tuple[relax.Expr, float]:
@@ -67,8 +72,12 @@ def _masked_product(
         keep, scores, other = chosen.args
         low = scalar(other)
         found = _product(scores, graph) if shape_of(scores) == shape_of(expr) else None
-        # Added to a score, a number this low leaves nothing of it, as choosing it would.
-        if found is not None and low is not None and low < -1e30 and str(keep.ty.dtype) == "bool":
+        if (
+            found is not None
+            and low is not None
+            and low < _NOTHING_LEFT
+            and str(keep.ty.dtype) == "bool"
+        ):
             dtype = str(expr.ty.dtype)
             if is_const(keep):
                 return (*found, constant(np.where(const_array(keep), 0, low).astype(dtype)))
@@ -183,6 +192,20 @@ def recognize_attention(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     return result if rank == 4 else relax.op.reshape(result, shape_of(value))
 
 
+def recognize_causal(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    """attention_bias whose constant bias only hides the future -> attention(causal_mask=..)"""
+    if not is_call(value, "relax.nn.attention_bias") or not is_const(value.args[3]):
+        return None
+    bias, a = const_array(value.args[3]), value.attrs
+    if bias.shape[-1] != bias.shape[-2] or a.causal_mask is not None or a.window_size is not None:
+        return None
+    allowed = np.tril(np.ones(bias.shape[-2:], bool))
+    hidden = np.where(allowed, -np.inf, bias)  # what of the bias is hidden, at allowed places -inf
+    if np.any(np.where(allowed, bias, 0)) or np.any(hidden > _NOTHING_LEFT) or allowed.all():
+        return None
+    return relax.op.nn.attention(*list(value.args)[:3], scale=a.scale, causal_mask="TopLeft")
+
+
 def _bias(mask: relax.Expr, scores: tuple[int, ...]) -> relax.Expr | None:
     """The mask with four axes [B, H, S, T], the last two as they are in the scores."""
     shape = (1,) * (len(scores) - len(shape_of(mask))) + shape_of(mask)
@@ -206,4 +229,6 @@ class RecognizeAttention:
     """See the module's docstring."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_module(mod, lambda func: rewrite_function(func, (recognize_attention,)))
+        return rewrite_module(
+            mod, lambda func: rewrite_function(func, (recognize_attention, recognize_causal))
+        )

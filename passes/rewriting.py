@@ -301,7 +301,7 @@ def rewrite_function(
     """Apply the rules to every value, again and again until none applies. Raises KerfError if they
     do not settle.
     """
-    for attempt in range(limit):
+    for _ in range(limit):
         graph, changed = Graph(func), False
         for binding in bindings_of(func):
             value, graph.current = graph.substitute(binding.value), binding.var
@@ -315,7 +315,7 @@ def rewrite_function(
                     value, changed = new, True
                     break
             graph.define(binding.var, value)
-        if attempt and not changed:
+        if not changed:
             return func
         func = graph.finish(func)
     raise KerfError(
@@ -327,9 +327,12 @@ def rewrite_module(
     mod: tvm.IRModule, rewrite: Callable[[relax.Function], relax.Function]
 ) -> tvm.IRModule:
     """A new module with every Relax function rewritten and its types inferred."""
-    functions = {}
+    functions, changed = {}, False
     for gv, func in mod.functions_items():
         functions[gv] = rewrite(func) if isinstance(func, relax.Function) else func
+        changed = changed or functions[gv] is not func
+    if not changed:
+        return mod
     new = tvm.IRModule(functions, attrs=mod.attrs, global_infos=mod.global_infos)
     return relax.transform.Normalize()(new)
 
