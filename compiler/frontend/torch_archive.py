@@ -4,12 +4,14 @@
 `torch.export.load` (2.13) unpickles without restriction wherever a payload says so (`use_pickle`, opaque objects,
 legacy weight files), falls back from `weights_only=True` to an unrestricted load for sample inputs, loads shared
 objects stored under `data/aotinductor/`, evaluates symbolic expressions through `sympy.sympify` (which is `eval`) and
-resolves operator names as attributes of the `torch` module. Here the archive is read into memory once and every one of
-these doors is checked before torch sees the bytes.
+resolves operator names as attributes of the `torch` module; `ExportedProgram.module()` then compiles the archive's guards
+with `exec`. Here the archive is read into memory once and every one of
+these doors is checked before torch sees the bytes; the guards are thrown away.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -25,15 +27,22 @@ _TARGETS = re.compile(
     r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)"
     r"|torch\.sym_(int|float|max|min|not|ite|sqrt)|math\.(ceil|floor|trunc)"
 )
-_SYMBOL = re.compile(r"[suz]\d+|[suz]f?\d+|u\d+")
+_SYMBOL = re.compile(r"z?[su]f?\d+")
+# What the exporter writes (sympy's `srepr` and its printed form), by name; everything else is refused.
 _FUNCTIONS = frozenset(
     {
-        "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "ModularIndexing", "Where", "Eq", "Ne", "Lt", "Le", "Gt", "Ge",
-        "And", "Or", "Not", "Abs", "TruncToInt", "TruncToFloat", "CeilToInt", "FloorToInt", "ToFloat", "IntTrueDiv", "FloatTrueDiv",
-        "PowByNatural", "FloatPow", "RoundToInt", "RoundDecimal", "Identity", "int_oo", "oo", "True", "False", "VR",
+        "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv",
+        "ModularIndexing", "Where", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Abs", "TruncToInt", "TruncToFloat", "CeilToInt",
+        "FloorToInt", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "PowByNatural", "FloatPow", "RoundToInt", "RoundDecimal", "Identity",
+        "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "int_oo", "oo",
     }
 )  # fmt: skip
-_EXPRESSION = re.compile(r"[\w\s+\-*/%(),.<>=&|~]*")
+_ARITHMETIC = (
+    ast.Expression, ast.Call, ast.Name, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp,
+    ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context,
+)  # fmt: skip
+_CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_list", "torch.fx.immutable_collections.immutable_dict"})
+_LONGEST_EXPRESSION = 4000
 _PICKLES_OF_MODEL = re.compile(r"data/(weights|constants|sample_inputs)/[^/]+\.pt")
 
 
@@ -50,7 +59,9 @@ def load_archive(path: Path) -> Any:
     import torch
 
     try:
-        return torch.export.load(io.BytesIO(data))
+        program = torch.export.load(io.BytesIO(data))
+        program._guards_code = []
+        return program
     except Exception as error:  # whatever torch raises on a damaged archive
         raise ModelError(f"torch.export cannot load it: {first_line(error)}", where=str(path)) from error
 
@@ -142,6 +153,9 @@ def _check_program(program: Any, file: str, where: str) -> None:
             text = item.get(key)
             if isinstance(text, str) and not _is_arithmetic(text):
                 raise ModelError(f"refused: {file} holds a shape expression that is not arithmetic", where=where, found=repr(text[:60]))
+        for key in ("in_spec", "out_spec"):
+            if isinstance(item.get(key), str):
+                _check_structure(item[key], file, where)
     for text in _symbol_keys(program):
         if not _is_arithmetic(text):
             raise ModelError(f"refused: {file} names a symbol that is none", where=where, found=repr(text[:60]))
@@ -152,14 +166,38 @@ def _check_program(program: Any, file: str, where: str) -> None:
         )  # fmt: skip
 
 
+def _check_structure(spec: str, file: str, where: str) -> None:
+    """The nesting of inputs or outputs: other containers than Python's own may import what they name."""
+    tree = _json(spec.encode(), file, where)
+    types = {str(item["type"]) for item in _walk(tree) if item.get("type") is not None}
+    if types - _CONTAINERS or "__enum__" in spec:
+        raise ModelError(
+            "refused: its inputs or outputs are not plain tuples, lists and dicts", where=where, found=", ".join(sorted(types - _CONTAINERS)),
+            todo="Wrap the model in a module that takes and returns tensors.",
+        )  # fmt: skip
+
+
 def _symbol_keys(program: Any) -> list[str]:
     constraints = program.get("range_constraints") if isinstance(program, dict) else None
     return list(constraints) if isinstance(constraints, dict) else []
 
 
 def _is_arithmetic(text: str) -> bool:
-    if not _EXPRESSION.fullmatch(text):
+    """Whether evaluating `text` can do nothing but compute on symbols: no attribute, no index, no name of Python's."""
+    if len(text) > _LONGEST_EXPRESSION:
         return False
-    words = re.findall(r"[A-Za-z_]\w*", text)
-    attributes = re.search(r"\.\s*[A-Za-z_]", text)
-    return not attributes and all(w in _FUNCTIONS or _SYMBOL.fullmatch(w) for w in words)
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(isinstance(node, _ARITHMETIC) and _is_known(node) for node in ast.walk(tree))
+
+
+def _is_known(node: ast.AST) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in _FUNCTIONS or _SYMBOL.fullmatch(node.id) is not None
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _SYMBOL.fullmatch(node.value) is not None
+    return not isinstance(node, ast.Constant) or isinstance(node.value, (bool, int, float))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,7 +124,7 @@ def _specialise(program: ExportedProgram, where: str, shapes: Mapping[str, Shape
     args, kwargs = torch.utils._pytree.tree_unflatten(examples, program.call_spec.in_spec)
     try:
         with torch.no_grad():
-            return torch.export.export(program.module(), args, kwargs)
+            return torch.export.export(program.module(check_guards=False), args, kwargs)
     except Exception as error:
         raise ModelError(
             f"the program does not accept these shapes: {first_line(error)}", where=where,
@@ -199,6 +200,8 @@ def _convert(prepared: Prepared, where: str) -> tvm.IRModule:
 def _reference(program: ExportedProgram, inputs: Sequence[TensorSpec]) -> Callable:
     nodes = _placeholders(program)
     constants = {n: n.meta["val"] for n in nodes if not isinstance(n.meta["val"], torch.Tensor)}
+    # Without the guards: those of an archive would be compiled with `exec`.
+    module = functools.cache(lambda: program.module(check_guards=False))
 
     def reference(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The program run by torch on arrays in the order of its inputs."""
@@ -208,7 +211,7 @@ def _reference(program: ExportedProgram, inputs: Sequence[TensorSpec]) -> Callab
         flat = [constants[n] if n in constants else torch.from_numpy(np.array(next(tensors), copy=True)) for n in nodes]
         args, kwargs = torch.utils._pytree.tree_unflatten(flat, program.call_spec.in_spec)
         with torch.no_grad():
-            result = program.module()(*args, **kwargs)
+            result = module()(*args, **kwargs)
         leaves = torch.utils._pytree.tree_leaves(result)
         return [leaf.detach().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 

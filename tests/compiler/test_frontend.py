@@ -264,9 +264,7 @@ def test_unsupported_operators_are_listed_all_at_once():
     extra = [helper.make_node("Hardmax", ["logits"], ["h"], name="/a"), helper.make_node("Det", ["image"], ["d"], name="/b"), helper.make_node("Mine", ["h"], ["m"], name="/c", domain="my.ops")]
     model.graph.node.extend(extra)
     model.opset_import.append(helper.make_opsetid("my.ops", 1))
-    model.graph.output.extend([onnx.ValueInfoProto(name="m"), onnx.ValueInfoProto(name="d")])
-    for output in model.graph.output[1:]:
-        output.type.tensor_type.elem_type = TensorProto.FLOAT
+    model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, dims) for n, dims in (("m", [1, 5]), ("d", [1, 3])))
     message = rejected(UnsupportedModel, model)
     assert all(text in message for text in ("3 operators", "Hardmax (/a)", "Det (/b)", "my.ops.Mine (/c)"))
 
@@ -312,19 +310,20 @@ def rewritten(source: Path, target: Path, change) -> Path:
     return target
 
 
-@pytest.mark.parametrize("attack", ["sample inputs", "weight", "constant", "operator", "shape", "library", "twice"])
+@pytest.mark.parametrize("attack", ["sample inputs", "weight", "constant", "operator", "shape", "structure", "library", "twice"])
 def test_nothing_in_an_archive_is_executed(static_pt2, dynamic_pt2, tmp_path, attack):
     ran = tmp_path / "ran"
     evil = pickle.dumps(Payload(ran))
     buffer = io.BytesIO()
     torch.save({"x": Payload(ran)}, buffer)
-    root = zipfile.ZipFile(static_pt2).namelist()[0].split("/")[0]
+    members = zipfile.ZipFile(static_pt2).namelist()
+    root = members[0].split("/")[0]
 
     def change(name, data):
         if name is None:
             extra = {
                 "library": [(f"{root}/data/aotinductor/model/x.so", b"x")], "weight": [(f"{root}/data/weights/evil", buffer.getvalue())],
-                "constant": [(f"{root}/data/constants/opaque_obj_0", evil)], "twice": [(f"{root}/version", b"0")],
+                "constant": [(f"{root}/data/constants/opaque_obj_0", evil)], "twice": [(members[0], b"0")],
             }  # fmt: skip
             return extra.get(attack, [])
         if attack == "sample inputs" and "sample_inputs" in name:
@@ -339,7 +338,9 @@ def test_nothing_in_an_archive_is_executed(static_pt2, dynamic_pt2, tmp_path, at
         if attack == "operator" and "/models/" in name:
             return data.replace(b"torch.ops.aten.relu.default", b"torch.os.system")
         if attack == "shape" and "/models/" in name:
-            return data.replace(b'"s', b'"__import__(\'pathlib\').Path(%r).touch() or s' % str(ran).encode(), 50)
+            return data.replace(b"Symbol(", b"__import__('pathlib').Path('%s').touch() or Symbol(" % str(ran).encode())
+        if attack == "structure" and "/models/" in name:
+            return data.replace(b"builtins.dict", b"collections.defaultdict")
         return data
 
     path = rewritten(dynamic_pt2 if attack == "shape" else static_pt2, tmp_path / "evil.pt2", change)
@@ -348,14 +349,28 @@ def test_nothing_in_an_archive_is_executed(static_pt2, dynamic_pt2, tmp_path, at
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("text", ["s0", "2*s77 + 1", "Max(1, s0)", "(s0//2)", "Mod(s1, 8)", "s0 <= 64", "u0"])
+def test_guards_of_an_archive_are_not_executed(dynamic_pt2, tmp_path):
+    ran = tmp_path / "ran"
+    guard = json.dumps([f"__import__('pathlib').Path({str(ran)!r}).touch() or True"]).encode()
+    path = rewritten(
+        dynamic_pt2, tmp_path / "guards.pt2",
+        lambda name, data: data.replace(b'"guards_code": []', b'"guards_code": ' + guard) if name and "/models/" in name else data,
+    )  # fmt: skip
+    assert path.read_bytes() != dynamic_pt2.read_bytes()
+    agree(import_model(path, batch=2))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["s0", "2*s77 + 1", "Max(1, s0)", "(s0//2)", "Mod(s1, 8)", "s0 <= 64", "u0", "Symbol('s40', positive=True, integer=True)", "Add(Symbol('s40'), Integer(2))"]
+)
 def test_shape_expressions_are_arithmetic(text):
     from compiler.frontend.torch_archive import _is_arithmetic
 
     assert _is_arithmetic(text)
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "s0.func", "s0 . func", "open", "exec", "lambda: 0", "s0;s1", "[s0]", "'a'", "s0\\n"])
+@pytest.mark.parametrize("text", ["__import__('os')", "s0.func", "s0 . func", "open", "exec", "lambda: 0", "s0;s1", "[s0]", "'a'", "s0\\n", "Symbol('os')", "(lambda: s0)()", "s0(1)(2)", "[s0 for s0 in s1]", "f'{s0}'", "1" * 5000])
 def test_other_expressions_are_not(text):
     from compiler.frontend.torch_archive import _is_arithmetic
 
