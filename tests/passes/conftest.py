@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test of a graph pass does: build a function, rewrite it, compare structure and values."""
+"""What every test of a graph pass does: build, rewrite, compare structure and values."""
 
 from __future__ import annotations
 
