@@ -96,10 +96,10 @@ def _step_cycles(mr: int, nv: int, sums: int) -> float:
     The last two terms are measured (Cascade Lake, tiles from 28x1 to 4x6): each broadcast and each vector of weights
     delays the FMAs a little, more so when another thread shares the core's front end.
     """
-    return max(mr * nv / 2, 0.58 * (mr + nv), 2.6 * nv, 4 / sums) + 0.1 * mr + 0.2 * nv
+    return max(mr * nv / 2, 0.58 * (mr + nv), 2.6 * nv, 4 / sums) + 0.16 * mr + 0.1 * nv
 
 
-def _row_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) -> float:
+def estimated_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) -> float:
     """Cycles of a whole row of tiles over all channels of one group."""
     count = len(vectors(problem.group_outputs, lanes))
     total = 0.0
@@ -122,7 +122,7 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
             sums, inputs = 1, problem.group_inputs
             while mr * nv * sums < 8 and 2 * sums * mr * nv + nv + 1 <= target.registers and 2 * sums <= inputs:
                 sums *= 2
-            cost = _row_cycles(problem, target.lanes, mr, nv, sums)
+            cost = estimated_cycles(problem, target.lanes, mr, nv, sums)
             if best is None or cost < best[0] * 0.995:
                 best = (cost, mr, nv, sums)
     return best[1:]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depthwise convolution and pooling: vectors of channels, several output pixels of a row in registers.
+"""Depthwise convolution: vectors of channels, several output pixels of a row in registers.
 
-    Y[n, oh, ow, c] = reduce over r, s of X[n, oh*sh + r*dh - top, ow*sw + s*dw - left, c] * W[r, s, c]
+    Y[n, oh, ow, c] = sum over r, s of X[n, oh*sh + r*dh - top, ow*sw + s*dw - left, c] * W[r, s, c]
 
-Every loaded vector of the input serves all the pixels and taps of the tile that want it. There is no padded copy: rows
-outside the image shorten the loop over r, columns outside it are left out of the edge tiles when they are generated.
+Every loaded vector of the input serves all the pixels and taps of the tile that want it (`ChannelTiles`, which pooling
+shares). There is no padded copy of the input, see `windows`.
 """
 
 from __future__ import annotations
@@ -50,50 +50,73 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
-class _Depthwise:
-    """One kernel being emitted."""
+@dataclass(frozen=True)
+class Taps:
+    """What a tile's window sees: kernel rows [first, last) inside the image, and `edge` as in `RowTiles`."""
+
+    first: object
+    last: object
+    edge: int | None
+
+
+class ChannelTiles:
+    """Emission of a window reduced per channel. A subclass says how: `start`, `combine`, `finish`."""
 
     def __init__(self, kernel: Emission, problem: Problem, point: Point):
         self.kernel, self.problem, self.point = kernel, problem, point
-        self.x, self.w = kernel.inputs
+        self.x = kernel.inputs[0]
         self.row = RowTiles(problem, point.mr, problem.ow)
+
+    def start(self) -> float:
+        """What a register holds before the first value."""
+        raise NotImplementedError
+
+    def combine(self, held, value, r, s: int, channels):
+        """`held` with `value` taken in, seen through tap (r, s); `channels` is its ramp of channels."""
+        raise NotImplementedError
+
+    def finish(self, held, taps: Taps, pixel: int):
+        """The result from the register of the tile's pixel number `pixel`."""
+        return held
 
     def emit(self, parallel: bool) -> None:
         problem = self.problem
         with loop(problem.n * problem.oh, parallel) as u:
             image, oh = (0, u) if problem.n == 1 else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
-            self.row.each(lambda _, base, edge: self._channels(image, oh, base, edge))
+            first, last = kernel_rows(problem, oh)
+            self.row.each(lambda _, base, edge: self._channels(image, oh, base, Taps(first, last, edge)))
 
-    def _channels(self, image, oh, base, edge: int | None) -> None:
+    def _channels(self, image, oh, base, taps: Taps) -> None:
         """All channels of one tile of pixels, full groups of vectors in a loop, the rest after it."""
         width = self.point.nv * self.point.lanes
         full, rest = divmod(self.problem.c, width)
         if full:
             with T.serial(0, full) as q:
-                self._tile(image, oh, base, edge, q * width, vectors(width, self.point.lanes))
+                self._tile(image, oh, base, taps, q * width, width)
         if rest:
-            self._tile(image, oh, base, edge, full * width, vectors(rest, self.point.lanes))
+            self._tile(image, oh, base, taps, full * width, rest)
 
-    def _tile(self, image, oh, base, edge: int | None, channel, widths: list) -> None:
-        problem, mr, lanes = self.problem, self.point.mr, self.point.lanes
+    def _tile(self, image, oh, base, taps: Taps, channel, width: int) -> None:
+        problem, mr = self.problem, self.point.mr
         # Nothing is packed here, so a vector may not reach past the last channel: it has as many lanes as are stored.
-        sums = [[T.alloc_buffer((stored,), "float32") for _, stored in widths] for _ in range(mr)]
-        for row in sums:
-            for (_, stored), register in zip(widths, row):
-                T.buffer_store(register, T.broadcast(T.float32(0), stored), [T.ramp(0, 1, stored)])
-        with T.serial(*kernel_rows(problem, oh)) as r:
+        widths = [stored for _, stored in vectors(width, self.point.lanes)]
+        registers = [[T.alloc_buffer((lanes,), "float32") for lanes in widths] for _ in range(mr)]
+        for pixel in registers:
+            for lanes, register in zip(widths, pixel):
+                T.buffer_store(register, T.broadcast(T.float32(self.start()), lanes), [T.ramp(0, 1, lanes)])
+        with T.serial(taps.first, taps.last) as r:
             ih = oh * problem.stride[0] + r * problem.dilation[0] - problem.padding[0]
-            for offset, users in sorted(self._columns(edge).items()):
+            for offset, users in sorted(self._columns(taps.edge).items()):
                 iw = base * problem.stride[1] + offset
-                for v, (_, stored) in enumerate(widths):
-                    lane, channels = T.ramp(0, 1, stored), T.ramp(channel + v * lanes, 1, stored)
+                for v, lanes in enumerate(widths):
+                    lane, channels = T.ramp(0, 1, lanes), T.ramp(channel + v * self.point.lanes, 1, lanes)
                     for p, s in users:
-                        term = self.x[image, ih, iw, channels] * self.w[r, s, channels]
-                        T.buffer_store(sums[p][v], sums[p][v][lane] + term, [lane])
-        for p, row in enumerate(sums):
-            for v, (_, stored) in enumerate(widths):
-                value = row[v][T.ramp(0, 1, stored)]
-                self.kernel.store(value, [image, oh, base + p, T.ramp(channel + v * lanes, 1, stored)])
+                        held, value = registers[p][v][lane], self.x[image, ih, iw, channels]
+                        T.buffer_store(registers[p][v], self.combine(held, value, r, s, channels), [lane])
+        for p, pixel in enumerate(registers):
+            for v, lanes in enumerate(widths):
+                value = self.finish(pixel[v][T.ramp(0, 1, lanes)], taps, p)
+                self.kernel.store(value, [image, oh, base + p, T.ramp(channel + v * self.point.lanes, 1, lanes)])
 
     def _columns(self, edge: int | None) -> dict[int, list[tuple[int, int]]]:
         """Input column, relative to the tile's first pixel times the stride -> the (pixel, tap) pairs that read it."""
@@ -104,3 +127,11 @@ class _Depthwise:
                 column = p * problem.stride[1] + s * problem.dilation[1] - problem.padding[1]
                 users.setdefault(column, []).append((p, s))
         return users
+
+
+class _Depthwise(ChannelTiles):
+    def start(self) -> float:
+        return 0.0
+
+    def combine(self, held, value, r, s: int, channels):
+        return held + value * self.kernel.inputs[1][r, s, channels]

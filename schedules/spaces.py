@@ -7,19 +7,23 @@ combination of choices is legal. The default point is always in its space.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from schedules import batch_matmul, contraction, depthwise
+from schedules import batch_matmul, contraction, depthwise, winograd
 from schedules.errors import UserError
 from schedules.target import CpuTarget
+from schedules.windows import tile_rows, vectors
 
 _COST_KEPT = 2.0  # tiles estimated slower than the best by more than this are left out
 _BODY = 192  # multiply-adds of one loop iteration: larger bodies leave the micro-operation cache
+
+_DEFAULT_SHARE = 0.45  # of the second-level cache, for the matrices of a block of Winograd tiles
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,30 @@ class Space:
         return list(self._by_point)
 
 
-def space_of(loops: str, problem, target: CpuTarget) -> Space | None:
-    """The search space of a problem; None for a loop structure that has no parameters to tune."""
-    make = {
+def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
+    """The search space around a problem's `default` point; None for a loop structure with nothing to tune."""
+    spaces = {
         "contraction": _contraction,
         "depthwise": _depthwise,
         "batch_matmul": _batch_matmul,
-    }.get(loops)
-    return make(problem, target) if make else None
+        "winograd": _winograd,
+    }
+    return spaces[loops](problem, default, target) if loops in spaces else None
 
 
-def point_for(structure, problem, target: CpuTarget):
+def structure_of(loops: str):
+    """The module of a tunable loop structure, with its `Problem` and `Point`."""
+    return importlib.import_module(f"schedules.{loops}")
+
+
+def point_for(structure, problem, target: CpuTarget, default=None):
     """The parameters of a kernel: recorded ones if `target.records` has any for this problem, else the default.
 
-    `structure` is a module of loop structures (`contraction`, ...) with `Point` and `default_point(problem, target)`.
-    Raises UserError if a record's parameters are not legal in this version.
+    `structure` is a module of loop structures (`contraction`, ...) with `Point` and, unless `default` is given,
+    `default_point(problem, target)`. Raises UserError if a record's parameters are not legal in this version.
     """
-    default = structure.default_point(problem, target)
+    if default is None:
+        default = structure.default_point(problem, target)
     if target.records is None:
         return default
     loops = structure.__name__.rpartition(".")[2]
@@ -83,22 +94,21 @@ def point_for(structure, problem, target: CpuTarget):
     if fields is None:
         return default
     try:
-        point = structure.Point.from_dict(dict(fields))
-        space = space_of(loops, problem, target)
-        legal = point == default or (space is not None and space.indices_of(point) is not None)
+        point = structure.Point(**fields)
+        legal = point == default or (
+            (space := space_of(loops, problem, default, target)) is not None
+            and space.indices_of(point) is not None
+        )
     except (TypeError, ValueError):
         legal = False
     if not legal:
         raise UserError(
-            f"recorded parameters of a {loops} kernel that this version cannot use", where="--records", found=json.dumps(dict(fields)),
-            todo="Remove that line or tune again into a new directory",
-        )  # fmt: skip
+            f"recorded parameters of a {loops} kernel that this version cannot use",
+            where="--records",
+            found=json.dumps(dict(fields)),
+            todo="Remove that line, or tune into a new directory",
+        )
     return point
-
-
-def structure_of(loops: str):
-    """The module of a tunable loop structure: `Problem`, `Point`, `default_point`, `schedule`."""
-    return {"contraction": contraction, "depthwise": depthwise, "batch_matmul": batch_matmul}[loops]
 
 
 def _with(values, default) -> tuple:
@@ -106,40 +116,38 @@ def _with(values, default) -> tuple:
     return tuple(sorted({*values, default}))
 
 
-def _contraction(problem: contraction.Problem, target: CpuTarget) -> Space:
-    default = contraction.default_point(problem, target)
-    lanes, registers = target.lanes, target.registers
-    steps = problem.group_inputs
+def _step_cycles(mr: int, nv: int, sums: int = 1) -> float:
+    """Rough cycles per step of the sum of a register tile: two FMA and two load ports, latency 4."""
+    return max(mr * nv / 2, 0.58 * (mr + nv), 2.6 * nv, 4 / sums) + 0.1 * mr + 0.2 * nv
+
+
+def _contraction(
+    problem: contraction.Problem, default: contraction.Point, target: CpuTarget
+) -> Space:
+    steps, count = problem.group_inputs, len(vectors(problem.group_outputs, target.lanes))
 
     def cost(mr: int, nv: int, sums: int) -> float:
-        return contraction.estimated_cycles(problem, lanes, mr, nv, sums)
+        widths = [min(nv, count - first) for first in range(0, count, nv)]
+        per_step = sum(_step_cycles(mr, width, sums) for width in widths)
+        per_tile = problem.r * problem.s * steps * per_step + 2 * mr * count + 12 * len(widths)
+        return per_tile * -(-problem.row // mr)
 
     tiles = set()
-    for nv in range(
-        1,
-        min(len(contraction.vectors(problem.group_outputs, lanes)), 8 if problem.row <= 2 else 6)
-        + 1,
-    ):
-        for largest in range(1, (registers - 1 - nv) // nv + 1):
-            mr = contraction.tile_rows(problem.row, largest)
-            for sums in (1, 2, 4, 8):
-                fits = sums * mr * nv + nv + 1 <= registers and sums <= steps
-                if sums == 1 or (fits and sums * mr * nv <= 16):
-                    tiles.add((mr, nv, sums))
+    for mr, nv in _register_tiles(problem.row, count, 8 if problem.row <= 2 else 6, target):
+        for sums in (1, 2, 4, 8):
+            fits = sums * mr * nv + nv + 1 <= target.registers and sums <= steps
+            if sums == 1 or (fits and sums * mr * nv <= 16):
+                tiles.add((mr, nv, sums))
     best = min(cost(*tile) for tile in tiles)
-    tiles = {tile for tile in tiles if cost(*tile) <= _COST_KEPT * best} | {
-        (default.mr, default.nv, default.sums)
-    }
+    tiles = {tile for tile in tiles if cost(*tile) <= _COST_KEPT * best}
     units = -(-problem.row // default.mr) if problem.flat else problem.rows
-    # Partial sums are kept for all pixels while a chunk of the inputs is in use.
-    chunks = (c for c in (128, 256, 384, 512) if problem.groups == 1 and c < steps)
+    chunks = [c for c in (128, 256, 384, 512) if problem.groups == 1 and c < steps]
     walks = {
         ("panels", 1, 0),
-        *(("panels", 1, chunk) for chunk in chunks),
+        *((order, 1, chunk) for chunk in chunks for order in ("panels", "chunks")),
         *(("blocks", block, 0) for block in (1, 2, 4, 8, 16) if block <= units),
-        (default.order, default.block, default.chunk),
     }
-    unrolls = _with((u for u in (1, 2, 4, 8, 16) if u <= steps), default.unroll)
+    unrolls = {unroll for unroll in (1, 2, 4, 8, 16) if unroll <= steps}
 
     def assemble(chosen: Mapping) -> contraction.Point:
         mr, nv, sums = chosen["tile"]
@@ -147,66 +155,99 @@ def _contraction(problem: contraction.Problem, target: CpuTarget) -> Space:
         unroll = chosen["unroll"]
         if (mr, nv, sums, unroll) != (default.mr, default.nv, default.sums, default.unroll):
             unroll = min(steps, max(sums, min(unroll, max(1, _BODY // (mr * nv)))))
-        return contraction.Point(
-            lanes, mr, nv, order, block, chunk, unroll, sums, chosen["prefetch"]
-        )
+        return replace(
+            default, mr=mr, nv=nv, sums=sums, order=order, block=block, chunk=chunk, unroll=unroll,
+            prefetch=chosen["prefetch"],
+        )  # fmt: skip
 
-    return Space(
-        {
-            "tile": tuple(sorted(tiles)),
-            "walk": tuple(sorted(walks)),
-            "unroll": unrolls,
-            "prefetch": (0, 1),
-        },
-        assemble,
-        lambda p: cost(p.mr, p.nv, p.sums),
-    )
+    choices = {
+        "tile": _with(tiles, (default.mr, default.nv, default.sums)),
+        "walk": _with(walks, (default.order, default.block, default.chunk)),
+        "unroll": _with(unrolls, default.unroll),
+        "prefetch": (0, 1),
+    }
+    return Space(choices, assemble, lambda p: cost(p.mr, p.nv, p.sums))
 
 
-def _depthwise(problem: contraction.Problem, target: CpuTarget) -> Space:
-    default = depthwise.default_point(problem, target)
-    count = len(contraction.vectors(problem.c, target.lanes))
-    tiles = {(default.mr, default.nv)}
-    for nv in range(1, min(count, 4) + 1):
-        for largest in range(1, (target.registers - 1 - nv) // nv + 1):
-            tiles.add((contraction.tile_rows(problem.ow, min(largest, 14)), nv))
+def _register_tiles(row: int, count: int, most: int, target: CpuTarget) -> set[tuple[int, int]]:
+    """(rows, vectors) that fit the registers, for rows that cut `row` into equal tiles."""
+    return {
+        (tile_rows(row, largest), nv)
+        for nv in range(1, min(count, most) + 1)
+        for largest in range(1, (target.registers - 1 - nv) // nv + 1)
+    }
+
+
+def _depthwise(problem: contraction.Problem, default: depthwise.Point, target: CpuTarget) -> Space:
+    count = len(vectors(problem.c, target.lanes))
+    tiles = _register_tiles(problem.ow, count, 4, target)
 
     def estimate(point: depthwise.Point) -> float:
         # Loads of inputs shared between the pixels of a tile, and of weights shared by all of them.
         columns = (point.mr - 1) * problem.stride[1] + (problem.s - 1) * problem.dilation[1] + 1
-        tiles_in_row = -(-problem.ow // point.mr)
-        groups = -(-count // point.nv)
-        return (
-            tiles_in_row
-            * groups
-            * (problem.r * point.nv * (columns + problem.s + point.mr * problem.s) / 2 + 8)
-        )
+        per_row = point.nv * (columns + problem.s + point.mr * problem.s) / 2
+        return -(-problem.ow // point.mr) * -(-count // point.nv) * (problem.r * per_row + 8)
 
-    return Space(
-        {"tile": tuple(sorted(tiles))},
-        lambda chosen: depthwise.Point(target.lanes, *chosen["tile"]),
-        estimate,
-    )
+    choices = {"tile": _with((t for t in tiles if t[0] <= 14), (default.mr, default.nv))}
+    return Space(choices, _tile_only(default), estimate)
 
 
-def _batch_matmul(problem: batch_matmul.Problem, target: CpuTarget) -> Space:
-    default = batch_matmul.default_point(problem, target)
-    count = len(contraction.vectors(problem.n, target.lanes))
-    tiles = {(default.mr, default.nv)}
-    for nv in range(1, min(count, 6) + 1):
-        for largest in range(1, (target.registers - 1 - nv) // nv + 1):
-            tiles.add((contraction.tile_rows(problem.m, largest), nv))
+def _batch_matmul(
+    problem: batch_matmul.Problem, default: batch_matmul.Point, target: CpuTarget
+) -> Space:
+    count = len(vectors(problem.n, target.lanes))
+    tiles = _register_tiles(problem.m, count, 6, target)
 
     def estimate(point: batch_matmul.Point) -> float:
-        step = max(point.mr * point.nv / 2, (point.mr + point.nv) / 2, 4.0)
-        return (
-            -(-problem.m // point.mr)
-            * -(-count // point.nv)
-            * (problem.k * step + 2 * point.mr * point.nv + 12)
-        )
+        per_tile = problem.k * _step_cycles(point.mr, point.nv) + 2 * point.mr * point.nv + 12
+        return -(-problem.m // point.mr) * -(-count // point.nv) * per_tile
 
-    return Space(
-        {"tile": tuple(sorted(tiles))},
-        lambda chosen: batch_matmul.Point(target.lanes, *chosen["tile"]),
-        estimate,
-    )
+    return Space({"tile": _with(tiles, (default.mr, default.nv))}, _tile_only(default), estimate)
+
+
+def _tile_only(default) -> Callable[[Mapping], object]:
+    """Points that differ from the default in their tile alone."""
+
+    def assemble(chosen: Mapping):
+        mr, nv = chosen["tile"]
+        return replace(default, mr=mr, nv=nv)
+
+    return assemble
+
+
+def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTarget) -> Space:
+    lanes = target.lanes
+    count = len(vectors(problem.o, lanes))
+    tiles = {
+        (rows, v)
+        for v in range(1, min(count, 4) + 1)
+        for rows in range(2, min(14, (target.registers - 2 - v) // v) + 1)
+    }
+
+    def block_of(m: int, panel: int, share: float) -> int:
+        """Tiles transformed together whose matrices take `share` of the second-level cache."""
+        every = math.prod(problem.tiles(m))
+        most = int(share * target.l2_bytes) // (4 * (m + 2) ** 2 * (problem.c + panel))
+        return -(-every // -(-every // max(1, min(most, every))))
+
+    def assemble(chosen: Mapping) -> winograd.Point:
+        m, (rows, v), share = chosen["m"], chosen["tile"], chosen["share"]
+        if (m, rows, v, share) == (default.m, default.rows, default.vectors, 0.0):
+            return default
+        block = block_of(m, v * lanes, share or _DEFAULT_SHARE)
+        return replace(default, m=m, block=block, rows=min(rows, block), vectors=v)
+
+    def estimate(point: winograd.Point) -> float:
+        matrices, every = (point.m + 2) ** 2, math.prod(problem.tiles(point.m))
+        step = _step_cycles(point.rows, point.vectors)
+        per_tile = problem.c * step + 4 * point.rows * point.vectors
+        per_block = -(-point.block // point.rows) * -(-count // point.vectors) * per_tile
+        transforms = every * (problem.c + problem.o) / lanes * 3
+        return matrices * (-(-every // point.block) * per_block + transforms)
+
+    choices = {
+        "m": (2, 4),
+        "tile": _with(tiles, (default.rows, default.vectors)),
+        "share": (0.0, 0.2, 0.3, 0.4, 0.55, 0.7, 0.9),
+    }
+    return Space(choices, assemble, estimate)
