@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search spaces: for a problem and a target, the legal values of each parameter of a kernel.
 
-Parameters that constrain each other (a tile's height and width share the registers) are one choice, so that every
-combination of choices is legal. The default point is always in its space.
+Parameters that constrain each other (a tile's height and width share the registers) are one choice,
+so that every combination of choices is legal. The default point is always in its space.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _DEFAULT_SHARE = 0.45  # of the second-level cache, for the matrices of a block 
 class Space:
     """Choices by name, each a tuple of values, and how one value of each makes a `Point`.
 
-    `estimate` gives a point's expected time in any unit; the search starts from it and learns what it misses.
+    `estimate` gives a point's expected time in any unit; the search starts from it and learns what
+    it misses.
     """
 
     choices: Mapping[str, tuple]
@@ -64,7 +65,7 @@ class Space:
 
 
 def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
-    """The search space around a problem's `default` point; None for a loop structure with nothing to tune."""
+    """The search space around a problem's `default` point; None where there is nothing to tune."""
     spaces = {
         "contraction": _contraction,
         "depthwise": _depthwise,
@@ -80,10 +81,11 @@ def structure_of(loops: str):
 
 
 def point_for(structure, problem, target: CpuTarget, default=None):
-    """The parameters of a kernel: recorded ones if `target.records` has any for this problem, else the default.
+    """The parameters of a kernel: those `target.records` has for this problem, else the default.
 
-    `structure` is a module of loop structures (`contraction`, ...) with `Point` and, unless `default` is given,
-    `default_point(problem, target)`. Raises UserError if a record's parameters are not legal in this version.
+    `structure` is the module of a loop structure (`contraction`, ...) with `Point` and, unless
+    `default` is given, `default_point(problem, target)`. Raises UserError if a record's parameters
+    are not legal in this version.
     """
     if default is None:
         default = structure.default_point(problem, target)
@@ -117,7 +119,7 @@ def _with(values, default) -> tuple:
 
 
 def _step_cycles(mr: int, nv: int, sums: int = 1) -> float:
-    """Rough cycles per step of the sum of a register tile: two FMA and two load ports, latency 4."""
+    """Rough cycles per step of a register tile's sum: two FMA and two load ports, latency 4."""
     return max(mr * nv / 2, 0.58 * (mr + nv), 2.6 * nv, 4 / sums) + 0.1 * mr + 0.2 * nv
 
 
@@ -164,7 +166,7 @@ def _contraction(
         "tile": _with(tiles, (default.mr, default.nv, default.sums)),
         "walk": _with(walks, (default.order, default.block, default.chunk)),
         "unroll": _with(unrolls, default.unroll),
-        "prefetch": (0, 1),
+        "prefetch": _with({0, 1, 2, 3}, default.prefetch),
     }
     return Space(choices, assemble, lambda p: cost(p.mr, p.nv, p.sums))
 

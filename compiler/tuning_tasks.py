@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuning tasks of a model: its distinct problems, each with the means to make its kernels.
+
+A candidate is made exactly as a build makes it, by lowering the layer alone (with a bias and a ReLU
+behind it) with the candidate's parameters in place of the default ones, so every family's lowering
+serves tuning as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from compiler import pipeline
+from passes import families
+from passes.layers import attrs_of, const_array, is_const, shape_of
+from schedules.candidates import Candidate
+from schedules.errors import ScheduleError
+from schedules.fused import Fused
+from schedules.spaces import Space, space_of, structure_of
+from schedules.target import CpuTarget
+from schedules.tuning import Search
+
+UNTRIED = 0.15  # gain to expect of a task never searched
+_ROUNDING = ("winograd",)  # loop structures whose results are not exact on whole numbers
+
+
+@dataclass
+class Task:
+    """One distinct problem: `calls` layers of the model have it; `make(point)` is the candidate for
+    it. Times in microseconds, `best` and `measured` as ratios to the default's."""
+
+    loops: str
+    problem: object
+    calls: int
+    name: str
+    space: Space
+    default: object
+    make: Callable[[object], Candidate]
+    rounds: int = 0
+    last_gain: float = UNTRIED
+    default_us: float = 0.0
+    search: Search | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether results on whole numbers must be those of the definition bit for bit."""
+        return self.loops not in _ROUNDING
+
+    @property
+    def measured(self) -> dict:
+        """Ratio to the default by point, of candidates that worked."""
+        known = self.search.known if self.search else {}
+        return {p: r for p, r in known.items() if r is not None}
+
+    @property
+    def best(self) -> tuple[object, float]:
+        return min(self.measured.items(), key=lambda item: item[1], default=(self.default, 1.0))
+
+    @property
+    def trials(self) -> int:
+        """Candidates tried, without the default."""
+        return len(self.search.known) - 1 if self.search else 0
+
+    def worth(self) -> float:
+        """Microseconds per run of the model that the next trials may save."""
+        likely = max(self.last_gain, UNTRIED / (1 + self.rounds) ** 2)
+        return self.calls * self.default_us * self.best[1] * likely
+
+
+def find_tasks(mod: tvm.IRModule, target: CpuTarget) -> list[Task]:
+    """The distinct tunable problems of a canonical, channels-last module."""
+    lowerings = {name for family in families() for name in family.lowerings}
+    calls: dict[tuple, list[relax.Call]] = {}
+    for call in _calls(mod):
+        if isinstance(call.op, tvm.ir.Op) and call.op.name in lowerings:
+            calls.setdefault(_signature(call), []).append(call)
+    tasks: dict[tuple, Task] = {}
+    for same in calls.values():
+        found = _task_of(same[0], len(same), target)
+        if found is None:
+            continue
+        known = tasks.setdefault((found.loops, found.problem), found)
+        if known is not found:
+            known.calls += found.calls
+    return list(tasks.values())
+
+
+def _calls(mod: tvm.IRModule) -> Iterator[relax.Call]:
+    for block in mod["main"].body.blocks:
+        for binding in block.bindings:
+            if isinstance(binding.value, relax.Call):
+                yield binding.value
+
+
+def _signature(call: relax.Call) -> tuple:
+    """Calls with the same signature lower to the same kernel."""
+    attrs = {}
+    if call.attrs is not None and call.op.name.startswith("kerf."):
+        attrs = {k: v for k, v in attrs_of(call).items() if k != "name"}
+    args = tuple((str(a.ty), is_const(a)) if hasattr(a, "ty") else str(a) for a in call.args)
+    return call.op.name, str(attrs or call.attrs), args
+
+
+class _Asking:
+    """A `PointSource` that has nothing, and notes what it was asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[str, Mapping]] = []
+
+    def lookup(self, target, loops, problem) -> None:
+        self.asked.append((loops, problem))
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A `PointSource` that gives one point for everything."""
+
+    point: object
+
+    def lookup(self, target, loops, problem) -> dict:
+        return self.point.to_dict()
+
+
+def _task_of(call: relax.Call, calls: int, target: CpuTarget) -> Task | None:
+    """None if the lowering of this call chooses no parameters, or there is nothing to choose."""
+    alone = isolate(call)
+    if alone is None:
+        return None
+    asking = _Asking()
+    graph = pipeline.fuse_graph(alone, target.with_records(asking))
+    if len(asking.asked) != 1:
+        return None
+    loops, fields = asking.asked[0]
+    structure = structure_of(loops)
+    problem = structure.Problem.from_dict(dict(fields))
+    name, lowered = _anchor_call(graph.mod, loops)
+    default = structure.Point(**Fused.read(graph.mod[lowered.args[0]]).point["point"])
+    space = space_of(loops, problem, default, target)
+    if space is None or len(space.points) < 2:
+        return None
+
+    def make(point) -> Candidate:
+        given = target.with_records(_Fixed(point))
+        return candidate(pipeline.fuse_graph(alone, given).mod, loops, point)
+
+    name = name.removeprefix("fused_").removesuffix("_add_relu")
+    return Task(loops, problem, calls, name, space, default, make)
+
+
+def isolate(call: relax.Call) -> tvm.IRModule | None:
+    """The layer alone: its variable arguments are parameters, its weights whole numbers with the
+    zeros where they were. None if an argument is no float32 tensor."""
+    random = np.random.default_rng(0)
+    parameters, arguments = [], []
+    for i, arg in enumerate(call.args):
+        if is_const(arg):
+            arguments.append(_whole_numbers(const_array(arg), random))
+        elif isinstance(arg, relax.Var):
+            if str(getattr(arg.ty, "dtype", "")) != "float32":
+                return None
+            parameters.append(relax.Var(f"x{i}", arg.ty))
+            arguments.append(parameters[-1])
+        else:
+            arguments.append(arg)
+    bb = relax.BlockBuilder()
+    with bb.function("main", parameters):
+        with bb.dataflow():
+            out = bb.emit(relax.Call(call.op, arguments, attrs=call.attrs))
+            if call.op.name.startswith("kerf."):
+                bias = random.integers(-3, 4, shape_of(call)[-1]).astype("float32")
+                biased = bb.emit(relax.op.add(out, relax.const(bias)))
+                out = bb.emit(relax.op.nn.relu(biased))
+            out = bb.emit_output(out)
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+def _whole_numbers(array: np.ndarray, random: np.random.Generator) -> relax.Expr:
+    if array.dtype != np.float32:
+        return relax.const(array)
+    values = random.integers(1, 3, array.shape) * (1 - 2 * random.integers(0, 2, array.shape))
+    return relax.const(np.where(array == 0, 0, values).astype("float32"))
+
+
+def _anchor_call(mod: tvm.IRModule, loops: str) -> tuple[str, relax.Call]:
+    """Name and call of the one kernel with this loop structure. Raises ScheduleError otherwise."""
+    found = []
+    for call in _calls(mod):
+        if call.op == tvm.ir.Op.get("relax.call_tir"):
+            fused = Fused.read(mod[call.args[0]])
+            if fused is not None and fused.loops == loops:
+                found.append((call.args[0].name_hint, call))
+    if len(found) != 1:
+        raise ScheduleError(f"{len(found)} {loops} kernels from one layer", wanted="1")
+    return found[0]
+
+
+def candidate(mod: tvm.IRModule, loops: str, point) -> Candidate:
+    """The kernel of a lowered `isolate` module, with inputs."""
+    _, call = _anchor_call(mod, loops)
+    random = np.random.default_rng(1)  # the same activations for every candidate
+    arrays = []
+    for arg in call.args[1].fields:
+        if is_const(arg):
+            arrays.append(const_array(arg))
+        else:
+            arrays.append(random.integers(-3, 4, shape_of(arg)).astype("float32"))
+    return Candidate(point, mod[call.args[0]], tuple(arrays))
