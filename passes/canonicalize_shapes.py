@@ -7,6 +7,7 @@
              permute_dims(reshape(x, merged axes))                      ->  reshape(permute_dims(x))
              reshape(permute_dims(x), more axes)                        ->  permute_dims(reshape(x))
              f(reshape(x, fewer axes)), f along the last axis at most   ->  reshape(f(x))
+             mean(reshape(x, without axes of size 1))                   ->  reshape(mean(x))
              reshape(kerf.dense(x), more axes)                          ->  kerf.dense(reshape(x))
              matmul(reshape(a, [B*H, M, K]), reshape(b, [B*H, K, N]))   ->  reshape(matmul(a, b))
     requires: static shapes, constants folded
@@ -152,7 +153,7 @@ def _merged(expr: relax.Expr, graph: Graph, kept: int = 1) -> relax.Expr | None:
 def sink_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     """f(reshape(x)) -> reshape(f(x)) for f that works element by element or along the last axis."""
     name = _name(value)
-    if not name or not value.args:
+    if not name or not value.args or not isinstance(value.ty, relax.TensorType):
         return None
     x = _merged(value.args[0], graph)
     if name == "relax.take":
@@ -197,6 +198,50 @@ def sink_reshape(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     return relax.op.reshape(moved, shape_of(value))
 
 
+def _unit_groups(expr: relax.Expr, graph: Graph) -> tuple[relax.Expr, list[list[int]]] | None:
+    """(x, groups) if `expr` is x without some of its axes of size 1; see `merged_axes`."""
+    x = _merged(expr, graph)
+    if x is None:
+        return None
+    shape = shape_of(x)
+    groups = merged_axes(shape, shape_of(expr))
+    if groups is None or any(sum(shape[a] != 1 for a in g) > 1 for g in groups):
+        return None
+    return x, groups
+
+
+def sink_reduction(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    """mean(x without axes of size 1) -> mean(x), reshaped"""
+    name = _name(value)
+    if name.removeprefix("relax.") not in ("mean", "sum", "max", "min"):
+        return None
+    found = _unit_groups(value.args[0], graph)
+    if found is None:
+        return None
+    x, groups = found
+    axes = [a for g in axes_of(value.attrs.axis, len(groups)) for a in groups[g]]
+    reduced = getattr(relax.op, name.removeprefix("relax."))(x, sorted(axes), True)
+    return relax.op.reshape(reduced, shape_of(value))
+
+
+def _sink_constant(
+    value: relax.Call, at: int, other: relax.Expr, graph: Graph
+) -> relax.Expr | None:
+    """x without axes of size 1, combined with a constant -> x combined with it, reshaped."""
+    found = _unit_groups(value.args[at], graph)
+    if found is None:
+        return None
+    x, groups = found
+    full = (1,) * (len(groups) - len(shape_of(other))) + shape_of(other)
+    shape = [1] * len(shape_of(x))
+    for size, group in zip(full, groups):
+        shape[next((a for a in group if shape_of(x)[a] != 1), group[0])] = size
+    args = [x, constant(const_array(other).reshape(shape))]
+    return relax.op.reshape(
+        relax.Call(value.op, args if at == 0 else args[::-1], value.attrs), shape_of(value)
+    )
+
+
 def _sink_through_binary(value: relax.Call, graph: Graph) -> relax.Expr | None:
     left, right = value.args
     merged = [_merged(left, graph), _merged(right, graph)]
@@ -208,7 +253,11 @@ def _sink_through_binary(value: relax.Call, graph: Graph) -> relax.Expr | None:
         if merged[i] is None or not is_const(other) or shape_of(tensor) != shape_of(value):
             continue
         shape = shape_of(other)
-        if math.prod(shape) != (shape[-1] if shape else 1):  # it may vary along the last axis only
+        if math.prod(shape) != (
+            shape[-1] if shape else 1
+        ):  # it varies not just along the last axis
+            if (sunk := _sink_constant(value, i, other, graph)) is not None:
+                return sunk
             continue
         flat = constant(const_array(other).reshape(shape[-1:])) if len(shape) > 1 else other
         args = [merged[i], flat] if i == 0 else [flat, merged[i]]
@@ -263,6 +312,7 @@ RULES = (
     permute_before_merging,
     permute_after_splitting,
     sink_reshape,
+    sink_reduction,
     raise_reshape,
     split_batched_matmul,
 )

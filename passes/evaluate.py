@@ -119,12 +119,21 @@ def evaluate_value(
             result = operator(numeric, expr.attrs, *args)
         else:
             raise KerfError("no numpy reference for an operator", where=where, found=name)
-    return _typed(result, expr.ty, numeric)
+    return _typed(result, expr.ty, numeric, where or name)
 
 
-def _typed(result, ty, numeric: Numeric):
+def _typed(result, ty, numeric: Numeric, where: str):
     if isinstance(result, tuple) and hasattr(ty, "fields"):
-        return tuple(_typed(r, t, numeric) for r, t in zip(result, ty.fields))
-    if isinstance(ty, relax.TensorType):
-        return np.asarray(result).astype(numeric.dtype(ty.dtype), copy=False)
-    return result
+        return tuple(_typed(r, t, numeric, where) for r, t in zip(result, ty.fields))
+    if not isinstance(ty, relax.TensorType):
+        return result
+    array = np.asarray(result).astype(numeric.dtype(ty.dtype), copy=False)
+    shape = tuple(int(d) for d in ty.shape)
+    if array.shape != shape:
+        raise KerfError(
+            "a reference disagrees with the graph",
+            where=where,
+            found=str(array.shape),
+            wanted=str(shape),
+        )
+    return array

@@ -5,7 +5,7 @@
              (kerf.dense(x, w) + c) * s                     ->  kerf.dense(x, w * s) + c * s
              ((kerf.conv2d(x, w) - m) / d) * g + c -> kerf.conv2d(x, w * g/d) + (c - m * g/d)
              batch_norm(x), x no layer's only reader        ->  x * s + b
-    requires: NCHW, constants folded
+    requires: NCHW, shapes canonical, constants folded
     ensures: no inference `relax.nn.batch_norm` is left; a layer's result is scaled in its weight
 
 A whole chain is folded at once with its factors in float64, so weights are rounded once. A layer
@@ -20,6 +20,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.canonicalize_shapes import merge_reshapes, sink_reshape
 from passes.layers import (
     CONV2D,
     DENSE,
@@ -186,4 +187,9 @@ class FoldBatchNorm:
     """See the module's docstring."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_module(mod, lambda func: rewrite_function(func, (decompose, fold_scale)))
+        return rewrite_module(
+            mod,
+            lambda func: rewrite_function(
+                func, (decompose, sink_reshape, merge_reshapes, fold_scale)
+            ),
+        )

@@ -185,7 +185,7 @@ class Graph:
         """Let the original variable stand for `value` from here on, under its old name where a
         binding is needed.
         """
-        value = self.bind(original.name, value)
+        value = self.bind(original.name, self._name_inner(value, original.name))
         if not _same_type(value.ty, original.ty):
             raise KerfError(
                 "a rewrite changed a type",
@@ -194,6 +194,18 @@ class Graph:
                 wanted=str(original.ty),
             )
         self.alias(original, value)
+
+    def _name_inner(self, value: relax.Expr, name: str) -> relax.Expr:
+        """Give the old name to what is computed, rather than to the layout change around it."""
+        if not (isinstance(value, relax.Call) and _operator(value) in ("reshape", "permute_dims")):
+            return value
+        inner, *rest = value.args
+        if not isinstance(inner, relax.Call):
+            return value
+        return self.emit(
+            relax.Call(value.op, [self.bind(name, inner), *rest], value.attrs),
+            f"{name}_{_operator(value)}",
+        )
 
     def bind(self, name: str, value: relax.Expr) -> relax.Expr:
         """Bind a value under exactly this name; variables and constants pass through."""

@@ -39,3 +39,27 @@ def test_rewrites(rewrites, before, after):
 )
 def test_declines(declines, body):
     declines(CanonicalizePooling(), [X], lambda _b, x: body(x))
+
+
+def test_pools_of_one_dimension_run_as_images_of_height_one(rewrites):
+    def before(_b, x):
+        y = op.nn.max_pool1d(x, 3, 2, (1, 0), 2, True)
+        return op.nn.avg_pool1d(y, 2, 1, (1, 1), 1, False, count_include_pad=True)
+
+    def after(_b, x):
+        y = op.reshape(x, (2, 3, 1, 12))
+        y = op.nn.max_pool2d(y, (1, 3), (1, 2), (0, 1, 0, 0), (1, 2), True)
+        y = op.reshape(op.reshape(y, (2, 3, 5)), (2, 3, 1, 5))
+        y = op.nn.avg_pool2d(y, (1, 2), (1, 1), (0, 1, 0, 1), (1, 1), False, count_include_pad=True)
+        return op.reshape(y, (2, 3, 6))
+
+    rewrites(CanonicalizePooling(), [(2, 3, 12)], before, after)
+
+
+def test_the_mean_over_a_sequence(rewrites):
+    rewrites(
+        CanonicalizePooling(),
+        [(2, 3, 12)],
+        lambda _b, x: op.nn.adaptive_avg_pool1d(x, 1),
+        lambda _b, x: op.mean(x, [2], True),
+    )

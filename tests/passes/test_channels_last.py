@@ -163,3 +163,33 @@ def test_other_convolution_like_operators_are_moved_too(build, same_values):
     found = ChannelsLast()(build([X], body))
     (call,) = [b.value for b in bindings_of(found["main"]) if is_call(b.value, name)]
     assert attrs_of(call)["layout"] == "NHWC" and attrs_of(call)["extra"] == 3
+
+
+def test_one_dimensional_convolutions_change_layout_once(build, same_values):
+    """Convolution, batch norm, activation, pool over sequences, as images of height 1."""
+    import tvm
+
+    from passes.canonicalize_pooling import CanonicalizePooling
+    from passes.canonicalize_shapes import CanonicalizeShapes
+    from passes.fold_batch_norm import FoldBatchNorm
+
+    def conv1d(b, x, w, name):
+        n, c, length = shape_of(x)
+        y = b.emit(conv2d(op.reshape(x, (n, c, 1, length)), constant(w), name=name))
+        return b.emit(op.reshape(y, (n, w.shape[0], shape_of(y)[3])))
+
+    def body(b, x):
+        y = op.add(conv1d(b, x, array(6, 4, 1, 3), "first"), constant(array(1, 6, 1)))
+        parameters = [constant(array(6)) for _ in range(3)]
+        positive = constant(np.abs(array(6)) + np.float32(0.1))
+        y = b.emit(op.nn.batch_norm(y, *parameters, positive, axis=1, training=False))[0]
+        y = b.emit(op.nn.max_pool1d(op.nn.relu(y), 2, 2))
+        y = conv1d(b, y, array(5, 6, 1, 2), "second")
+        return op.squeeze(op.nn.adaptive_avg_pool1d(y, 1), [2])
+
+    passes = [CanonicalizePooling(), CanonicalizeShapes(), FoldBatchNorm(), CanonicalizeShapes()]
+    both = tvm.transform.Sequential([*passes, ChannelsLast()])
+    found = same_values(both, build([(2, 4, 12)], body), 1e-6)
+    assert len(layout_changes(found)) == 1
+    operators = [b.value.op.name for b in bindings_of(found["main"])]
+    assert "relax.multiply" not in operators and "relax.nn.batch_norm" not in operators
