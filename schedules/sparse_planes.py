@@ -146,10 +146,17 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
 
 
 def _scratch(shape: tuple[int, ...], dtype: str = "float32", scope: str = "global"):
-    """A buffer inside the current loop, seen through a view: TVM spends seconds on narrowing what it can analyse."""
-    if scope == "local":
-        return T.alloc_buffer(shape, dtype, scope=scope)
-    return T.decl_buffer(shape, dtype, data=T.alloc_buffer(shape, dtype, scope=scope).data, scope=scope)
+    """A buffer inside the current loop: registers if `local`, else the runtime's workspace of the thread."""
+    return T.alloc_buffer(shape, dtype, scope=scope)
+
+
+def _arena(sizes: list[int]) -> list:
+    """One workspace of the thread, cut into float32 buffers of these sizes, each aligned to a cache line."""
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // 16) * 16)
+    whole = T.alloc_buffer((starts[-1],), "float32")
+    return [T.decl_buffer((size,), "float32", data=whole.data, elem_offset=at) for size, at in zip(sizes, starts)]
 
 
 def _i(value: int):
@@ -191,7 +198,7 @@ class _Planes:
         width = T.Bind(vectors * self.lanes) if vectors is not most else most * self.lanes
         self._pack(panel, first, vectors, width)
         begin, end = (0, count) if splits == 1 else (share * count // splits, (share + 1) * count // splits)
-        with T.serial(begin, end - begin) as part:
+        with T.serial(begin, end) as part:
             first_channel = T.Bind(part * self.point.part)
             channels = self.parts[-1][1]
             if count > 1:
@@ -290,14 +297,14 @@ class _Planes:
         """`rows` channels: sums[base ...] from the non-zeros in `span`, weights `lane ...` of each, rows from `first_row`."""
         lanes, rows = self.lanes, self.point.rows
         width = vectors * lanes
-        acc = _scratch((rows * width,), scope="local")
+        acc = _scratch((rows * vectors,), f"float32x{lanes}", scope="local")
 
         def vector(start):
             return T.ramp(start, 1, lanes)
 
         for i in range(rows * vectors):
             start = T.broadcast(T.float32(0), lanes) if self.chunks == 1 else sums[vector(base + i * lanes)]
-            T.buffer_store(acc, start, [vector(i * lanes)])
+            T.buffer_store(acc, start, [i])
         begin, end = span
         with T.serial(0, end - begin) as i:
             n = T.Bind(begin + i)
@@ -306,10 +313,10 @@ class _Planes:
             for r in range(rows):
                 weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
                 for j in range(vectors):
-                    at = vector(r * width + j * lanes)
+                    at = r * vectors + j
                     T.buffer_store(acc, acc[at] + weight * x[j], [at])
         for i in range(rows * vectors):
-            T.buffer_store(sums, acc[vector(i * lanes)], [vector(base + i * lanes)])
+            T.buffer_store(sums, acc[i], [vector(base + i * lanes)])
 
     # -- store ---------------------------------------------------------------------------------------------------------
 
@@ -321,29 +328,31 @@ class _Planes:
                 for o in range(p.outputs):
                     self.kernel.store(sums[self.slot[o] * width + pixel], self._place(first + pixel, _i(o)))
             return
-        with T.serial(0, (channels + lanes - 1) // lanes) as b:
-            c = T.Bind(tirx.min(b * lanes, channels - lanes))
-            row = _scratch((lanes,), "int32", scope="local")
-            every = T.ramp(0, 1, lanes)
-            T.buffer_store(row, self.slot[T.ramp(first_channel + c, 1, lanes)] * width, [every])
-            with T.serial(0, vectors) as g:
-                at = [T.Bind(row[lane] + g * lanes) for lane in range(lanes)]
+        stride = self.parts[-1][1]
+        staged = _scratch((lanes * stride,))
+        blocks = T.Bind((channels + lanes - 1) // lanes)
+
+        def channel(b):
+            return tirx.min(b * lanes, channels - lanes)
+
+        # A group of pixels is transposed whole before it is stored, so that each pixel's channels are written in one go.
+        with T.serial(0, vectors) as g:
+            with T.serial(0, blocks) as b:
+                c = T.Bind(channel(b))
+                row = _scratch((lanes,), "int32", scope="local")
+                slots = self.slot[T.ramp(first_channel + c, 1, lanes)]
+                T.buffer_store(row, slots * width + g * lanes, [T.ramp(0, 1, lanes)])
+                at = [T.Bind(row[lane]) for lane in range(lanes)]
                 columns = _transpose(lambda lane, quad: sums[T.ramp(at[lane] + 4 * quad, 1, 4)], lanes // 4, lanes)
-                block = _scratch((lanes * lanes,), scope="local")
                 for k, value in enumerate(columns):
-                    T.buffer_store(block, value, [T.ramp(k * lanes, 1, lanes)])
-                with T.serial(0, lanes) as j:
-                    pixel = T.Bind(first + g * lanes + j)
-
-                    def put() -> None:
-                        value = block[T.ramp(j * lanes, 1, lanes)]
-                        self.kernel.store(value, self._place(pixel, T.ramp(first_channel + c, 1, lanes)))
-
-                    if p.pixels % lanes == 0:
-                        put()
-                    else:
-                        with T.If(pixel < p.pixels), T.Then():
-                            put()
+                    T.buffer_store(staged, value, [T.ramp(c + k * stride, 1, lanes)])
+            valid = lanes if p.pixels % lanes == 0 else tirx.min(p.pixels - (first + g * lanes), lanes)
+            with T.serial(0, valid) as j:
+                pixel = T.Bind(first + g * lanes + j)
+                with T.serial(0, blocks) as b:
+                    c = T.Bind(channel(b))
+                    value = staged[T.ramp(c + j * stride, 1, lanes)]
+                    self.kernel.store(value, self._place(pixel, T.ramp(first_channel + c, 1, lanes)))
 
     def _place(self, pixel, channel) -> list:
         """Indices of the output for a flat pixel number."""

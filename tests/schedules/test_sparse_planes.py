@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse kernel against a float64 sum over the non-zeros: awkward shapes, tiers, tiles, threads, special values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from passes import layers
+from passes.sparse import lowering, reference
+from passes.sparse.format import block_of, pack
+from passes.sparse.operators import sparse_call
+from passes.sparse.samples import Sample, samples
+from schedules import sparse_planes
+from schedules.errors import ScheduleError
+from schedules.fused import Fused
+from schedules.sparse_planes import Point, Problem, default_point, parts_of, tiles_of
+from schedules.target import NAMED
+
+
+def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
+    block = block_of(grain)
+    mask = rng.random((-(-shape[0] // block), *shape[1:])) < density
+    mask.flat[0] = True
+    return (rng.standard_normal(shape) * np.repeat(mask, block, axis=0)[: shape[0]]).astype(np.float32)
+
+
+def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = "bias relu"):
+    """(definition, scheduled PrimFunc, arguments but x and y, attributes, y's shape) of one layer with an epilogue."""
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(sample.x, "float32"))
+    bias = np.linspace(-1, 1, weight.shape[0], dtype=np.float32)
+    constants = []
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            w = relax.const(weight)
+            attrs = dict(sample.attrs)
+            call = layers.conv2d(x, w, name="l", layout="NHWC", **attrs) if attrs else layers.dense(x, w, name="l")
+            call = bb.normalize(sparse_call(call, sample.grain))
+            problem = lowering.problem_of(call)
+            point = point or default_point(problem, target)
+            y = bb.emit(lowering.lower_at(bb, call, problem, point))
+            if epilogue:
+                y = bb.emit(relax.op.nn.relu(bb.emit(relax.op.add(y, relax.const(bias)))))
+                constants = [bias]
+            out = bb.emit_output(y)
+        bb.emit_func_output(out)
+    passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
+    mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR()])(bb.get())
+    (func,) = [f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc) and Fused.read(f)]
+    packed = pack(weight, sample.grain, groups=problem.groups, chunk=point.chunk, part=point.part)
+    arrays = [packed.pointer, packed.index, packed.values, packed.slot, *constants]
+    return func, sparse_planes.schedule(Fused.read(func), target), arrays, layers.attrs_of(call), layers.shape_of(call)
+
+
+def expected(attrs, x, weight, epilogue: bool):
+    """(float64 result, bound of a float32 sum's rounding error) of each output."""
+    define = reference.sparse_conv2d if weight.ndim == 4 else reference.sparse_dense
+    y = define(attrs, x.astype(np.float64), weight)
+    size = define(attrs, np.abs(x).astype(np.float64), np.abs(weight))
+    terms = np.count_nonzero(weight.reshape(len(weight), -1), axis=1).max() + 2
+    if epilogue:
+        bias = np.linspace(-1, 1, weight.shape[0], dtype=np.float32)
+        return np.maximum(y + bias, 0), (size + np.abs(bias)) * terms * 2.0**-24
+    return y, size * terms * 2.0**-24
+
+
+def build(functions: dict, target):
+    mod = tvm.IRModule({n: f.with_attr("global_symbol", n).with_attr("tirx.noalias", True) for n, f in functions.items()})
+    return tvm.compile(mod, target=target.tvm())
+
+
+def run(lib, name: str, x, arrays, shape):
+    """y, which starts as NaN so that an element left unwritten shows."""
+    y = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
+    lib[name](*[tvm.runtime.tensor(a) for a in (x, *arrays)], y)
+    return y.numpy()
+
+
+def check(cases: dict, target, rng) -> None:
+    """Compile {name: (sample, point)} as one module and compare each kernel with its reference."""
+    made = {}
+    for name, (sample, point) in cases.items():
+        weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+        made[name] = (*fused_kernel(sample, weight, target, point=point), sample, weight)
+    lib = build({name: m[1] for name, m in made.items()}, target)
+    for name, (_, _, arrays, attrs, shape, sample, weight) in made.items():
+        x = rng.standard_normal(sample.x).astype(np.float32)
+        want, bound = expected(attrs, x, weight, epilogue=True)
+        error = np.abs(run(lib, name, x, arrays, shape) - want)
+        assert (error <= bound + 1e-30).all(), f"{name}: error {np.nanmax(error)} beyond rounding, {sample}"
+
+
+def test_every_sample_on_every_tier(host_tiers, rng):
+    check({f"sample{i}": (s, None) for i, s in enumerate(samples())}, host_tiers[0], rng)
+    for target in host_tiers[1:]:
+        check({f"sample{i}": (samples()[i], None) for i in (1, 2, 4, 7)}, target, rng)
+
+
+def test_every_point_computes_the_same(host_tiers, rng):
+    """Tiles of several widths, chunked panels, parts with a remainder, split tiles, both row counts of a block."""
+    target = host_tiers[0]
+    conv = Sample(
+        "kerf.sparse_conv2d", (1, 7, 9, 20), (56, 20, 3, 3), "out:8", 0.3,
+        (("strides", (1, 1)), ("padding", (1, 1, 1, 1)), ("dilation", (1, 1)), ("groups", 1)),
+    )  # fmt: skip
+    dense = Sample("kerf.sparse_dense", (70, 50), (41, 50), "element", 0.2)
+    cases = {
+        "chunked": (conv, Point(vectors=3, rows=8, chunk=64, part=16)),
+        "half_blocks": (conv, Point(vectors=2, rows=4, chunk=180, part=24)),
+        "split": (conv, Point(vectors=1, rows=8, chunk=50, part=16, splits=3)),
+        "narrow": (dense, Point(vectors=1, rows=1, chunk=7, part=16)),
+        "wide": (dense, Point(vectors=5, rows=1, chunk=50, part=41)),
+    }
+    check(cases, target, rng)
+    check({"threads": (conv, Point(vectors=2, rows=8, chunk=180, part=16, splits=2))}, target.with_threads(2), rng)
+
+
+def test_the_scheduled_kernel_equals_its_definition(host_tiers, rng):
+    sample = samples()[2]
+    weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+    definition, kernel, arrays, _, shape = fused_kernel(sample, weight, host_tiers[0])
+    lib = build({"definition": definition, "kernel": kernel}, host_tiers[0])
+    x = rng.standard_normal(sample.x).astype(np.float32)
+    got, want = run(lib, "kernel", x, arrays, shape), run(lib, "definition", x, arrays, shape)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_special_values_reach_the_outputs_that_use_them_and_no_other(host_tiers, rng):
+    sample = Sample(
+        "kerf.sparse_conv2d", (1, 5, 6, 8), (12, 8, 3, 3), "element", 0.15,
+        (("strides", (1, 1)), ("padding", (1, 1, 1, 1)), ("dilation", (1, 1)), ("groups", 1)),
+    )  # fmt: skip
+    weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+    _, kernel, arrays, attrs, shape = fused_kernel(sample, weight, host_tiers[0], epilogue="")
+    x = rng.standard_normal(sample.x).astype(np.float32)
+    x[0, 0, 0, 2], x[0, 4, 5, 3], x[0, 2, 2, 1], x[0, 1, 1] = np.nan, np.inf, -np.inf, -0.0
+    got = run(build({"main": kernel}, host_tiers[0]), "main", x, arrays, shape)
+    with np.errstate(invalid="ignore"):
+        want = reference.sparse_conv2d(attrs, x, weight)
+    assert np.isnan(want).any() and np.isinf(want).any() and np.isfinite(want).any()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    np.testing.assert_array_equal(np.isposinf(got), np.isposinf(want))
+    np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [1, 15, 16, 17, 49, 128, 197, 3136])
+def test_tiles_cover_every_vector_once(pixels):
+    for lanes in (4, 8, 16):
+        for vectors in (1, 3, 6, 8):
+            tiles, most, large = tiles_of(pixels, lanes, vectors)
+            assert large * most + (tiles - large) * (most - 1) == -(-pixels // lanes)
+            assert 1 <= large <= tiles and most <= vectors
+
+
+def test_parts_cover_every_channel_once():
+    for outputs in (1, 15, 64, 100, 1000):
+        parts = parts_of(outputs, 64)
+        assert [first for first, _ in parts] == [sum(n for _, n in parts[:i]) for i in range(len(parts))]
+        assert sum(n for _, n in parts) == outputs
+
+
+def test_default_points_fit_the_registers():
+    for target in NAMED.values():
+        for block in (1, 4, 8, 16):
+            problem = Problem(1, 14, 14, 256, 256, 14, 14, (3, 3), padding=(1, 1, 1, 1), block=block)
+            point = default_point(problem, target)
+            assert block % point.rows == 0
+            # One row takes its panel operand from memory; more rows keep it in registers.
+            operands = 1 if point.rows == 1 else point.vectors + 1
+            assert point.rows * point.vectors + operands <= target.registers, (target.name, block, point)
+
+
+def test_problem_and_point_survive_the_annotation():
+    problem = Problem(2, 5, 9, 8, 20, 3, 5, (3, 3), (2, 2), (1, 1), (1, 0, 2, 1), block=4, stored=7)
+    assert Problem.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in problem.to_dict().items()}) == problem
+
+
+def test_an_anchor_with_other_arguments_is_refused(host_tiers):
+    from schedules.fused import annotations
+
+    problem = Problem(1, 1, 4, 4, 4, 1, 4)
+    notes = annotations("sparse_planes", problem=problem.to_dict(), **Point(1, 1, 4, 4).to_dict())
+    x = tvm.te.placeholder((4, 4), name="x")
+    y = tvm.te.compute((4, 4), lambda i, j: x[i, j] * 2.0, attrs=notes)
+    with pytest.raises(ScheduleError, match="arguments"):
+        sparse_planes.schedule(Fused.read(tvm.te.create_prim_func([x, y])), host_tiers[0])
