@@ -5,6 +5,7 @@ can expect here."""
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -130,26 +131,29 @@ def measure_peak(target: CpuTarget, seconds: float = 0.5) -> Rate:
 @functools.cache
 def measure_bandwidth(target: CpuTarget, seconds: float = 0.5, megabytes: int = 128) -> Rate:
     """Streaming read rate in GB/s from memory: per thread `megabytes`, which should exceed the last
-    cache."""
+    cache, gone through in pieces so short that some are read without an interruption."""
     from schedules.machine_probes import read_probe
 
-    elements = megabytes * (1 << 20) // 4
+    pieces = 16
+    elements = megabytes * (1 << 20) // 4 // pieces
     count = target.threads * elements
-    return _measure(read_probe(target, elements), target, count, 4 * count, seconds)
+    return _measure(read_probe(target, elements), target, count, 4 * count, seconds, pieces)
 
 
-def _measure(func, target: CpuTarget, count: int, amount: int, seconds: float) -> Rate:
-    """Rate in 1e9 per second of a probe kernel that takes `count` float32 values and does `amount`
-    per call."""
+def _measure(
+    func, target: CpuTarget, count: int, amount: int, seconds: float, pieces: int = 1
+) -> Rate:
+    """Rate in 1e9 per second of a probe kernel that takes `count` float32 values, of `pieces`
+    arrays in turn, and does `amount` per call."""
     import numpy as np
     import tvm
 
     kernel = tvm.compile(func, target.tvm())["main"]
-    x = tvm.runtime.tensor(np.ones(count, "float32"))
+    arrays = itertools.cycle([tvm.runtime.tensor(np.ones(count, "float32")) for _ in range(pieces)])
     out = tvm.runtime.tensor(np.zeros(target.threads * target.lanes, "float32"))
     if target.threads > 1:
         tvm.get_global_func("runtime.config_threadpool")(1, target.threads)
-    times = _time(lambda: kernel(x, out), seconds)
+    times = _time(lambda: kernel(next(arrays), out), seconds)
     return Rate(
         amount / statistics.median(times) / 1e9,
         amount / min(times) / 1e9,
