@@ -88,6 +88,7 @@ _LONG_PANEL = 0.25
 _CHUNK_PANEL = 0.1
 _ALIAS_BYTES = 4096  # pixels this far apart compete for one set of the first-level cache
 _ALIAS_ROWS = 8  # as many as fit into one set
+_SHORT_RUN = 32  # steps of the sum in one kernel row
 
 
 def _step_cycles(mr: int, nv: int, sums: int) -> float:
@@ -113,10 +114,12 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
     """(mr, nv, sums) of the least estimated time."""
     count = len(vectors(problem.group_outputs, target.lanes))
     aliased = 4 * problem.c * problem.stride[1] % _ALIAS_BYTES == 0
+    # An image's few channels make many short runs at its edges, where LLVM spills larger tiles.
+    short = problem.r > 1 and problem.s * problem.group_inputs <= _SHORT_RUN
     best = None
     for nv in range(1, min(count, 8 if problem.row <= 2 else 6) + 1):
         largest = (target.registers - 1 - nv) // nv
-        if aliased and problem.row > _ALIAS_ROWS:
+        if (aliased or short) and problem.row > _ALIAS_ROWS:
             largest = min(largest, _ALIAS_ROWS)
         for mr in sorted({tile_rows(problem.row, m) for m in range(max(1, largest // 2), largest + 1)}):
             sums, inputs = 1, problem.group_inputs

@@ -204,7 +204,7 @@ class Contraction:
         first = panel.first_input + chunk.start
         if problem.flat:
             self._run(
-                banks, everyone, chunk.steps, panel, pixels,
+                banks, everyone, chunk.steps, panel, pixels, chunk,
                 lambda p, k: (*unravel(pixels.base + p, self.x_lead), first + k), lambda k: (0, 0, chunk.start + k),
             )  # fmt: skip
             return
@@ -216,7 +216,7 @@ class Contraction:
                 def x_index(p, k):
                     return (pixels.image, ih, (pixels.base + p) * sw + s * dw - left, first + k)
 
-                self._run(banks, valid, chunk.steps, panel, pixels, x_index, lambda k: (r, s, chunk.start + k))
+                self._run(banks, valid, chunk.steps, panel, pixels, chunk, x_index, lambda k: (r, s, chunk.start + k))
 
             if pixels.edge is not None:
                 for s in range(problem.s):
@@ -225,12 +225,12 @@ class Contraction:
                         _prefetch(self.x[(pixels.image, ih, (pixels.base + valid[0]) * sw + s * dw - left, first)])
                         tap(s, valid)
             elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
-                self._whole_row(banks, pixels, panel, r, ih)
+                self._whole_row(banks, pixels, panel, chunk, r, ih)
             else:
                 with T.serial(0, problem.s) as s:
                     tap(s, everyone)
 
-    def _whole_row(self, banks: list, pixels: _Pixels, panel: _Panel, r, ih) -> None:
+    def _whole_row(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk, r, ih) -> None:
         """All taps of kernel row `r`: for each pixel, S * C values that lie one after the other."""
         c, sw, left = self.problem.c, self.problem.stride[1], self.problem.padding[1]
 
@@ -239,11 +239,13 @@ class Contraction:
             return (pixels.image, ih, iw + tirx.floordiv(k, c), tirx.floormod(k, c))
 
         self._run(
-            banks, list(range(self.point.mr)), self.problem.s * c, panel, pixels, x_index,
+            banks, list(range(self.point.mr)), self.problem.s * c, panel, pixels, chunk, x_index,
             lambda k: (r, tirx.floordiv(k, c), tirx.floormod(k, c)),
         )  # fmt: skip
 
-    def _run(self, banks: list, valid: list[int], steps: int, panel: _Panel, pixels: _Pixels, x_index, w_index) -> None:
+    def _run(
+        self, banks: list, valid: list[int], steps: int, panel: _Panel, pixels: _Pixels, chunk: _Chunk, x_index, w_index
+    ) -> None:
         """`steps` terms of the sum for the pixels in `valid`; `x_index(pixel, k)`, `w_index(k)` say where term k is."""
         point = self.point
 
@@ -258,7 +260,7 @@ class Contraction:
         unroll = min(point.unroll, steps)
         with T.serial(0, steps // unroll) as i:
             if point.prefetch & WEIGHTS_OR_PIXELS and point.order != "blocks":
-                self._prefetch_panel(panel, pixels, steps, i * unroll, w_index)
+                self._prefetch_weights(panel, pixels, chunk, steps, i * unroll, w_index)
             elif point.prefetch & WEIGHTS_OR_PIXELS and self.problem.flat:
                 self._prefetch_pixels(panel, pixels, steps, i * unroll)
             for j in range(unroll):
@@ -268,13 +270,17 @@ class Contraction:
 
     # ---- fetching ahead
 
-    def _prefetch_panel(self, panel: _Panel, pixels: _Pixels, steps: int, k, w_index) -> None:
-        """This iteration's share of the next panel: of the values that `steps` terms read, each tile asks for a part."""
+    def _prefetch_weights(self, panel: _Panel, pixels: _Pixels, chunk: _Chunk, steps: int, k, w_index) -> None:
+        """This iteration's share of the weights needed next, for the same tap: each tile asks for a part of them."""
+        if chunk.last or self.point.order == "chunks":
+            first = -chunk.start if self.point.order == "panels" else 0
+            at = (panel.index + 1, *w_index(first))
+        else:
+            at = (panel.index, *w_index(steps))
         share = -(-steps * self.point.panel // self.tiles)
         per_step = -(-self.point.panel // self.tiles)
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            offset = pixels.tile * share + k * per_step + line * _LINE
-            _prefetch(self.w[(panel.index + 1, *w_index(0), offset)])
+            _prefetch(self.w[(*at, pixels.tile * share + k * per_step + line * _LINE)])
 
     def _prefetch_pixels(self, panel: _Panel, pixels: _Pixels, steps: int, k) -> None:
         """This iteration's share of the next tile's pixels, which lie one after the other."""
