@@ -20,6 +20,7 @@ from schedules import vector_math
 from schedules.emission import (
     Row,
     Tile,
+    covering,
     emitting,
     local_buffer,
     loop,
@@ -89,7 +90,10 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
     """te: the output [B, Sq, H, Dv]; `bias` is a tensor of shape `problem.bias`, or None."""
     p = problem
     scores_shape = (p.batch, p.heads, p.q_len, p.k_len)
-    d, j, s, t = (te.reduce_axis((0, n), name=x) for n, x in ((p.depth, "d"), (p.k_len, "j"), (p.k_len, "s"), (p.k_len, "t")))
+    d, j, s, t = (
+        te.reduce_axis((0, n), name=x)
+        for n, x in ((p.depth, "d"), (p.k_len, "j"), (p.k_len, "s"), (p.k_len, "t"))
+    )
     minus_infinity, zero, one = (tirx.const(c, "float32") for c in (-math.inf, 0.0, 1.0))
 
     def logit(b, h, i, c):
@@ -100,15 +104,29 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
 
     def weight(b, h, i, c):
         top = greatest(b, h, i)
-        return vector_math.exp_nonpositive(logits(b, h, i, c) - tirx.Select(top == minus_infinity, zero, top))
+        return vector_math.exp_nonpositive(
+            logits(b, h, i, c) - tirx.Select(top == minus_infinity, zero, top)
+        )
 
-    scores = te.compute(scores_shape, lambda b, h, i, c: te.sum(q(b, i, h, d) * k(b, c, h, d), axis=d), name="scores")
+    scores = te.compute(
+        scores_shape,
+        lambda b, h, i, c: te.sum(q(b, i, h, d) * k(b, c, h, d), axis=d),
+        name="scores",
+    )
     logits = te.compute(scores_shape, logit, name="logits")
-    greatest = te.compute(scores_shape[:3], lambda b, h, i: te.max(logits(b, h, i, j), axis=j), name="greatest")
+    greatest = te.compute(
+        scores_shape[:3], lambda b, h, i: te.max(logits(b, h, i, j), axis=j), name="greatest"
+    )
     weights = te.compute(scores_shape, weight, name="weights")
-    total = te.compute(scores_shape[:3], lambda b, h, i: te.sum(weights(b, h, i, s), axis=s), name="total")
+    total = te.compute(
+        scores_shape[:3], lambda b, h, i: te.sum(weights(b, h, i, s), axis=s), name="total"
+    )
     shape = (p.batch, p.q_len, p.heads, p.value_depth)
-    weighted = te.compute(shape, lambda b, i, h, e: te.sum(weights(b, h, i, t) * v(b, t, h, e), axis=t), name="weighted")
+    weighted = te.compute(
+        shape,
+        lambda b, i, h, e: te.sum(weights(b, h, i, t) * v(b, t, h, e), axis=t),
+        name="weighted",
+    )
 
     def normalized(b, i, h, e):
         divisor = total(b, h, i)
@@ -201,7 +219,9 @@ class _Emitter:
                 transpose(
                     block,
                     lambda i: self.k[b, tirx.min(key + i, p.k_len - 1), h, ramp(base, block)],
-                    lambda i, column: T.buffer_store(self.keys, column, [panel, base + i, ramp(offset, block)]),
+                    lambda i, column: T.buffer_store(
+                        self.keys, column, [panel, base + i, ramp(offset, block)]
+                    ),
                 )
 
             row.each(pack, 1)
@@ -210,12 +230,18 @@ class _Emitter:
         """values[panel, key, element in panel] = v, zeros where there is no element."""
         p = self.problem
         with T.serial(0, p.k_len) as s:
-            for offset, lanes in pieces(p.value_depth, self.lanes):
-                panel, within = divmod(offset, self.width)
-                T.buffer_store(self.values, self.v[b, s, h, ramp(offset, lanes)], [panel, s, ramp(within, lanes)])
-            for offset, lanes in pieces(self.value_panels * self.width - p.value_depth, self.lanes):
-                within = (p.value_depth + offset) % self.width
-                T.buffer_store(self.values, splat(0.0, lanes), [self.value_panels - 1, s, ramp(within, lanes)])
+            for panel in range(self.value_panels):
+                first = panel * self.width
+                held = min(self.width, p.value_depth - first)
+                for offset, lanes in covering(held, self.lanes):
+                    value = self.v[b, s, h, ramp(first + offset, lanes)]
+                    T.buffer_store(self.values, value, [panel, s, ramp(offset, lanes)])
+                for offset, lanes in (
+                    covering(self.width - held, self.lanes) if held < self.width else ()
+                ):
+                    T.buffer_store(
+                        self.values, splat(0.0, lanes), [panel, s, ramp(held + offset, lanes)]
+                    )
 
     def _emit_tile(self, b, h, base) -> None:
         p, rows = self.problem, self.point.rows
@@ -224,21 +250,31 @@ class _Emitter:
 
             def copy(at, _slot, _fresh):
                 lane = ramp(at, depth_row.lanes)
-                T.buffer_store(self.queries, self.q[b, base + r, h, lane] * splat(p.scale, depth_row.lanes), [r, lane])
+                T.buffer_store(
+                    self.queries,
+                    self.q[b, base + r, h, lane] * splat(p.scale, depth_row.lanes),
+                    [r, lane],
+                )
 
             depth_row.each(copy)
         # Keys that some row of this tile sees.
         seen = p.k_len if p.reach is None else tirx.max(0, tirx.min(p.k_len, base + rows + p.reach))
         tile = Tile(rows, self.point.vectors, self.lanes)
         acc = tile.allocate()
-        panels = self.panels if p.reach is None else tirx.floordiv(seen + self.width - 1, self.width)
+        panels = (
+            self.panels if p.reach is None else tirx.floordiv(seen + self.width - 1, self.width)
+        )
         with T.serial(0, panels) as panel:
             tile.multiply(
                 acc, p.depth, lambda r, d: self.queries[r, d],
                 lambda d, v: self.keys[panel, d, ramp(v * self.lanes, self.lanes)],
             )  # fmt: skip
             for r, v in tile.cells():
-                T.buffer_store(self.scores, acc[tile.at(r, v)], [r, ramp(panel * self.width + v * self.lanes, self.lanes)])
+                T.buffer_store(
+                    self.scores,
+                    acc[tile.at(r, v)],
+                    [r, ramp(panel * self.width + v * self.lanes, self.lanes)],
+                )
         with T.serial(0, rows) as r:
             self._softmax(b, h, base, r, panels * self.point.vectors)
         with T.serial(0, self.value_panels) as panel:
@@ -267,15 +303,25 @@ class _Emitter:
             value = self.scores[r, ramp(at, lanes)]
             column = T.ramp(at, 1, lanes)
             if p.reach is not None:
-                value = tirx.Select(column <= T.broadcast(base + r + p.reach, lanes), value, splat(-math.inf, lanes))
+                value = tirx.Select(
+                    column <= T.broadcast(base + r + p.reach, lanes), value, splat(-math.inf, lanes)
+                )
             if valid < lanes:
-                value = tirx.Select(column < T.broadcast(p.k_len, lanes), value, splat(-math.inf, lanes))
+                value = tirx.Select(
+                    column < T.broadcast(p.k_len, lanes), value, splat(-math.inf, lanes)
+                )
             if p.reach is not None or valid < lanes:
                 T.buffer_store(self.scores, value, [r, ramp(at, lanes)])
-            T.buffer_store(self.vector, tirx.max(self.vector[zero], self.scores[r, ramp(at, lanes)]), [zero])
+            T.buffer_store(
+                self.vector, tirx.max(self.vector[zero], self.scores[r, ramp(at, lanes)]), [zero]
+            )
 
         def exponential(at, _valid):
-            T.buffer_store(self.vector, self.scores[r, ramp(at, lanes)] - broadcast(self.scalar[0], lanes), [lane])
+            T.buffer_store(
+                self.vector,
+                self.scores[r, ramp(at, lanes)] - broadcast(self.scalar[0], lanes),
+                [lane],
+            )
             T.buffer_store(self.vector, vector_math.exp_nonpositive(self.vector[lane]), [lane])
             T.buffer_store(self.scores, self.vector[lane], [r, ramp(at, lanes)])
             T.buffer_store(self.vector, self.vector[zero] + self.vector[lane], [zero])
@@ -286,11 +332,17 @@ class _Emitter:
         each(greatest)
         T.buffer_store(self.scalar, reduce_lanes(self.vector[zero], tirx.max), [0])
         # A fully masked row: e^(-inf - 0) = 0 for every key, and 0 instead of 1 / 0.
-        T.buffer_store(self.scalar, tirx.Select(self.scalar[0] == infinity, nothing, self.scalar[0]), [0])
+        T.buffer_store(
+            self.scalar, tirx.Select(self.scalar[0] == infinity, nothing, self.scalar[0]), [0]
+        )
         T.buffer_store(self.vector, splat(0.0, lanes), [zero])
         each(exponential)
         T.buffer_store(self.scalar, reduce_lanes(self.vector[zero], lambda a, c: a + c), [0])
-        T.buffer_store(self.inverse, tirx.Select(self.scalar[0] == nothing, nothing, splat(1.0, 1) / self.scalar[0]), [r])
+        T.buffer_store(
+            self.inverse,
+            tirx.Select(self.scalar[0] == nothing, nothing, splat(1.0, 1) / self.scalar[0]),
+            [r],
+        )
 
     def _add_bias(self, b, h, i, r, at, valid: int) -> None:
         if self.bias is None:
@@ -306,14 +358,14 @@ class _Emitter:
         whole = p.value_depth // self.width
 
         def write(offset: int, lanes: int, r: int) -> None:
-            at = r * self.width + offset
-            value = acc[ramp(at, lanes)] * broadcast(self.inverse[r], lanes)
-            T.buffer_store(acc, value, [ramp(at, lanes)])
-            self.kernel.store(acc[ramp(at, lanes)], [b, base + r, h, ramp(panel * self.width + offset, lanes)])
+            value = T.bind(
+                acc[ramp(r * self.width + offset, lanes)] * broadcast(self.inverse[r], lanes)
+            )
+            self.kernel.store(value, [b, base + r, h, ramp(panel * self.width + offset, lanes)])
 
         def write_panel(extent: int) -> None:
             for r in range(tile.rows):
-                for offset, lanes in pieces(extent, self.lanes):
+                for offset, lanes in covering(extent, self.lanes):
                     write(offset, lanes, r)
 
         if p.value_depth % self.width == 0:

@@ -96,6 +96,15 @@ def pieces(extent: int, lanes: int) -> Iterator[tuple[int, int]]:
         offset += width
 
 
+def covering(extent: int, lanes: int) -> list[tuple[int, int]]:
+    """(offset, lanes) of equal vectors that cover `extent`, the last one overlapping: 31 by 16 is 0-15 and 15-30.
+
+    For copies and stores that may happen twice.
+    """
+    width = widest_lanes(extent, lanes)
+    return [(min(offset, extent - width), width) for offset in range(0, extent, width)]
+
+
 def reduce_lanes(vector, combine: Callable):
     """All lanes of `vector` (a load) combined into a scalar, halves first: log2(lanes) steps."""
     lanes = lanes_of(vector)
@@ -139,7 +148,9 @@ class Row:
             fresh = index >= T.broadcast(tirx.const(self.lanes - self.left, "int32"), self.lanes)
             body(tirx.const(self.extent - self.lanes, "int32"), 0, fresh)
 
-    def reduce(self, scratch, element: Callable, combine: Callable, neutral: float, unroll: int = 4):
+    def reduce(
+        self, scratch, element: Callable, combine: Callable, neutral: float, unroll: int = 4
+    ):
         """The scalar `combine` of `element(base)` over the row; `scratch` is a local buffer of unroll * lanes floats.
 
         `element(base)` gives the vector at index `base`; it may store what it computed, so the row can be rewritten
@@ -147,7 +158,9 @@ class Row:
         """
         slots = min(unroll, self.whole)
         for slot in range(slots):
-            T.buffer_store(scratch, splat(neutral, self.lanes), [ramp(slot * self.lanes, self.lanes)])
+            T.buffer_store(
+                scratch, splat(neutral, self.lanes), [ramp(slot * self.lanes, self.lanes)]
+            )
 
         def accumulate(base, slot, fresh):
             value = element(base)
@@ -174,7 +187,9 @@ def emitting(fused: Fused, blocks: int):
         )  # fmt: skip
     kernel = fused.emit()
     with kernel:
-        positions = [next(i for i, p in enumerate(fused.params) if p.same_as(o)) for o in operands(fused)]
+        positions = [
+            next(i for i, p in enumerate(fused.params) if p.same_as(o)) for o in operands(fused)
+        ]
         yield kernel, [kernel.buffers[i] for i in positions]
 
 
@@ -193,7 +208,9 @@ class Tile:
         """Index of one accumulator."""
         return ramp((row * self.vectors + vector) * self.lanes, self.lanes)
 
-    def multiply(self, acc, extent, left: Callable, right: Callable, each_step: Callable | None = None) -> None:
+    def multiply(
+        self, acc, extent, left: Callable, right: Callable, each_step: Callable | None = None
+    ) -> None:
         """acc[r, v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
         for row, vector in self.cells():
             T.buffer_store(acc, splat(0.0, self.lanes), [self.at(row, vector)])
@@ -202,7 +219,9 @@ class Tile:
                 each_step(k)
             for row, vector in self.cells():
                 at = self.at(row, vector)
-                T.buffer_store(acc, acc[at] + broadcast(left(row, k), self.lanes) * right(k, vector), [at])
+                T.buffer_store(
+                    acc, acc[at] + broadcast(left(row, k), self.lanes) * right(k, vector), [at]
+                )
 
     def cells(self) -> Iterator[tuple[int, int]]:
         return ((row, vector) for row in range(self.rows) for vector in range(self.vectors))
@@ -210,7 +229,10 @@ class Tile:
 
 def tile_rows(extent: int, most: int, overhead: float = 0.5) -> int:
     """Rows of a register tile for `extent` rows, the last tile overlapping: least work, `overhead` counted per tile."""
-    return min(range(1, min(most, extent) + 1), key=lambda rows: (-(-extent // rows) * (rows + overhead), -rows))
+    return min(
+        range(1, min(most, extent) + 1),
+        key=lambda rows: (-(-extent // rows) * (rows + overhead), -rows),
+    )
 
 
 def transpose(lanes: int, load: Callable, store: Callable) -> None:

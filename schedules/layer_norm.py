@@ -14,7 +14,16 @@ from dataclasses import asdict, dataclass
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.emission import Row, emitting, local_buffer, loop, ramp, runs_parallel, splat, unravel
+from schedules.emission import (
+    Row,
+    emitting,
+    local_buffer,
+    loop,
+    ramp,
+    runs_parallel,
+    splat,
+    unravel,
+)
 from schedules.fused import Fused, annotations, broadcast
 from schedules.target import CpuTarget
 
@@ -36,7 +45,9 @@ class Point:
 def define_layer_norm(x, gamma, beta, point: Point):
     """te: x [..., D], gamma [D], beta [D] -> [..., D], float32."""
     mean = _mean(x.shape, lambda *i: x(*i), "mean")
-    variance = _mean(x.shape, lambda *i: (x(*i) - mean(*i[:-1])) * (x(*i) - mean(*i[:-1])), "variance")
+    variance = _mean(
+        x.shape, lambda *i: (x(*i) - mean(*i[:-1])) * (x(*i) - mean(*i[:-1])), "variance"
+    )
     return te.compute(
         x.shape,
         lambda *i: (x(*i) - mean(*i[:-1])) * _inverse_root(variance(*i[:-1]), point) * gamma(i[-1]) + beta(i[-1]),
@@ -57,7 +68,9 @@ def _mean(shape, element, name: str):
     extent = int(shape[-1])
     k = te.reduce_axis((0, extent), name="k")
     total = te.compute(shape[:-1], lambda *i: te.sum(element(*i, k), axis=k), name=f"{name}_sum")
-    return te.compute(shape[:-1], lambda *i: total(*i) * tirx.const(1.0 / extent, "float32"), name=name)
+    return te.compute(
+        shape[:-1], lambda *i: total(*i) * tirx.const(1.0 / extent, "float32"), name=name
+    )
 
 
 def _inverse_root(variance, point: Point):
@@ -83,7 +96,6 @@ def _emit_row(kernel, point: Point, row: Row, x, scale: list, at: tuple) -> None
     lanes = row.lanes
     scratch = local_buffer(point.unroll * lanes)
     statistics = local_buffer(2)
-    value = local_buffer(lanes)
 
     def load(base):
         return x[(*at, ramp(base, lanes))]
@@ -104,7 +116,6 @@ def _emit_row(kernel, point: Point, row: Row, x, scale: list, at: tuple) -> None
         lane = ramp(base, lanes)
         result = centered(base) * broadcast(statistics[1], lanes) * scale[0][lane]
         result = result + scale[1][lane] if len(scale) > 1 else result
-        T.buffer_store(value, result, [ramp(0, lanes)])
-        kernel.store(value[ramp(0, lanes)], [*at, lane])
+        kernel.store(T.bind(result), [*at, lane])
 
     row.each(write, point.unroll)

@@ -55,10 +55,14 @@ def define_softmax(x, point: Point):
 
     def reduced(reducer, element, name):
         k = te.reduce_axis((0, shape[axis]), name="k")
-        return te.compute(outer, lambda *i: reducer(element(*i[:axis], k, *i[axis:]), axis=k), name=name)
+        return te.compute(
+            outer, lambda *i: reducer(element(*i[:axis], k, *i[axis:]), axis=k), name=name
+        )
 
     greatest = reduced(te.max, lambda *i: x(*i), "greatest")
-    exponential = te.compute(shape, lambda *i: vector_math.exp_nonpositive(x(*i) - greatest(*column(*i))), name="exp")
+    exponential = te.compute(
+        shape, lambda *i: vector_math.exp_nonpositive(x(*i) - greatest(*column(*i))), name="exp"
+    )
     total = reduced(te.sum, lambda *i: exponential(*i), "total")
     if point.log:
 
@@ -97,7 +101,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
 
 def _emit_row(kernel, point: Point, row: Row, x, at: tuple) -> None:
     lanes = row.lanes
-    scratch, value = local_buffer(point.unroll * lanes), local_buffer(lanes)
+    scratch = local_buffer(point.unroll * lanes)
     statistics = local_buffer(2)
     exponentials = None if point.log else workspace(row.extent)
 
@@ -105,15 +109,21 @@ def _emit_row(kernel, point: Point, row: Row, x, at: tuple) -> None:
         return x[(*at, ramp(base, lanes))]
 
     def exponential(base):
-        T.buffer_store(value, load(base) - broadcast(statistics[0], lanes), [ramp(0, lanes)])
-        T.buffer_store(value, vector_math.exp_nonpositive(value[ramp(0, lanes)]), [ramp(0, lanes)])
+        value = T.bind(load(base) - broadcast(statistics[0], lanes))
+        value = T.bind(vector_math.exp_nonpositive(value))
         if exponentials is not None:
-            T.buffer_store(exponentials, value[ramp(0, lanes)], [ramp(base, lanes)])
-        return value[ramp(0, lanes)]
+            T.buffer_store(exponentials, value, [ramp(base, lanes)])
+        return value
 
     T.buffer_store(statistics, row.reduce(scratch, load, tirx.max, -math.inf, point.unroll), [0])
-    T.buffer_store(statistics, row.reduce(scratch, exponential, lambda a, b: a + b, 0.0, point.unroll), [1])
-    T.buffer_store(statistics, vector_math.log(statistics[1]) if point.log else splat(1.0, 1) / statistics[1], [1])
+    T.buffer_store(
+        statistics, row.reduce(scratch, exponential, lambda a, b: a + b, 0.0, point.unroll), [1]
+    )
+    T.buffer_store(
+        statistics,
+        vector_math.log(statistics[1]) if point.log else splat(1.0, 1) / statistics[1],
+        [1],
+    )
 
     def write(base, _slot, _fresh):
         factor = broadcast(statistics[1], lanes)
@@ -121,15 +131,16 @@ def _emit_row(kernel, point: Point, row: Row, x, at: tuple) -> None:
             result = load(base) - broadcast(statistics[0], lanes) - factor
         else:
             result = exponentials[ramp(base, lanes)] * factor
-        T.buffer_store(value, result, [ramp(0, lanes)])
-        kernel.store(value[ramp(0, lanes)], [*at, ramp(base, lanes)])
+        kernel.store(T.bind(result), [*at, ramp(base, lanes)])
 
     row.each(write, point.unroll)
 
 
-def _emit_column(kernel, point: Point, extent: int, x, before: tuple, after: tuple, lane, lanes: int) -> None:
-    state = local_buffer(3 * lanes)
-    greatest, total, value = (ramp(k * lanes, lanes) for k in range(3))
+def _emit_column(
+    kernel, point: Point, extent: int, x, before: tuple, after: tuple, lane, lanes: int
+) -> None:
+    state = local_buffer(2 * lanes)
+    greatest, total = (ramp(k * lanes, lanes) for k in range(2))
     exponentials = None if point.log else workspace(extent, lanes)
 
     def load(k):
@@ -140,16 +151,19 @@ def _emit_column(kernel, point: Point, extent: int, x, before: tuple, after: tup
         T.buffer_store(state, tirx.max(state[greatest], load(k)), [greatest])
     T.buffer_store(state, splat(0.0, lanes), [total])
     with T.serial(0, extent) as k:
-        T.buffer_store(state, load(k) - state[greatest], [value])
-        T.buffer_store(state, vector_math.exp_nonpositive(state[value]), [value])
+        value = T.bind(load(k) - state[greatest])
+        value = T.bind(vector_math.exp_nonpositive(value))
         if exponentials is not None:
-            T.buffer_store(exponentials, state[value], [k, ramp(0, lanes)])
-        T.buffer_store(state, state[total] + state[value], [total])
-    T.buffer_store(state, vector_math.log(state[total]) if point.log else splat(1.0, lanes) / state[total], [total])
+            T.buffer_store(exponentials, value, [k, ramp(0, lanes)])
+        T.buffer_store(state, state[total] + value, [total])
+    T.buffer_store(
+        state,
+        vector_math.log(state[total]) if point.log else splat(1.0, lanes) / state[total],
+        [total],
+    )
     with T.serial(0, extent) as k:
         if point.log:
             result = load(k) - state[greatest] - state[total]
         else:
             result = exponentials[k, ramp(0, lanes)] * state[total]
-        T.buffer_store(state, result, [value])
-        kernel.store(state[value], [*before, k, *after, lane])
+        kernel.store(T.bind(result), [*before, k, *after, lane])

@@ -36,16 +36,45 @@ _MIN_NORMAL = 2.0**-126
 # exp(r) = 1 + r + r^2 P(r), |r| <= ln2 / 2: 3.1e-9 relative.
 _EXP = (0.49999993, 0.1666652, 0.0416684, 0.00836878, 0.00138142)
 # log(1 + f) = f - f^2 / 2 + f^3 P(f), sqrt(1/2) <= 1 + f < sqrt(2): 5.8e-9 relative.
-_LOG = (0.33333332, -0.25000821, 0.20001227, -0.16623357, 0.14201758, -0.13160182, 0.12761576, -0.07634496)
+_LOG = (
+    0.33333332,
+    -0.25000821,
+    0.20001227,
+    -0.16623357,
+    0.14201758,
+    -0.13160182,
+    0.12761576,
+    -0.07634496,
+)
 # log(1 + u) = u P(u) / Q(u), 0 <= u <= 1: 1.4e-9 relative.
 _LOG1P_P = (1.0, 1.0675874948501587, 0.23900169134140015, 0.003445876995101571)
 _LOG1P_Q = (1.0, 1.5675873756408691, 0.6894652247428894, 0.07562360912561417)
 # erf(x) = x P(x^2) / Q(x^2), |x| <= 3.95: 3.3e-8 relative.
-_ERF_P = (1.1283791065216064, 0.18471132218837738, 0.0519811175763607, 0.003521289210766554, 2.794298925437033e-4, 2.09186100619263e-6)
-_ERF_Q = (1.0, 0.49702945351600647, 0.11174344271421432, 0.014474712312221527, 0.0011036848882213235, 3.8245150790316984e-5)
+_ERF_P = (
+    1.1283791065216064,
+    0.18471132218837738,
+    0.0519811175763607,
+    0.003521289210766554,
+    2.794298925437033e-4,
+    2.09186100619263e-6,
+)
+_ERF_Q = (
+    1.0,
+    0.49702945351600647,
+    0.11174344271421432,
+    0.014474712312221527,
+    0.0011036848882213235,
+    3.8245150790316984e-5,
+)
 _ERF_ONE = 3.9192059040069580  # erf rounds to 1 from here
 # tanh(x) = x P(x^2) / Q(x^2), |x| <= 9.1: 9.1e-8 relative.
-_TANH_P = (0.9999998807907104, 0.13336709141731262, 0.003441633889451623, 1.9671384507091716e-5, 1.1976475811081855e-8)
+_TANH_P = (
+    0.9999998807907104,
+    0.13336709141731262,
+    0.003441633889451623,
+    1.9671384507091716e-5,
+    1.1976475811081855e-8,
+)
 _TANH_Q = (1.0, 0.4667004346847534, 0.025675153359770775, 3.1951750947978e-4, 7.228225058497628e-7)
 _TANH_ONE = 9.0109130
 
@@ -93,7 +122,9 @@ def relu(x):
 
 def _power_of_two(exponent):
     """2^exponent as float32 from its biased-exponent bits; -126 <= exponent <= 127."""
-    bits = tirx.shift_left(exponent + _constant(exponent, 127, "int32"), _constant(exponent, 23, "int32"))
+    bits = tirx.shift_left(
+        exponent + _constant(exponent, 127, "int32"), _constant(exponent, 23, "int32")
+    )
     return _retyped(bits, "float32")
 
 
@@ -129,12 +160,16 @@ def log(x):
     f = _retyped(bits - tirx.shift_left(e, shift), "float32") - _constant(x, 1.0)
     n = _float(e) - tirx.Select(tiny, _constant(x, 23.0), _constant(x, 0.0))
     square = f * f
-    tail = square * f * _polynomial(f, _LOG) - square * _constant(x, 0.5) + n * _constant(x, _LN2_LOW)
+    tail = (
+        square * f * _polynomial(f, _LOG) - square * _constant(x, 0.5) + n * _constant(x, _LN2_LOW)
+    )
     value = f + tail + n * _constant(x, _LN2_HIGH)
     infinity = _constant(x, math.inf)
     positive = tirx.Select(x < infinity, value, infinity)
     other = tirx.Select(x < _constant(x, 0.0), _constant(x, math.nan), _constant(x, -math.inf))
-    return tirx.Select(x > _constant(x, 0.0), positive, tirx.Select(x <= _constant(x, 0.0), other, x))
+    return tirx.Select(
+        x > _constant(x, 0.0), positive, tirx.Select(x <= _constant(x, 0.0), other, x)
+    )
 
 
 def _float(n):
@@ -147,7 +182,9 @@ def _saturating(x, p, q, one_from: float):
     square = x * x
     value = x * _polynomial(square, p) / _polynomial(square, q)
     limit = _constant(x, one_from)
-    return tirx.Select(x > limit, _constant(x, 1.0), tirx.Select(x < -limit, _constant(x, -1.0), value))
+    return tirx.Select(
+        x > limit, _constant(x, 1.0), tirx.Select(x < -limit, _constant(x, -1.0), value)
+    )
 
 
 def erf(x):

@@ -6,10 +6,6 @@
 The image is cut into tiles; a block of tiles is transformed into (m+2)^2 matrices [tiles, C], each multiplied by its
 [C, O] matrix of transformed weights, a panel of output channels at a time, and transformed back into the epilogue.
 A block's matrices stay in the second-level cache.
-
-Matrices are Toom-Cook's, from points that keep rounding small: 0, +-5/8, +-3/2 give F(4x4) 0.4 of the error of the
-usual 0, +-1, +-2 (root mean square, 64 channels, unit outputs: 7.4e-7; F(2x2) 2.8e-7; direct 1e-7). F(6x6) would save
-another 10 % of the multiplications on 56 and 28 pixels at 5 times the error: not offered.
 """
 
 from __future__ import annotations
@@ -22,13 +18,24 @@ import numpy as np
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.emission import Row, Tile, emitting, local_buffer, loop, pieces, ramp, runs_parallel, splat, unravel, workspace
+from schedules.emission import (
+    Row,
+    Tile,
+    covering,
+    emitting,
+    loop,
+    ramp,
+    runs_parallel,
+    splat,
+    unravel,
+    workspace,
+)
 from schedules.fused import Fused, annotations
 from schedules.target import CpuTarget
+from schedules.winograd_transforms import matrices, transform
 
 LOOPS = "winograd"
 _STAGES = 6  # blocks of the definition
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.5, -1.5)}
 _LINE = 16  # floats in a cache line
 
 
@@ -82,30 +89,14 @@ class Point:
         return asdict(self)
 
 
-@functools.cache
-def matrices(m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B^T [m+2, m+2], G [m+2, 3], A^T [m, m+2]) in float64; every row of B^T is monic, the scale is in G."""
-    points = _POINTS[m]
-
-    def powers(degree: int) -> np.ndarray:
-        at_infinity = [0.0] * (degree - 1) + [1.0]
-        return np.array([[p**k for k in range(degree)] for p in points] + [at_infinity])
-
-    bt, g, at = np.linalg.inv(powers(m + 2)).T, powers(3), powers(m).T
-    for i, p in enumerate(points):
-        scale = np.prod([p - q for q in points if q != p])
-        bt[i] *= scale
-        g[i] /= scale
-    # The entries are short binary fractions; inversion leaves rounding noise.
-    return np.round(bt * 2**20) / 2**20, g, at
-
-
 def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
     """[O, C, 3, 3] -> float32 [panels, (m+2)^2, C, panel], transformed in float64, zeros in the last panel's rest."""
     outputs, inputs = weight.shape[:2]
     size = point.m + 2
     g = matrices(point.m)[1]
-    transformed = np.einsum("ai,bj,ocij->aboc", g, g, weight.astype(np.float64)).reshape(size * size, outputs, inputs)
+    transformed = np.einsum("ai,bj,ocij->aboc", g, g, weight.astype(np.float64)).reshape(
+        size * size, outputs, inputs
+    )
     panels = -(-outputs // point.panel)
     full = np.zeros((size * size, panels * point.panel, inputs), np.float32)
     full[:, :outputs] = transformed
@@ -114,23 +105,34 @@ def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
 
 
 def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
-    """Block and register tile with the least padding whose matrices stay within 45 % of the second-level cache,
-    beside the weights and the image that stream through it."""
+    """Block and register tile with the least padding, and fewer blocks where each must fetch the weights anew.
+
+    A block's matrices share the second-level cache with what streams through it: 45 % of it if the weights stay there
+    too, 70 % if they do not anyway.
+    """
     lanes = target.lanes
     channel_vectors = -(-problem.o // lanes)
     vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
     most_rows = min(14, (target.registers - 2 - vectors) // vectors)
     tiles = int(np.prod(problem.tiles(m)))
+    resident = 4 * (m + 2) ** 2 * problem.c * problem.o <= target.l2_bytes
     bytes_per_tile = 4 * (_strides(m + 2, problem.c)[1] + _strides(m + 2, vectors * lanes)[1])
-    most_tiles = max(most_rows, int(0.45 * target.l2_bytes) // bytes_per_tile)
+    most_tiles = max(
+        most_rows, int((0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile
+    )
+    # Fetching the weights once, in rows of a register tile's work: 8 bytes a cycle from the next cache.
+    fetch = 3 if resident else lanes
 
-    def cost(candidate: tuple[int, int]) -> tuple:
+    def padded_rows(candidate: tuple[int, int]) -> tuple:
         block, rows = candidate
-        # Half a row for a register tile's own loads, three rows for streaming the weights once per block.
-        return (-(-tiles // block) * (-(-block // rows) * (rows + 0.5) + 3), -rows, block)
+        return (-(-tiles // block) * (-(-block // rows) * (rows + 0.5) + fetch), -rows, block)
 
-    candidates = [(b, r) for b in range(1, min(tiles, most_tiles) + 1) for r in range(1, min(most_rows, b) + 1)]
-    block, rows = min(candidates, key=cost)
+    candidates = [
+        (b, r)
+        for b in range(1, min(tiles, most_tiles) + 1)
+        for r in range(1, min(most_rows, b) + 1)
+    ]
+    block, rows = min(candidates, key=padded_rows)
     blocks = -(-tiles // block)
     by_tiles = blocks >= 3 * target.threads or blocks % target.threads == 0
     return Point(m, block, rows, vectors, lanes, "tiles" if by_tiles else "channels")
@@ -159,7 +161,9 @@ def direct_cost(problem: Problem, target: CpuTarget) -> float:
     """Estimated cycles of the direct convolution on one core, weights not in cache."""
     height, width = problem.output_hw
     outputs = -(-problem.o // target.lanes) * target.lanes
-    products = problem.n * height * width * 9 * problem.c * outputs / (2 * target.lanes * _TILE_EFFICIENCY)
+    products = (
+        problem.n * height * width * 9 * problem.c * outputs / (2 * target.lanes * _TILE_EFFICIENCY)
+    )
     return products + 4 * 9 * problem.c * outputs / _WEIGHT_BYTES_PER_CYCLE
 
 
@@ -178,16 +182,26 @@ def define_winograd(x, u, problem: Problem, point: Point):
         """sum over q of matrix[row, q] * element(q) for a symbolic row."""
         result = tirx.const(0.0, "float32")
         for index, coefficients in enumerate(matrix):
-            terms = [element(q) * tirx.const(float(c), "float32") for q, c in enumerate(coefficients) if c]
+            terms = [
+                element(q) * tirx.const(float(c), "float32")
+                for q, c in enumerate(coefficients)
+                if c
+            ]
             result = tirx.Select(row == index, functools.reduce(lambda a, b: a + b, terms), result)
         return result
 
     padded = te.compute((n, rows * m + 2, columns * m + 2, problem.c), pad, name="pad")
     tile = (n, rows, columns, size, size)
     half = te.compute(
-        (*tile, problem.c), lambda b, r, s, i, j, c: combine(bt, i, lambda q: padded(b, r * m + q, s * m + j, c)), name="input_rows"
+        (*tile, problem.c),
+        lambda b, r, s, i, j, c: combine(bt, i, lambda q: padded(b, r * m + q, s * m + j, c)),
+        name="input_rows",
     )
-    v = te.compute((*tile, problem.c), lambda b, r, s, i, j, c: combine(bt, j, lambda q: half(b, r, s, i, q, c)), name="input")
+    v = te.compute(
+        (*tile, problem.c),
+        lambda b, r, s, i, j, c: combine(bt, j, lambda q: half(b, r, s, i, q, c)),
+        name="input",
+    )
     k = te.reduce_axis((0, problem.c), "k")
     product = te.compute(
         (*tile, problem.o),
@@ -214,48 +228,6 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     with emitting(fused, _STAGES) as (kernel, (x, u)):
         _Emitter(kernel, problem, point, target, x, u).emit()
     return kernel.func
-
-
-def linear(matrix: np.ndarray, values: list, lanes: int) -> list:
-    """The vectors `matrix @ values`, shared sums bound to variables.
-
-    Columns j, k with |column j| = |column k| enter as their sum and difference; rows i, j that are E + O and E - O with
-    disjoint E and O are made from those two.
-    """
-    matrix, values = np.array(matrix), list(values)
-    for j in range(matrix.shape[1]):
-        for k in range(j + 1, matrix.shape[1]):
-            same, opposite = matrix[:, j] == matrix[:, k], matrix[:, j] == -matrix[:, k]
-            if (matrix[:, j] != 0).sum() > 1 and (same | opposite).all() and not same.all() and not opposite.all():
-                values[j], values[k] = T.bind(values[j] + values[k]), T.bind(values[j] - values[k])
-                matrix[:, j], matrix[:, k] = np.where(same, matrix[:, j], 0), np.where(same, 0, matrix[:, j])
-    results: list = [None] * len(matrix)
-    for i in range(len(matrix)):
-        for j in range(i + 1, len(matrix)):
-            even, odd = (matrix[i] + matrix[j]) / 2, (matrix[i] - matrix[j]) / 2
-            if results[i] is None and even.any() and odd.any() and not (even * odd).any():
-                factor = odd[np.flatnonzero(odd)[-1]]
-                e, o = T.bind(_sum(even, values, lanes)), T.bind(_sum(odd / factor, values, lanes))
-                o = o if factor == 1 else o * splat(factor, lanes)
-                results[i], results[j] = e + o, e - o
-        if results[i] is None:
-            results[i] = _sum(matrix[i], values, lanes)
-    return results
-
-
-def _sum(coefficients: np.ndarray, values: list, lanes: int):
-    """sum of coefficient * value, a term without a multiplication first."""
-    order = sorted(np.flatnonzero(coefficients), key=lambda i: coefficients[i] != 1)
-    result = None
-    for i in order:
-        c, value = coefficients[i], values[i]
-        if result is None:
-            result = value if c == 1 else value * splat(c, lanes)
-        elif abs(c) == 1:
-            result = result + value if c == 1 else result - value
-        else:
-            result = result + value * splat(c, lanes)
-    return result
 
 
 def _strides(size: int, channels: int) -> tuple[int, int]:
@@ -301,47 +273,50 @@ class _Emitter:
                 self._emit_panel(v, base, tirx.const(whole, "int32"), rest)
 
     def _transform_input(self, v, base, tile) -> None:
-        """v[e, tile, c] = (B^T d B)[e] of tile `base + tile`."""
-        p, m, size = self.problem, self.point.m, self.size
-        n, i, j = unravel(base + tile, p.tiles(m))
-        top, left = i * m - p.padding[0], j * m - p.padding[1]
+        """v[tile, e, c] = (B^T d B)[e] of tile `base + tile`."""
+        p, size = self.problem, self.size
+        n, i, j = unravel(base + tile, p.tiles(self.point.m))
+        top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
         row = Row(p.c, self.target.lanes)
-        lanes = row.lanes
 
-        def transform(load: Callable):
+        def emit(pixel: Callable) -> None:
             def body(channel, _slot, _fresh):
-                self._transform_vector(lambda q, l: load(q, l, ramp(channel, lanes)), v, tile, channel, lanes)
+                lane = ramp(channel, row.lanes)
+                for q, t, value in transform(self.bt, lambda q, t: pixel(q, t, lane), row.lanes):
+                    at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
+                    T.buffer_store(v, value, [ramp(at, row.lanes)])
 
             row.each(body, 1)
 
         inside = tirx.all(top >= 0, left >= 0, top + size <= p.h, left + size <= p.w)
         with T.If(inside):
             with T.Then():
-                transform(lambda q, l, lane: self.x[n, top + q, left + l, lane])
+                emit(lambda q, t, lane: self.x[n, top + q, left + t, lane])
             with T.Else():
-                patch = workspace(size, size, p.c)
-                with T.serial(0, size) as q:
-                    with T.serial(0, size) as l:
-                        valid = tirx.all(top + q >= 0, left + l >= 0, top + q < p.h, left + l < p.w)
-                        with T.If(valid):
-                            with T.Then():
-                                row.each(lambda c, _s, _f: T.buffer_store(
-                                    patch, self.x[n, top + q, left + l, ramp(c, lanes)], [q, l, ramp(c, lanes)]), 1)  # fmt: skip
-                            with T.Else():
-                                row.each(lambda c, _s, _f: T.buffer_store(
-                                    patch, splat(0.0, lanes), [q, l, ramp(c, lanes)]), 1)  # fmt: skip
-                transform(lambda q, l, lane: patch[q, l, lane])
+                patch = self._padded_tile(n, top, left, row)
+                emit(lambda q, t, lane: patch[q, t, lane])
 
-    def _transform_vector(self, load: Callable, v, tile, channel, lanes: int) -> None:
-        size = self.size
-        half = []  # half[l][i]
-        for l in range(size):
-            column = [T.bind(load(q, l)) for q in range(size)]
-            half.append([T.bind(e) for e in linear(self.bt, column, lanes)])
-        for i in range(size):
-            for j, value in enumerate(linear(self.bt, [half[l][i] for l in range(size)], lanes)):
-                at = (i * size + j) * self.strides[0] + tile * self.strides[1] + channel
-                T.buffer_store(v, value, [ramp(at, lanes)])
+    def _padded_tile(self, n, top, left, row: Row):
+        """A buffer with the input tile at (top, left), zeros where it reaches beyond the image."""
+        p, size = self.problem, self.size
+        patch = workspace(size, size, p.c)
+        with T.serial(0, size) as q:
+            with T.serial(0, size) as t:
+                y, x = top + q, left + t
+
+                def fill(value: Callable) -> None:
+                    def body(channel, _slot, _fresh):
+                        lane = ramp(channel, row.lanes)
+                        T.buffer_store(patch, value(lane), [q, t, lane])
+
+                    row.each(body, 1)
+
+                with T.If(tirx.all(y >= 0, x >= 0, y < p.h, x < p.w)):
+                    with T.Then():
+                        fill(lambda lane: self.x[n, y, x, lane])
+                    with T.Else():
+                        fill(lambda lane: splat(0.0, row.lanes))
+        return patch
 
     def _emit_panel(self, v, base, panel, channels: int) -> None:
         """The output channels of one panel (its first `channels`) for a block of tiles."""
@@ -354,21 +329,23 @@ class _Emitter:
         with T.serial(0, size**2) as e:
             with T.serial(0, steps) as step:
                 first = tirx.min(step * point.rows, point.block - point.rows)
+
+                def left(r, k):
+                    return v[(first + r) * self.strides[1] + e * self.strides[0] + k]
+
                 tile.multiply(
-                    acc, self.problem.c,
-                    lambda r, k: v[e * self.strides[0] + (first + r) * self.strides[1] + k],
-                    lambda k, t: self.u[panel, e, k, ramp(t * lanes, lanes)],
+                    acc, self.problem.c, left, lambda k, t: self.u[panel, e, k, ramp(t * lanes, lanes)],
                     lambda k: self._prefetch(panel, e, step * self.problem.c + k, steps),
                 )  # fmt: skip
                 for r, t in tile.cells():
-                    at = e * self.product_strides[0] + (first + r) * self.product_strides[1] + t * lanes
-                    T.buffer_store(product, acc[tile.at(r, t)], [ramp(at, lanes)])
+                    at = (first + r) * self.product_strides[1] + e * self.product_strides[0]
+                    T.buffer_store(product, acc[tile.at(r, t)], [ramp(at + t * lanes, lanes)])
         with T.serial(0, point.block) as t:
             if channels == point.panel:
                 with T.serial(0, vectors) as vector:
                     self._transform_output(product, base, t, panel, vector * lanes, lanes)
             else:
-                for offset, width in pieces(channels, lanes):
+                for offset, width in covering(channels, lanes):
                     self._transform_output(product, base, t, panel, offset, width)
 
     def _prefetch(self, panel, e, iteration, steps: int) -> None:
@@ -376,29 +353,33 @@ class _Emitter:
         each = -(-self.point.panel // (_LINE * steps))
         for line in range(each):
             # Past the end of axis 2 lies the next matrix.
-            address = tirx.address_of(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *(tirx.const(a, "int32") for a in (0, 2, 1))))
+            address = tirx.address_of(
+                self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE]
+            )
+            T.evaluate(
+                tirx.call_intrin(
+                    "void", "tirx.prefetch", address, *(tirx.const(a, "int32") for a in (0, 2, 1))
+                )
+            )
 
     def _transform_output(self, product, base, tile, panel, offset, lanes: int) -> None:
         """Store A^T M A of one tile for `lanes` channels of a panel."""
         p, m, size = self.problem, self.point.m, self.size
         height, width = p.output_hw
         n, i, j = unravel(base + tile, p.tiles(m))
-        half = []  # half[l][r]
-        for l in range(size):
-            start = tile * self.product_strides[1] + offset
-            at = [start + (q * size + l) * self.product_strides[0] for q in range(size)]
-            column = [T.bind(product[ramp(a, lanes)]) for a in at]
-            half.append([T.bind(e) for e in linear(self.at, column, lanes)])
+        start = tile * self.product_strides[1] + offset
+
+        def load(q, t):
+            return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
+
         channel = ramp(panel * self.point.panel + offset, lanes)
-        for r in range(m):
-            for s, value in enumerate(linear(self.at, [half[l][r] for l in range(size)], lanes)):
-                kept = T.bind(value)
-                y, x = i * m + r, j * m + s
-                checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
-                if not checks:
+        for r, s, value in transform(self.at, load, lanes):
+            kept = T.bind(value)
+            y, x = i * m + r, j * m + s
+            checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
+            if not checks:
+                self.kernel.store(kept, [n, y, x, channel])
+                continue
+            with T.If(tirx.all(*checks)):
+                with T.Then():
                     self.kernel.store(kept, [n, y, x, channel])
-                    continue
-                with T.If(tirx.all(*checks)):
-                    with T.Then():
-                        self.kernel.store(kept, [n, y, x, channel])

@@ -39,20 +39,30 @@ def _unary(hint: str, function: Callable) -> Lowering:
     return lower
 
 
-def _lower_softplus(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
+def _lower_softplus(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr | None:
     beta, threshold = float(call.attrs.beta), float(call.attrs.threshold)
-    return _elementwise(bb, call.args[0], lambda x: vector_math.softplus(x, beta, threshold), "softplus")
+    return _elementwise(
+        bb, call.args[0], lambda x: vector_math.softplus(x, beta, threshold), "softplus"
+    )
 
 
-def _lower_leakyrelu(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
+def _lower_leakyrelu(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr | None:
     slope = tirx.const(float(call.attrs.alpha), "float32")
     zero = tirx.const(0.0, "float32")
-    return _elementwise(bb, call.args[0], lambda x: tirx.Select(x > zero, x, x * slope), "leaky_relu")
+    return _elementwise(
+        bb, call.args[0], lambda x: tirx.Select(x > zero, x, x * slope), "leaky_relu"
+    )
 
 
 def _lower_clip(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
     x, low, high = call.args[0], *(_number(bound) for bound in call.args[1:])
-    return _elementwise(bb, x, lambda e: vector_math.minimum(vector_math.maximum(e, low), high), "clip")
+    return _elementwise(
+        bb, x, lambda e: vector_math.minimum(vector_math.maximum(e, low), high), "clip"
+    )
 
 
 def _number(bound) -> float:
@@ -62,8 +72,8 @@ def _number(bound) -> float:
     return float(bound)
 
 
-def _lower_extremum(hint: str, keep_first: Callable) -> Lowering:
-    """maximum or minimum of two tensors, broadcasting; `keep_first(a, b)` where a is wanted (b NaN excluded)."""
+def _lower_extremum(hint: str, first_wins: Callable, second_wins: Callable) -> Lowering:
+    """maximum or minimum of two tensors, broadcasting."""
 
     def lower(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
         a, b = call.args
@@ -78,8 +88,9 @@ def _lower_extremum(hint: str, keep_first: Callable) -> Lowering:
 
             def element(*index):
                 first, second = at(x, index), at(y, index)
-                # A NaN in `first` is caught by the second test, one in `second` by failing the comparison.
-                return tirx.Select(tirx.Or(keep_first(first, second), first != first), first, second)
+                # Neither comparison holds where one of them is NaN, and then so is their sum.
+                other = tirx.Select(second_wins(first, second), second, first + second)
+                return tirx.Select(first_wins(first, second), first, other)
 
             return te.compute(shape, element, name=hint)
 
@@ -102,6 +113,6 @@ LOWERINGS: Mapping[str, Lowering] = {
     "relax.nn.softplus": _lower_softplus,
     "relax.nn.leakyrelu": _lower_leakyrelu,
     "relax.clip": _lower_clip,
-    "relax.maximum": _lower_extremum("maximum", lambda a, b: a >= b),
-    "relax.minimum": _lower_extremum("minimum", lambda a, b: a <= b),
+    "relax.maximum": _lower_extremum("maximum", lambda a, b: a >= b, lambda a, b: a < b),
+    "relax.minimum": _lower_extremum("minimum", lambda a, b: a <= b, lambda a, b: a > b),
 }

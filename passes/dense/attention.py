@@ -51,7 +51,9 @@ def _scale(call: relax.Call, depth: int) -> float:
     return float(scale.value if hasattr(scale, "value") else scale)
 
 
-def lower_attention(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower_attention(
+    bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
+) -> relax.Expr | None:
     """relax.nn.attention and relax.nn.attention_bias."""
     problem = problem_of(call)
     if problem is None:

@@ -28,7 +28,9 @@ def _over_last_axis(call: relax.Call) -> bool:
     return [int(a) % rank for a in call.attrs.axes] == [rank - 1]
 
 
-def lower_layer_norm(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
+def lower_layer_norm(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr | None:
     """relax.nn.layer_norm over the last axis."""
     x, gamma, beta = call.args
     if not (_is_float32(x, gamma, beta) and _over_last_axis(call)):
@@ -36,10 +38,14 @@ def lower_layer_norm(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarge
     if not (bool(call.attrs.center) and bool(call.attrs.scale)):
         return None
     point = layer_norm.Point(epsilon=float(call.attrs.epsilon))
-    return call_te(bb, lambda *t: layer_norm.define_layer_norm(*t, point), x, gamma, beta, hint="layer_norm")
+    return call_te(
+        bb, lambda *t: layer_norm.define_layer_norm(*t, point), x, gamma, beta, hint="layer_norm"
+    )
 
 
-def lower_rms_norm(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr | None:
+def lower_rms_norm(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr | None:
     """relax.nn.rms_norm over the last axis."""
     x, weight = call.args
     if not (_is_float32(x, weight) and _over_last_axis(call)):
@@ -54,7 +60,12 @@ def _lower_softmax(log: bool) -> Lowering:
         if not _is_float32(x) or not shape_of(x):
             return None
         point = softmax.Point(axis=int(call.attrs.axis) % len(shape_of(x)), log=log)
-        return call_te(bb, lambda t: softmax.define_softmax(t, point), x, hint="log_softmax" if log else "softmax")
+        return call_te(
+            bb,
+            lambda t: softmax.define_softmax(t, point),
+            x,
+            hint="log_softmax" if log else "softmax",
+        )
 
     return lower
 

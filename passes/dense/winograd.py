@@ -18,7 +18,6 @@ from schedules.errors import Declined
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
-
 # The estimate is good to about a tenth, and the direct kernel is the more accurate one.
 _WORTH = 0.9
 
@@ -28,7 +27,12 @@ def problem_of(call: relax.Call) -> winograd.Problem | Declined:
     attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
     if (r, s) != (3, 3):
         return Declined(f"Winograd: the kernel is {r}x{s}, not 3x3")
-    for key, wanted in (("strides", [1, 1]), ("dilation", [1, 1]), ("groups", 1), ("layout", "NHWC")):
+    for key, wanted in (
+        ("strides", [1, 1]),
+        ("dilation", [1, 1]),
+        ("groups", 1),
+        ("layout", "NHWC"),
+    ):
         if attrs[key] != wanted:
             return Declined(f"Winograd: {key} is {attrs[key]}, not {wanted}")
     if attrs.get("winograd", "auto") == "never":
@@ -43,7 +47,9 @@ def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
     costs = {m: winograd.cost(problem, m, target) for m in (4, 2)}
     best = min(costs, key=costs.get)
     if costs[best] > _WORTH * direct:
-        return Declined(f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct")
+        return Declined(
+            f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct"
+        )
     return best
 
 
@@ -57,16 +63,26 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.
     return _lower_at(bb, call, problem, point_for(winograd, problem, target, default))
 
 
-def lower_with(bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, m: int, target: CpuTarget) -> relax.Expr:
+def lower_with(
+    bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, m: int, target: CpuTarget
+) -> relax.Expr:
     """The kernel of F(m x m, 3 x 3), whatever the cost rule says."""
     return _lower_at(bb, call, problem, winograd.default_point(problem, m, target))
 
 
-def _lower_at(bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point) -> relax.Expr:
+def _lower_at(
+    bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point
+) -> relax.Expr:
     packed = relax.const(winograd.pack_weights(const_array(call.args[1]), point))
     height, width = problem.output_hw
 
     def define(x, u):
         return winograd.define_winograd(x, u, problem, point)
 
-    return call_te(bb, define, call.args[0], packed, hint=f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}")
+    return call_te(
+        bb,
+        define,
+        call.args[0],
+        packed,
+        hint=f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}",
+    )

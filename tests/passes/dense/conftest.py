@@ -28,13 +28,19 @@ def run_graph(build: Callable, inputs: list[np.ndarray], lowerings: Mapping, tar
     from schedules.dispatch import schedule_module
 
     bb = relax.BlockBuilder()
-    args = [relax.Var(f"x{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(inputs)]
+    args = [
+        relax.Var(f"x{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(inputs)
+    ]
     with bb.function("main", args):
         with bb.dataflow():
             result = bb.emit_output(bb.emit(build(bb, *args)))
         bb.emit_func_output(result)
     mod = lower_operators(bb.finalize(), lowerings, target).mod
-    fuse = [relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps(), relax.transform.FuseTIR()]
+    fuse = [
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
     mod = tvm.transform.Sequential([*fuse, relax.transform.DeadCodeElimination()])(mod)
     mod, kernels = schedule_module(mod, target)
     with target.tvm() as tvm_target:

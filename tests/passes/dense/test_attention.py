@@ -33,9 +33,18 @@ def _random(rng, batch, q_len, k_len, heads, depth, value_depth):
 
 @pytest.mark.parametrize(
     "batch, q_len, k_len, heads, depth, value_depth",
-    [(1, 197, 197, 2, 64, 64), (2, 7, 7, 3, 33, 33), (1, 1, 1, 1, 1, 1), (1, 1, 50, 2, 16, 24), (2, 17, 33, 1, 5, 40), (1, 64, 16, 2, 32, 7)],
+    [
+        (1, 197, 197, 2, 64, 64),
+        (2, 7, 7, 3, 33, 33),
+        (1, 1, 1, 1, 1, 1),
+        (1, 1, 50, 2, 16, 24),
+        (2, 17, 33, 1, 5, 40),
+        (1, 64, 16, 2, 32, 7),
+    ],
 )
-def test_attention_equals_float64(run, rng, host_tiers, batch, q_len, k_len, heads, depth, value_depth):
+def test_attention_equals_float64(
+    run, rng, host_tiers, batch, q_len, k_len, heads, depth, value_depth
+):
     q, k, v = _random(rng, batch, q_len, k_len, heads, depth, value_depth)
     for target in host_tiers:
         ran = run(lambda bb, q, k, v: relax.op.nn.attention(q, k, v), [q, k, v], LOWERINGS, target)
@@ -47,18 +56,30 @@ def test_attention_equals_float64(run, rng, host_tiers, batch, q_len, k_len, hea
 def test_attention_on_threads_equals_one_thread(run, rng, host_tiers, threads):
     q, k, v = _random(rng, 1, 130, 65, 2, 16, 16)
     outputs = [
-        run(lambda bb, q, k, v: relax.op.nn.attention(q, k, v), [q, k, v], LOWERINGS, host_tiers[0].with_threads(n)).output
+        run(
+            lambda bb, q, k, v: relax.op.nn.attention(q, k, v),
+            [q, k, v],
+            LOWERINGS,
+            host_tiers[0].with_threads(n),
+        ).output
         for n in (1, threads)
     ]
     np.testing.assert_array_equal(outputs[1], outputs[0])
 
 
-@pytest.mark.parametrize("bias_shape", [(2, 3, 20, 37), (1, 1, 1, 37), (2, 1, 1, 37), (1, 3, 20, 37)])
+@pytest.mark.parametrize(
+    "bias_shape", [(2, 3, 20, 37), (1, 1, 1, 37), (2, 1, 1, 37), (1, 3, 20, 37)]
+)
 def test_attention_bias_equals_float64(run, rng, host_tiers, bias_shape):
     q, k, v = _random(rng, 2, 20, 37, 3, 16, 16)
     bias = rng.standard_normal(bias_shape).astype(np.float32)
     for target in host_tiers:
-        ran = run(lambda bb, q, k, v, b: relax.op.nn.attention(q, k, v, b, 0.5), [q, k, v, bias], LOWERINGS, target)
+        ran = run(
+            lambda bb, q, k, v, b: relax.op.nn.attention(q, k, v, b, 0.5),
+            [q, k, v, bias],
+            LOWERINGS,
+            target,
+        )
         assert list(ran.loops.values()) == ["attention"]
         np.testing.assert_allclose(ran.output, _attention(q, k, v, bias, 0.5), rtol=0, atol=2e-6)
 
@@ -68,9 +89,16 @@ def test_attention_bias_equals_float64(run, rng, host_tiers, bias_shape):
 def test_causal_attention_equals_float64(run, rng, host_tiers, q_len, k_len, causal):
     q, k, v = _random(rng, 1, q_len, k_len, 2, 16, 16)
     for target in host_tiers:
-        ran = run(lambda bb, q, k, v: relax.op.nn.attention(q, k, v, causal_mask=causal), [q, k, v], LOWERINGS, target)
+        ran = run(
+            lambda bb, q, k, v: relax.op.nn.attention(q, k, v, causal_mask=causal),
+            [q, k, v],
+            LOWERINGS,
+            target,
+        )
         assert list(ran.loops.values()) == ["attention"]
-        np.testing.assert_allclose(ran.output, _attention(q, k, v, causal=causal), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            ran.output, _attention(q, k, v, causal=causal), rtol=0, atol=2e-6
+        )
 
 
 def test_masked_rows_and_special_values_equal_torch(run, rng, host_tiers):
@@ -79,9 +107,16 @@ def test_masked_rows_and_special_values_equal_torch(run, rng, host_tiers):
     bias = np.zeros((1, 1, 20, 20), np.float32)
     bias[..., 3, :], bias[..., 4, ::2], bias[..., 5, 1] = -np.inf, -np.inf, np.nan
     q[0, 7, 0, 3] = np.nan
-    ran = run(lambda bb, q, k, v, b: relax.op.nn.attention(q, k, v, b), [q, k, v, bias], LOWERINGS, host_tiers[0])
+    ran = run(
+        lambda bb, q, k, v, b: relax.op.nn.attention(q, k, v, b),
+        [q, k, v, bias],
+        LOWERINGS,
+        host_tiers[0],
+    )
     heads_first = [torch.tensor(x).permute(0, 2, 1, 3) for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=torch.tensor(bias))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=torch.tensor(bias)
+    )
     np.testing.assert_allclose(ran.output, expected.permute(0, 2, 1, 3).numpy(), rtol=0, atol=2e-6)
     assert not ran.output[0, 3].any()
 
@@ -89,7 +124,9 @@ def test_masked_rows_and_special_values_equal_torch(run, rng, host_tiers):
 def test_scores_beyond_the_range_of_exp_do_not_overflow(run, rng, host_tiers):
     q, k, v = _random(rng, 1, 9, 40, 1, 16, 16)
     q *= 1000
-    ran = run(lambda bb, q, k, v: relax.op.nn.attention(q, k, v), [q, k, v], LOWERINGS, host_tiers[0])
+    ran = run(
+        lambda bb, q, k, v: relax.op.nn.attention(q, k, v), [q, k, v], LOWERINGS, host_tiers[0]
+    )
     # Scores near 1000 carry 6e-5 of float32 rounding each.
     np.testing.assert_allclose(ran.output, _attention(q, k, v), rtol=0, atol=5e-3)
 
@@ -109,6 +146,11 @@ def test_one_tensor_as_query_key_and_value_with_a_fused_epilogue(run, rng, host_
 def test_a_constant_bias_of_zeros_is_dropped(run, rng, host_tiers):
     q, k, v = _random(rng, 1, 8, 8, 1, 8, 8)
     zero = relax.const(np.zeros((1, 1, 8, 8), np.float32))
-    ran = run(lambda bb, q, k, v: relax.op.nn.attention(q, k, v, zero), [q, k, v], LOWERINGS, host_tiers[0])
+    ran = run(
+        lambda bb, q, k, v: relax.op.nn.attention(q, k, v, zero),
+        [q, k, v],
+        LOWERINGS,
+        host_tiers[0],
+    )
     assert list(ran.loops) == ["attention_8_8_1x8"]
     np.testing.assert_allclose(ran.output, _attention(q, k, v), rtol=0, atol=2e-6)

@@ -29,7 +29,12 @@ def test_layer_norm_equals_float64(run, rng, host_tiers, shape):
     x = (rng.standard_normal(shape) + 1000).astype(np.float32)
     gamma, beta = rng.standard_normal((2, shape[-1])).astype(np.float32)
     for target in host_tiers:
-        ran = run(lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[-1], epsilon=1e-5), [x, gamma, beta], LOWERINGS, target)
+        ran = run(
+            lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[-1], epsilon=1e-5),
+            [x, gamma, beta],
+            LOWERINGS,
+            target,
+        )
         assert list(ran.loops.values()) == ["layer_norm"]
         # The float32 mean is right to a few ulp of 1000 (6e-5); E[x^2] - E[x]^2 would be wrong by 3e-2.
         np.testing.assert_allclose(ran.output, _layer_norm(x, gamma, beta, 1e-5), rtol=0, atol=1e-3)
@@ -38,7 +43,12 @@ def test_layer_norm_equals_float64(run, rng, host_tiers, shape):
 def test_layer_norm_of_small_numbers_is_accurate(run, rng, host_tiers):
     x = rng.standard_normal((9, 50)).astype(np.float32)
     gamma, beta = rng.standard_normal((2, 50)).astype(np.float32)
-    ran = run(lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1]), [x, gamma, beta], LOWERINGS, host_tiers[0])
+    ran = run(
+        lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1]),
+        [x, gamma, beta],
+        LOWERINGS,
+        host_tiers[0],
+    )
     np.testing.assert_allclose(ran.output, _layer_norm(x, gamma, beta, 1e-5), rtol=0, atol=2e-6)
 
 
@@ -59,7 +69,12 @@ def test_layer_norm_with_one_vector_as_gamma_and_beta_and_a_fused_epilogue(run, 
 def test_layer_norm_over_another_axis_is_left_to_tvm(run, rng, host_tiers):
     x = rng.standard_normal((4, 5, 6)).astype(np.float32)
     gamma, beta = rng.standard_normal((2, 5, 6)).astype(np.float32)
-    ran = run(lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1, 2]), [x, gamma, beta], LOWERINGS, host_tiers[0])
+    ran = run(
+        lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1, 2]),
+        [x, gamma, beta],
+        LOWERINGS,
+        host_tiers[0],
+    )
     assert set(ran.loops.values()) == {"generic"}
 
 
@@ -69,7 +84,12 @@ def test_rms_norm_equals_float64(run, rng, host_tiers, shape):
     gamma = rng.standard_normal(shape[-1]).astype(np.float32)
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * gamma
     for target in (*host_tiers, host_tiers[0].with_threads(2)):
-        ran = run(lambda bb, x, g: relax.op.nn.rms_norm(x, g, axes=[-1], epsilon=1e-6), [x, gamma], LOWERINGS, target)
+        ran = run(
+            lambda bb, x, g: relax.op.nn.rms_norm(x, g, axes=[-1], epsilon=1e-6),
+            [x, gamma],
+            LOWERINGS,
+            target,
+        )
         assert list(ran.loops.values()) == ["layer_norm"]
         np.testing.assert_allclose(ran.output, expected, rtol=2e-6, atol=1e-6)
 
@@ -77,7 +97,16 @@ def test_rms_norm_equals_float64(run, rng, host_tiers, shape):
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     "shape, axis",
-    [((3, 7), -1), ((2, 1000), 1), ((1, 1), 1), ((5, 33), 0), ((2, 9, 4, 17), 1), ((2, 8, 3), 1), ((2, 7, 1, 1), 1), ((31,), 0)],
+    [
+        ((3, 7), -1),
+        ((2, 1000), 1),
+        ((1, 1), 1),
+        ((5, 33), 0),
+        ((2, 9, 4, 17), 1),
+        ((2, 8, 3), 1),
+        ((2, 7, 1, 1), 1),
+        ((31,), 0),
+    ],
 )
 def test_softmax_equals_float64(run, rng, host_tiers, shape, axis, log):
     x = (rng.standard_normal(shape) * 20).astype(np.float32)
@@ -85,14 +114,23 @@ def test_softmax_equals_float64(run, rng, host_tiers, shape, axis, log):
     for target in (*host_tiers, host_tiers[0].with_threads(2)):
         ran = run(lambda bb, x: op(x, axis=axis), [x], LOWERINGS, target)
         assert list(ran.loops.values()) == ["softmax"]
-        np.testing.assert_allclose(ran.output, _softmax(x, axis, log), rtol=2e-6, atol=1e-5 if log else 1e-7)
+        np.testing.assert_allclose(
+            ran.output, _softmax(x, axis, log), rtol=2e-6, atol=1e-5 if log else 1e-7
+        )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_softmax_of_special_values_equals_torch(run, host_tiers, axis):
     torch = pytest.importorskip("torch")
     x = np.full((20, 20), 1.0, np.float32)
-    x[1, 3], x[2, 4], x[3, 5], x[4, :], x[:, 6], x[5, 7] = -np.inf, np.inf, np.nan, -np.inf, -np.inf, -1e30
+    x[1, 3], x[2, 4], x[3, 5], x[4, :], x[:, 6], x[5, 7] = (
+        -np.inf,
+        np.inf,
+        np.nan,
+        -np.inf,
+        -np.inf,
+        -1e30,
+    )
     ran = run(lambda bb, x: relax.op.nn.softmax(x, axis=axis), [x], LOWERINGS, host_tiers[0])
     expected = torch.softmax(torch.tensor(x), axis).numpy()
     np.testing.assert_array_equal(np.isnan(ran.output), np.isnan(expected))

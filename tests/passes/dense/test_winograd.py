@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Winograd convolution against float64: sizes, paddings, channels, epilogues, threads; the choice and its near misses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from passes import layers
+from passes.dense import winograd as lowering
+from passes.dense.activation import LOWERINGS as ACTIVATIONS
+from schedules import winograd
+from schedules.errors import Declined
+from schedules.target import NAMED
+
+# Maximum error of unit-scale outputs seen over many draws, with a factor of two to spare.
+_TOLERANCE = {2: 4e-6, 4: 2e-5}
+
+
+def _convolve(x: np.ndarray, w: np.ndarray, padding) -> np.ndarray:
+    top, left, bottom, right = padding
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    return sum(
+        padded[:, r : r + height, s : s + width] @ w[:, :, r, s].astype(np.float64).T
+        for r in range(3)
+        for s in range(3)
+    )
+
+
+def _forced(m: int):
+    def lower(bb, call, target):
+        return lowering.lower_with(bb, call, lowering.problem_of(call), m, target)
+
+    return {layers.CONV2D: lower}
+
+
+def _weights(rng, o: int, c: int) -> np.ndarray:
+    return (rng.standard_normal((o, c, 3, 3)) / np.sqrt(9 * c)).astype(np.float32)
+
+
+def _conv(x, w, padding=(1, 1, 1, 1), **attrs):
+    call = layers.conv2d(x, relax.const(w), name="layer", padding=padding, layout="NHWC", **attrs)
+    return call
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_matrices_compute_the_correlation_exactly(rng, m):
+    bt, g, at = winograd.matrices(m)
+    for _ in range(5):
+        d, f = rng.standard_normal(m + 2), rng.standard_normal(3)
+        expected = [d[i : i + 3] @ f for i in range(m)]
+        np.testing.assert_allclose(at @ ((g @ f) * (bt @ d)), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(
+    "shape, o, padding",
+    [
+        ((1, 7, 7, 5), 3, (1, 1, 1, 1)),
+        ((2, 9, 17, 33), 40, (1, 1, 1, 1)),
+        ((1, 3, 3, 1), 1, (0, 0, 0, 0)),
+        ((1, 13, 6, 16), 31, (0, 1, 1, 0)),
+        ((1, 1, 1, 8), 16, (1, 1, 1, 1)),
+    ],
+)
+def test_convolution_equals_float64(run, rng, host_tiers, m, shape, o, padding):
+    x, w = rng.standard_normal(shape).astype(np.float32), _weights(rng, o, shape[3])
+    for target in host_tiers:
+        ran = run(lambda bb, x: _conv(x, w, padding), [x], _forced(m), target)
+        assert list(ran.loops.values()) == ["winograd"]
+        np.testing.assert_allclose(ran.output, _convolve(x, w, padding), rtol=0, atol=_TOLERANCE[m])
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_bias_residual_and_activation_join_the_kernel(run, rng, host_tiers, m):
+    x, w = rng.standard_normal((1, 10, 11, 16)).astype(np.float32), _weights(rng, 24, 16)
+    residual, bias = (
+        rng.standard_normal((1, 10, 11, 24)).astype(np.float32),
+        rng.standard_normal(24).astype(np.float32),
+    )
+
+    def build(bb, x, residual):
+        y = bb.emit(relax.op.add(bb.emit(_conv(x, w)), relax.const(bias)))
+        return relax.op.nn.relu(bb.emit(relax.op.add(y, residual)))
+
+    ran = run(build, [x, residual], {**_forced(m), **ACTIVATIONS}, host_tiers[0])
+    assert list(ran.loops.values()) == ["winograd"]
+    expected = np.maximum(_convolve(x, w, (1, 1, 1, 1)) + bias + residual, 0)
+    np.testing.assert_allclose(ran.output, expected, rtol=0, atol=_TOLERANCE[m])
+
+
+@pytest.mark.parametrize("divide", ["tiles", "channels"])
+def test_threads_change_nothing(run, rng, host_tiers, monkeypatch, divide):
+    """Whatever is divided among the threads, each output is summed in the same order."""
+    x, w = rng.standard_normal((1, 40, 40, 16)).astype(np.float32), _weights(rng, 72, 16)
+    choose = winograd.default_point
+
+    def divided(problem, m, target):
+        from dataclasses import replace
+
+        return replace(choose(problem, m, target), block=40, rows=8, divide=divide)
+
+    monkeypatch.setattr(winograd, "default_point", divided)
+    outputs = [
+        run(lambda bb, x: _conv(x, w), [x], _forced(4), host_tiers[0].with_threads(n)).output
+        for n in (1, 3)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def test_definition_by_itself_is_the_convolution(rng):
+    """The unscheduled te computation, which kernels are compared with."""
+    import tvm
+    from tvm import te
+
+    problem = winograd.Problem(1, 5, 6, 3, 5, (1, 0, 1, 1))
+    point = winograd.default_point(problem, 4, NAMED["generic"])
+    x, w = rng.standard_normal((1, 5, 6, 3)).astype(np.float32), _weights(rng, 5, 3)
+    packed = winograd.pack_weights(w, point)
+    placeholders = [te.placeholder(a.shape, "float32") for a in (x, packed)]
+    func = te.create_prim_func(
+        [*placeholders, winograd.define_winograd(*placeholders, problem, point)]
+    )
+    out = tvm.runtime.tensor(np.zeros((1, 5, 5, 5), np.float32))
+    tvm.compile(func, NAMED["generic"].tvm())["main"](
+        tvm.runtime.tensor(x), tvm.runtime.tensor(packed), out
+    )
+    np.testing.assert_allclose(
+        out.numpy(), _convolve(x, w, (1, 0, 1, 1)), rtol=0, atol=_TOLERANCE[4]
+    )
+
+
+def test_nan_and_infinity_stay_in_the_output_tiles_that_see_them(run, rng, host_tiers):
+    x, w = rng.standard_normal((1, 16, 16, 8)).astype(np.float32), _weights(rng, 8, 8)
+    x[0, 6, 6, 3] = np.nan
+    ran = run(lambda bb, x: _conv(x, w), [x], _forced(2), host_tiers[0])
+    assert np.isnan(ran.output[0, 5:8, 5:8]).all()
+    clean = np.ones((16, 16), bool)
+    clean[4:8, 4:8] = False  # the 2x2 tiles whose 4x4 inputs hold the pixel
+    assert np.isfinite(ran.output[0][clean]).all()
+
+
+def _var(shape) -> relax.Var:
+    return relax.Var("x", relax.TensorType(shape, "float32"))
+
+
+@pytest.mark.parametrize(
+    "attrs, weight_shape, reason",
+    [
+        ({"strides": (2, 2)}, (8, 8, 3, 3), "strides"),
+        ({"dilation": (2, 2)}, (8, 8, 3, 3), "dilation"),
+        ({"groups": 2}, (8, 4, 3, 3), "groups"),
+        ({}, (8, 8, 1, 1), "1x1"),
+        ({}, (8, 8, 5, 3), "5x3"),
+    ],
+)
+def test_near_misses_are_declined(attrs, weight_shape, reason):
+    call = _conv(_var((1, 56, 56, 8)), np.zeros(weight_shape, np.float32), **attrs)
+    declined = lowering.problem_of(call)
+    assert isinstance(declined, Declined) and reason in declined.reason
+
+
+def test_the_winograd_attribute_forbids_it():
+    call = _conv(_var((1, 56, 56, 64)), np.zeros((64, 64, 3, 3), np.float32))
+    assert isinstance(lowering.problem_of(call), winograd.Problem)
+    forbidden = layers.operator_call(
+        layers.CONV2D, call.args, **layers.attrs_of(call), winograd="never"
+    )
+    declined = lowering.problem_of(forbidden)
+    assert isinstance(declined, Declined) and "forbidden" in declined.reason
+
+
+@pytest.mark.parametrize(
+    "h, channels, expected", [(56, 64, 4), (28, 128, 4), (14, 256, 2), (224, 64, 4)]
+)
+def test_choice_for_common_layers_on_avx512(h, channels, expected):
+    problem = winograd.Problem(1, h, h, channels, channels, (1, 1, 1, 1))
+    assert lowering.choose(problem, NAMED["avx512"]) == expected
+
+
+@pytest.mark.parametrize("h, c, o", [(224, 3, 64), (28, 8, 8), (1, 64, 64)])
+def test_few_channels_or_pixels_stay_direct(h, c, o):
+    declined = lowering.choose(winograd.Problem(1, h, h, c, o, (1, 1, 1, 1)), NAMED["avx512"])
+    assert isinstance(declined, Declined) and "of direct" in declined.reason
+
+
+def test_a_point_survives_json():
+    problem = winograd.Problem(2, 9, 17, 33, 40, (1, 0, 1, 2))
+    assert winograd.Problem.from_dict({**problem.to_dict(), "padding": [1, 0, 1, 2]}) == problem
+    point = winograd.default_point(problem, 4, NAMED["avx2"])
+    assert winograd.Point(**point.to_dict()) == point
