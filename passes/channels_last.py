@@ -90,6 +90,7 @@ class _Planner:
         self.func, self.graph = func, Graph(func)
         self.plain: dict[relax.Var, relax.Expr] = {p: p for p in func.params}
         self.last: dict[relax.Var, relax.Expr] = {}
+        self.widened: dict[relax.Var, relax.Expr] = {}  # tensors of lower rank, as NHWC
 
     def run(self) -> relax.Function:
         for binding in bindings_of(self.func):
@@ -178,15 +179,17 @@ class _Planner:
                 return constant(array.reshape(()))
             return constant(array.reshape((1,) * (4 - len(shape)) + shape).transpose(TO_LAST))
         n, c, h, w = full = (1,) * (4 - len(shape)) + shape
+        if expr in self.widened:
+            return self.widened[expr]
         plain = self.to_plain(expr)
         if _is_reshape(full):
             moved = relax.op.reshape(plain, (n, h, w, c))
         else:
-            moved = relax.op.permute_dims(
-                plain if len(shape) == 4 else relax.op.reshape(plain, full), TO_LAST
-            )
-        self.last[expr] = self.graph.emit(moved, f"{expr.name}_nhwc")
-        return self.last[expr]
+            wide = plain if len(shape) == 4 else relax.op.reshape(plain, full)
+            moved = relax.op.permute_dims(wide, TO_LAST)
+        found = self.graph.emit(moved, f"{expr.name}_nhwc")
+        (self.last if len(shape) == 4 else self.widened)[expr] = found
+        return found
 
     def _with_plain(self, value: relax.Expr) -> relax.Expr:
         for var in variables(value):

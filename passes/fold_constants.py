@@ -27,7 +27,7 @@ from passes.rewriting import Graph, constant, rewrite_function, rewrite_module
 
 _AS_DECLARED = Numeric("")
 # A result larger than this is only stored if it is no larger than what it was computed from.
-_GROWTH_LIMIT_BYTES = 1 << 20
+_GROWTH_LIMIT_BYTES = 1 << 26
 
 
 def _is_foldable(expr) -> bool:

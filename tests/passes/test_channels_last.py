@@ -193,3 +193,14 @@ def test_one_dimensional_convolutions_change_layout_once(build, same_values):
     assert len(layout_changes(found)) == 1
     operators = [b.value.op.name for b in bindings_of(found["main"])]
     assert "relax.multiply" not in operators and "relax.nn.batch_norm" not in operators
+
+
+def test_tensors_of_lower_rank_keep_their_own_form(build, same_values):
+    """A [C, H, W] tensor that broadcasts against an image is still split along its own axes."""
+
+    def body(b, x, y):
+        z = op.add(conv(x, SQUARE), y)
+        halves = b.emit(op.split(y, 2, 0))
+        return op.add(op.mean(z, [0, 1, 2, 3]), op.sum(op.multiply(halves[0], halves[1])))
+
+    same_values(ChannelsLast(), build([X, (4, 7, 5)], body))
