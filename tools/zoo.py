@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 IMAGE, TOKENS = "image", "tokens"
+_RESIDUAL_SCALE = 0.25
 
 
 class Logits(nn.Module):
@@ -217,6 +218,20 @@ def randomise(module: nn.Module) -> None:
             parameter.normal_(std=1.0 / math.sqrt(parameter.shape[0]))
         else:
             parameter.normal_(std=0.1)
+    for norm in _last_norms(module):
+        norm.weight.mul_(_RESIDUAL_SCALE)
+
+
+def _last_norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch norm that ends each residual branch. Training makes these small; at 1, rounding errors grow from block to block."""
+    found = []
+    for name, child in module.named_modules():
+        if name.endswith(("reduce_1x1.normalization", "project_bn")):
+            found.append(child)
+        elif name.endswith(".layer") and isinstance(child, nn.Sequential):
+            norms = [m for m in child.modules() if isinstance(m, nn.BatchNorm2d)]
+            found += norms[-1:]
+    return found
 
 
 @torch.no_grad()
