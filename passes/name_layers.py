@@ -70,12 +70,18 @@ class _Namer(PyExprMutator):
         if (weight, change) not in self.derived:
             array = const_array(weight)
             array = array.T if change == "transpose" else array[:, :, None, :]
-            self.derived[weight, change] = relax.const(tvm.runtime.tensor(np.ascontiguousarray(array)))
+            self.derived[weight, change] = relax.const(
+                tvm.runtime.tensor(np.ascontiguousarray(array))
+            )
         return self.derived[weight, change]
 
     def _conv2d(self, call: relax.Call) -> relax.Expr:
         x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
-        if not (_is_weight(weight, 4) and (attrs.data_layout, attrs.kernel_layout) == ("NCHW", "OIHW") and _is_float32(call)):
+        if not (
+            _is_weight(weight, 4)
+            and (attrs.data_layout, attrs.kernel_layout) == ("NCHW", "OIHW")
+            and _is_float32(call)
+        ):
             return call
         return layers.conv2d(
             x, weight, name=self.names.of(weight, "conv2d"), strides=_ints(attrs.strides), padding=_sides(attrs.padding),
@@ -84,7 +90,11 @@ class _Namer(PyExprMutator):
 
     def _conv1d(self, call: relax.Call) -> relax.Expr:
         x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
-        if not (_is_weight(weight, 3) and (attrs.data_layout, attrs.kernel_layout) == ("NCW", "OIW") and _is_float32(call)):
+        if not (
+            _is_weight(weight, 3)
+            and (attrs.data_layout, attrs.kernel_layout) == ("NCW", "OIW")
+            and _is_float32(call)
+        ):
             return call
         n, c, width = shape_of(x)
         padding = _ints(attrs.padding)
@@ -105,7 +115,9 @@ class _Namer(PyExprMutator):
             if _is_weight(stored, 2) and _is_transposition(weight):
                 return layers.dense(x, stored, name=self.names.of(stored, "dense"))
         if _is_weight(weight, 2):
-            return layers.dense(x, self._derive(weight, "transpose"), name=self.names.of(weight, "dense"))
+            return layers.dense(
+                x, self._derive(weight, "transpose"), name=self.names.of(weight, "dense")
+            )
         return call
 
 
@@ -142,5 +154,7 @@ class NameLayers:
         namer = _Namer(mod, self.names)
         for gv, func in mod.functions_items():
             if isinstance(func, relax.Function):
-                namer.builder_.update_func(gv, relax.analysis.remove_all_unused(namer.visit_expr(func)))
+                namer.builder_.update_func(
+                    gv, relax.analysis.remove_all_unused(namer.visit_expr(func))
+                )
         return namer.builder_.get()

@@ -38,7 +38,9 @@ class Logits(nn.Module):
 class Vgg(nn.Module):
     """VGG: 3x3 convolutions with biases, max pooling between stages, three dense layers. arXiv:1409.1556."""
 
-    def __init__(self, stages: tuple[tuple[int, ...], ...], hidden: int, classes: int, grid: int = 7):
+    def __init__(
+        self, stages: tuple[tuple[int, ...], ...], hidden: int, classes: int, grid: int = 7
+    ):
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -61,7 +63,9 @@ class Vgg(nn.Module):
 class LstmClassifier(nn.Module):
     """Embedding, stacked LSTM, and a classifier on the last step (`y[:, -1]`)."""
 
-    def __init__(self, vocabulary: int, width: int, layers: int, classes: int, bidirectional: bool = False):
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, classes: int, bidirectional: bool = False
+    ):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, layers, batch_first=True, bidirectional=bidirectional)
@@ -75,15 +79,33 @@ class LstmClassifier(nn.Module):
 def _resnet(depths: list[int], widths: list[int], kind: str, stem: int, classes: int) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return Logits(ResNetForImageClassification(ResNetConfig(embedding_size=stem, hidden_sizes=widths, depths=depths, layer_type=kind, num_labels=classes)))
+    return Logits(
+        ResNetForImageClassification(
+            ResNetConfig(
+                embedding_size=stem,
+                hidden_sizes=widths,
+                depths=depths,
+                layer_type=kind,
+                num_labels=classes,
+            )
+        )
+    )
 
 
 def resnet18(tiny: bool) -> nn.Module:
-    return _resnet([1, 1, 1, 1], [8, 16, 24, 32], "basic", 8, 10) if tiny else _resnet([2, 2, 2, 2], [64, 128, 256, 512], "basic", 64, 1000)
+    return (
+        _resnet([1, 1, 1, 1], [8, 16, 24, 32], "basic", 8, 10)
+        if tiny
+        else _resnet([2, 2, 2, 2], [64, 128, 256, 512], "basic", 64, 1000)
+    )
 
 
 def resnet50(tiny: bool) -> nn.Module:
-    return _resnet([1, 1, 1, 1], [16, 32, 48, 64], "bottleneck", 8, 10) if tiny else _resnet([3, 4, 6, 3], [256, 512, 1024, 2048], "bottleneck", 64, 1000)
+    return (
+        _resnet([1, 1, 1, 1], [16, 32, 48, 64], "bottleneck", 8, 10)
+        if tiny
+        else _resnet([3, 4, 6, 3], [256, 512, 1024, 2048], "bottleneck", 64, 1000)
+    )
 
 
 def vgg16(tiny: bool) -> nn.Module:
@@ -96,7 +118,9 @@ def mobilenetv2(tiny: bool) -> nn.Module:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     # 0.35 is the narrowest published width; `tf_padding=False` is the symmetric padding of the PyTorch original.
-    config = MobileNetV2Config(depth_multiplier=0.35 if tiny else 1.0, tf_padding=False, num_labels=10 if tiny else 1000)
+    config = MobileNetV2Config(
+        depth_multiplier=0.35 if tiny else 1.0, tf_padding=False, num_labels=10 if tiny else 1000
+    )
     return Logits(MobileNetV2ForImageClassification(config))
 
 
@@ -104,9 +128,16 @@ def regnet_y(tiny: bool) -> nn.Module:
     """RegNetY-400MF (squeeze-and-excitation, grouped convolutions of 8 channels). arXiv:2003.13678."""
     from transformers import RegNetConfig, RegNetForImageClassification
 
-    widths, depths = ([16, 24, 32, 40], [1, 1, 1, 1]) if tiny else ([48, 104, 208, 440], [1, 3, 6, 6])
+    widths, depths = (
+        ([16, 24, 32, 40], [1, 1, 1, 1]) if tiny else ([48, 104, 208, 440], [1, 3, 6, 6])
+    )
     config = RegNetConfig(
-        embedding_size=16 if tiny else 32, hidden_sizes=widths, depths=depths, groups_width=8, layer_type="y", num_labels=10 if tiny else 1000
+        embedding_size=16 if tiny else 32,
+        hidden_sizes=widths,
+        depths=depths,
+        groups_width=8,
+        layer_type="y",
+        num_labels=10 if tiny else 1000,
     )
     return Logits(RegNetForImageClassification(config))
 
@@ -114,8 +145,14 @@ def regnet_y(tiny: bool) -> nn.Module:
 def convnext_t(tiny: bool) -> nn.Module:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    widths, depths = ([16, 24, 32, 40], [1, 1, 1, 1]) if tiny else ([96, 192, 384, 768], [3, 3, 9, 3])
-    return Logits(ConvNextForImageClassification(ConvNextConfig(hidden_sizes=widths, depths=depths, num_labels=10 if tiny else 1000)))
+    widths, depths = (
+        ([16, 24, 32, 40], [1, 1, 1, 1]) if tiny else ([96, 192, 384, 768], [3, 3, 9, 3])
+    )
+    return Logits(
+        ConvNextForImageClassification(
+            ConvNextConfig(hidden_sizes=widths, depths=depths, num_labels=10 if tiny else 1000)
+        )
+    )
 
 
 def efficientnet_b0(tiny: bool) -> nn.Module:
@@ -137,7 +174,9 @@ def vit_s16(tiny: bool) -> nn.Module:
     } if tiny else {
         "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536, "image_size": 224, "num_labels": 1000,
     }  # fmt: skip
-    return Logits(ViTForImageClassification(ViTConfig(**size, patch_size=16, attn_implementation="sdpa")))
+    return Logits(
+        ViTForImageClassification(ViTConfig(**size, patch_size=16, attn_implementation="sdpa"))
+    )
 
 
 def bert(tiny: bool) -> nn.Module:
@@ -148,14 +187,20 @@ def bert(tiny: bool) -> nn.Module:
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100,
         "max_position_embeddings": 32,
     } if tiny else {}  # fmt: skip
-    return Logits(BertModel(BertConfig(**size, attn_implementation="sdpa"), add_pooling_layer=False))
+    return Logits(
+        BertModel(BertConfig(**size, attn_implementation="sdpa"), add_pooling_layer=False)
+    )
 
 
 def gpt2(tiny: bool) -> nn.Module:
     """GPT-2 (124M) as a language model: causal attention, tied embedding and head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 32} if tiny else {}
+    size = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 32}
+        if tiny
+        else {}
+    )
     return Logits(GPT2LMHeadModel(GPT2Config(**size, attn_implementation="sdpa")), use_cache=False)
 
 
@@ -179,7 +224,9 @@ ZOO: dict[str, tuple[Callable[[bool], nn.Module], str, int, int]] = {
 }
 
 
-def build(name: str, *, tiny: bool = False, batch: int = 1, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def build(
+    name: str, *, tiny: bool = False, batch: int = 1, seed: int = 0
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """`(module in eval mode, example inputs)`: images float32 [N, 3, S, S] of unit variance, or tokens int64 [N, S].
 
     Raises KeyError for an unknown name.
@@ -205,8 +252,13 @@ def randomise(module: nn.Module) -> None:
         owner = module.get_submodule(name.rpartition(".")[0]) if "." in name else module
         if isinstance(owner, (nn.Conv2d, nn.Linear)) and parameter.ndim > 1:
             fan_in = parameter[0].numel()
-            parameter.normal_(std=math.sqrt((2.0 if isinstance(owner, nn.Conv2d) else 1.0) / fan_in))
-        elif isinstance(owner, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) or "layernorm" in type(owner).__name__.lower():
+            parameter.normal_(
+                std=math.sqrt((2.0 if isinstance(owner, nn.Conv2d) else 1.0) / fan_in)
+            )
+        elif (
+            isinstance(owner, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm))
+            or "layernorm" in type(owner).__name__.lower()
+        ):
             parameter.uniform_(0.7, 1.3) if name.endswith("weight") else parameter.normal_(std=0.1)
         elif isinstance(owner, nn.Embedding):
             parameter.normal_(std=0.5)
@@ -258,12 +310,16 @@ def save_pt2(module: nn.Module, example: tuple, path: Path) -> None:
 def save_onnx(module: nn.Module, example: tuple, path: Path) -> None:
     """By torch's own exporter; weights beside the file if they exceed protobuf's 2 GB."""
     with torch.no_grad():
-        torch.onnx.export(module, example, str(path), dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(
+            module, example, str(path), dynamo=True, external_data=False, verbose=False
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=[*ZOO, "all"], metavar="NAME", help=", ".join(["all", *ZOO]))
+    parser.add_argument(
+        "names", nargs="+", choices=[*ZOO, "all"], metavar="NAME", help=", ".join(["all", *ZOO])
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("."))
     parser.add_argument("--format", default="pt2", help="pt2, onnx or pt2,onnx")
     parser.add_argument("--tiny", action="store_true", help="small widths and inputs, for tests")

@@ -81,7 +81,9 @@ def import_model(
     if kind == "exported_program":
         return import_exported(source, where="the exported program", kind=kind, **options)
     raise ModelError(
-        "not a model", found=type(source).__name__, wanted="a .onnx or .pt2 path, an ExportedProgram, or an nn.Module"
+        "not a model",
+        found=type(source).__name__,
+        wanted="a .onnx or .pt2 path, an ExportedProgram, or an nn.Module",
     )
 
 
@@ -112,8 +114,18 @@ def _import_file(path: Path, options: dict) -> Imported:
         from compiler.frontend.torch_model import import_exported
 
         return import_exported(load_archive(path), where=str(path), kind="pt2", **options)
-    todo = "Export it with torch.export.save or torch.onnx.export." if path.suffix in (".pt", ".pth", ".bin") else ""
-    raise ModelError("unknown kind of model file", where=str(path), found=path.suffix or "no suffix", wanted=".onnx or .pt2", todo=todo)
+    todo = (
+        "Export it with torch.export.save or torch.onnx.export."
+        if path.suffix in (".pt", ".pth", ".bin")
+        else ""
+    )
+    raise ModelError(
+        "unknown kind of model file",
+        where=str(path),
+        found=path.suffix or "no suffix",
+        wanted=".onnx or .pt2",
+        todo=todo,
+    )
 
 
 __all__ = ["Imported", "TensorSpec", "import_model"]

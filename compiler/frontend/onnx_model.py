@@ -31,7 +31,9 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=where) from None
     except Exception as error:  # protobuf's DecodeError, whatever its class is in this version
-        raise ModelError(f"not an ONNX model, or truncated ({first_line(error)})", where=where) from None
+        raise ModelError(
+            f"not an ONNX model, or truncated ({first_line(error)})", where=where
+        ) from None
     if not model.ir_version or not model.graph.output:
         raise ModelError("not an ONNX model: it holds no graph", where=where)
     _load_external_data(model, path)
@@ -46,21 +48,34 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
             if external_data_helper.uses_external_data(tensor):
                 info = external_data_helper.ExternalDataInfo(tensor)
                 if not (path.parent / info.location).is_file():
-                    raise ModelError(f"external data of {tensor.name} is missing", where=where, wanted=str(path.parent / info.location))
+                    raise ModelError(
+                        f"external data of {tensor.name} is missing",
+                        where=where,
+                        wanted=str(path.parent / info.location),
+                    )
         external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (ValueError, OSError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"its external data cannot be loaded: {first_line(error)}", where=where) from None
+        raise ModelError(
+            f"its external data cannot be loaded: {first_line(error)}", where=where
+        ) from None
 
 
-def import_onnx(model: onnx.ModelProto, *, where: str, shapes: Mapping[str, Shape], batch: int | None) -> Imported:
+def import_onnx(
+    model: onnx.ModelProto, *, where: str, shapes: Mapping[str, Shape], batch: int | None
+) -> Imported:
     """An ONNX model as Relax. See `compiler.frontend.import_model`."""
     _check(model, where)
     graph = prepare(model, where, shapes, batch)
     if problems := unsupported(graph):
-        raise UnsupportedModel(f"{len(problems)} operators have no converter", where=where, found="; ".join(problems))
+        raise UnsupportedModel(
+            f"{len(problems)} operators have no converter", where=where, found="; ".join(problems)
+        )
     _check_tensors(graph)
     mod = _convert(graph)
-    inputs = [TensorSpec(name, tuple(shape), np.dtype(dtype).name) for name, (shape, dtype) in graph.inputs.items()]
+    inputs = [
+        TensorSpec(name, tuple(shape), np.dtype(dtype).name)
+        for name, (shape, dtype) in graph.inputs.items()
+    ]
     outputs = [TensorSpec(name, *_type(value)) for name, value in zip(graph.outputs, _results(mod))]
     return Imported(mod, inputs, outputs, "onnx", _reference(model, inputs, where))
 
@@ -81,18 +96,35 @@ def _check_tensors(graph: OnnxGraph) -> None:
     """Only float32 and integer tensors, and no NaN among the weights."""
     for name, (_shape, dtype) in graph.inputs.items():
         if np.dtype(dtype).name not in _DTYPES:
-            raise UnsupportedModel(f"input {name} is {np.dtype(dtype).name}", where=graph.where, wanted=", ".join(_DTYPES), todo="Export the model in float32.")
+            raise UnsupportedModel(
+                f"input {name} is {np.dtype(dtype).name}",
+                where=graph.where,
+                wanted=", ".join(_DTYPES),
+                todo="Export the model in float32.",
+            )
     for name, array in graph.constants.items():
         if array.dtype.name not in _DTYPES:
-            raise UnsupportedModel(f"weight {name} is {array.dtype.name}", where=graph.where, wanted="float32", todo="Export the model in float32.")
+            raise UnsupportedModel(
+                f"weight {name} is {array.dtype.name}",
+                where=graph.where,
+                wanted="float32",
+                todo="Export the model in float32.",
+            )
         if array.dtype == np.float32 and np.isnan(array).any():
-            raise ModelError(f"weight {name} holds NaN", where=graph.where, found=f"{int(np.isnan(array).sum())} of {array.size} values")
+            raise ModelError(
+                f"weight {name} holds NaN",
+                where=graph.where,
+                found=f"{int(np.isnan(array).sum())} of {array.size} values",
+            )
 
 
 def _convert(graph: OnnxGraph) -> tvm.IRModule:
     builder = relax.BlockBuilder()
     converter = Converter(builder, graph)
-    params = [relax.Var(name, relax.TensorType(tuple(shape), np.dtype(dtype).name)) for name, (shape, dtype) in graph.inputs.items()]
+    params = [
+        relax.Var(name, relax.TensorType(tuple(shape), np.dtype(dtype).name))
+        for name, (shape, dtype) in graph.inputs.items()
+    ]
     converter.env.update(zip(graph.inputs, params))
     with builder.function("main", params):
         with builder.dataflow():
@@ -119,7 +151,12 @@ def _reference(model: onnx.ModelProto, inputs: Sequence[TensorSpec], where: str)
     def reference(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The model run by ONNX Runtime, or by ONNX's reference implementation where that is not installed."""
         if len(arrays) != len(inputs):
-            raise ModelError("wrong number of inputs", where=where, found=str(len(arrays)), wanted=str(len(inputs)))
+            raise ModelError(
+                "wrong number of inputs",
+                where=where,
+                found=str(len(arrays)),
+                wanted=str(len(inputs)),
+            )
         if not session:
             session.append(_session(model))
         feeds = {spec.name: np.ascontiguousarray(a, spec.dtype) for spec, a in zip(inputs, arrays)}
@@ -140,6 +177,8 @@ def _session(model: onnx.ModelProto):
     # ONNX Runtime refuses file format versions it has not seen, though they hold nothing that it would not know.
     version, model.ir_version = model.ir_version, min(model.ir_version, _IR_VERSION)
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     finally:
         model.ir_version = version

@@ -39,9 +39,16 @@ def unsupported(graph: OnnxGraph) -> list[str]:
     missing: dict[str, list[str]] = {}
     for node in graph.nodes:
         if converter_of(node) is None:
-            kind = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+            kind = (
+                f"{node.domain}.{node.op_type}"
+                if node.domain not in ("", "ai.onnx")
+                else node.op_type
+            )
             missing.setdefault(kind, []).append(node.name or node.output[0])
-    return [f"{kind} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})" for kind, at in sorted(missing.items())]
+    return [
+        f"{kind} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})"
+        for kind, at in sorted(missing.items())
+    ]
 
 
 class Converter:
@@ -68,19 +75,35 @@ class Converter:
             results = converter_of(node)(self, *[self.value(n) if n else None for n in node.input])
         except Refused as error:
             raise UnsupportedModel(f"{at}: {error}", where=self.graph.where) from None
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
-            raise UnsupportedModel(f"{at} cannot be converted: {first_line(error)}", where=self.graph.where) from error
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            AssertionError,
+        ) as error:
+            raise UnsupportedModel(
+                f"{at} cannot be converted: {first_line(error)}", where=self.graph.where
+            ) from error
         results = results if isinstance(results, (list, tuple)) else [results]
         for name, result in zip(node.output, results):
             if name:
-                self.env[name] = result if isinstance(result, relax.Var) or is_const(result) else self.emit(result)
+                self.env[name] = (
+                    result
+                    if isinstance(result, relax.Var) or is_const(result)
+                    else self.emit(result)
+                )
                 self._check(name, self.env[name], at)
 
     def _name_weight(self, node: onnx.NodeProto) -> None:
         if len(node.input) < 2 or node.input[1] not in self.graph.constants:
             return
         weight, given = self.value(node.input[1]), self.graph.names.get(node.input[1], "")
-        self.names.setdefault(weight, given if not is_anonymous(given) else scope_of(node) or node.output[0])
+        self.names.setdefault(
+            weight, given if not is_anonymous(given) else scope_of(node) or node.output[0]
+        )
 
     def _check(self, name: str, expr: relax.Expr, at: str) -> None:
         found, wanted = (shape_of(expr), dtype_of(expr)), self.graph.types.get(name)
@@ -151,7 +174,12 @@ def _variadic(function: Callable) -> Callable:
 
 def _add(c: Converter, a: relax.Expr, b: relax.Expr) -> relax.Expr:
     for x, y in ((a, b), (b, a)):  # exporters add masks that mask nothing
-        if is_const(y) and not is_const(x) and c.shape() == shape_of(x) and not y.value.numpy().any():
+        if (
+            is_const(y)
+            and not is_const(x)
+            and c.shape() == shape_of(x)
+            and not y.value.numpy().any()
+        ):
             return x
     return op.add(a, b)
 
@@ -164,7 +192,12 @@ def _divide(c: Converter, a: relax.Expr, b: relax.Expr) -> relax.Expr:
 
 def _power(c: Converter, x: relax.Expr, exponent: relax.Expr) -> relax.Expr:
     value = c.graph.constants.get(c.node.input[1])
-    if value is not None and value.size == 1 and shape_of(x) == c.shape() and dtype_of(x) == "float32":
+    if (
+        value is not None
+        and value.size == 1
+        and shape_of(x) == c.shape()
+        and dtype_of(x) == "float32"
+    ):
         wanted = float(value.reshape(-1)[0])
         if wanted == 2:
             return op.multiply(x, x)
@@ -177,7 +210,9 @@ def _power(c: Converter, x: relax.Expr, exponent: relax.Expr) -> relax.Expr:
     return op.power(x, exponent)
 
 
-def _clip(c: Converter, x: relax.Expr, low: relax.Expr | None = None, high: relax.Expr | None = None) -> relax.Expr:
+def _clip(
+    c: Converter, x: relax.Expr, low: relax.Expr | None = None, high: relax.Expr | None = None
+) -> relax.Expr:
     low = number(c.attr("min"), x) if "min" in c.attributes else low
     high = number(c.attr("max"), x) if "max" in c.attributes else high
     x = x if low is None else c.emit(op.maximum(x, low))
@@ -198,7 +233,13 @@ def _guards_softmax(c: Converter) -> bool:
     condition, zero, kept = c.node.input
     producers = {o: n for n in c.graph.nodes for o in n.output}
     guard, softmax = producers.get(condition), producers.get(kept)
-    if guard is None or softmax is None or guard.op_type != "IsNaN" or guard.input[0] != kept or softmax.op_type != "Softmax":
+    if (
+        guard is None
+        or softmax is None
+        or guard.op_type != "IsNaN"
+        or guard.input[0] != kept
+        or softmax.op_type != "Softmax"
+    ):
         return False
     if zero not in c.graph.constants or c.graph.constants[zero].any():
         return False
@@ -238,7 +279,9 @@ def _hard_swish(c: Converter, x: relax.Expr) -> relax.Expr:
 
 def _elu(c: Converter, x: relax.Expr) -> relax.Expr:
     negative = op.subtract(op.exp(op.minimum(x, number(0, x))), number(1, x))
-    return op.where(op.greater(x, number(0, x)), x, op.multiply(negative, number(c.attr("alpha", 1.0), x)))
+    return op.where(
+        op.greater(x, number(0, x)), x, op.multiply(negative, number(c.attr("alpha", 1.0), x))
+    )
 
 
 def _prelu(c: Converter, x: relax.Expr, slope: relax.Expr) -> relax.Expr:
@@ -269,7 +312,9 @@ def _gemm(c: Converter, a: relax.Expr, b: relax.Expr, bias: relax.Expr | None = 
     return op.add(product, bias if beta == 1 else op.multiply(bias, number(beta, product)))
 
 
-def _padding(c: Converter, spatial: tuple, kernel: list, strides: list, dilations: list) -> list[int]:
+def _padding(
+    c: Converter, spatial: tuple, kernel: list, strides: list, dilations: list
+) -> list[int]:
     """Zeros before each axis, then after each."""
     rank, mode = len(spatial), c.attr("auto_pad", "NOTSET")
     if mode == "NOTSET":
@@ -287,44 +332,84 @@ def _padding(c: Converter, spatial: tuple, kernel: list, strides: list, dilation
 
 def _geometry(c: Converter, x: relax.Expr, kernel: list[int]) -> tuple[list, list, list]:
     rank = len(kernel)
-    strides, dilations = list(c.attr("strides") or [1] * rank), list(c.attr("dilations") or [1] * rank)
+    strides, dilations = (
+        list(c.attr("strides") or [1] * rank),
+        list(c.attr("dilations") or [1] * rank),
+    )
     return strides, dilations, _padding(c, shape_of(x)[2:], kernel, strides, dilations)
 
 
-def _conv(c: Converter, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None = None) -> relax.Expr:
+def _conv(
+    c: Converter, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None = None
+) -> relax.Expr:
     rank = len(shape_of(x)) - 2
     if rank not in (1, 2):
         raise Refused(f"a convolution with {rank} spatial dimensions; wanted 1 or 2")
     strides, dilations, padding = _geometry(c, x, list(shape_of(weight)[2:]))
     function = {1: op.nn.conv1d, 2: op.nn.conv2d}[rank]
-    result = c.emit(function(x, weight, strides=strides, padding=padding, dilation=dilations, groups=c.attr("group", 1)))
+    result = c.emit(
+        function(
+            x,
+            weight,
+            strides=strides,
+            padding=padding,
+            dilation=dilations,
+            groups=c.attr("group", 1),
+        )
+    )
     return result if bias is None else op.add(result, _per_channel(bias, rank))
 
 
 def _per_channel(bias: relax.Expr, rank: int) -> relax.Expr:
     shape = (1, shape_of(bias)[0], *[1] * rank)
-    return constant(bias.value.numpy().reshape(shape)) if is_const(bias) else op.reshape(bias, shape)
+    return (
+        constant(bias.value.numpy().reshape(shape)) if is_const(bias) else op.reshape(bias, shape)
+    )
 
 
-def _conv_transpose(c: Converter, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None = None) -> relax.Expr:
+def _conv_transpose(
+    c: Converter, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | None = None
+) -> relax.Expr:
     rank = len(shape_of(x)) - 2
     strides, dilations, padding = _geometry(c, x, list(shape_of(weight)[2:]))
-    if rank not in (1, 2) or any(d != 1 for d in dilations) or c.attr("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in c.attributes:
-        raise Refused("a transposed convolution with dilation, automatic padding or more than 2 spatial dimensions")
+    if (
+        rank not in (1, 2)
+        or any(d != 1 for d in dilations)
+        or c.attr("auto_pad", "NOTSET") != "NOTSET"
+        or "output_shape" in c.attributes
+    ):
+        raise Refused(
+            "a transposed convolution with dilation, automatic padding or more than 2 spatial dimensions"
+        )
     function = {1: op.nn.conv1d_transpose, 2: op.nn.conv2d_transpose}[rank]
     extra = list(c.attr("output_padding") or [0] * rank)
-    result = c.emit(function(x, weight, strides=strides, padding=padding, output_padding=extra, groups=c.attr("group", 1)))
+    result = c.emit(
+        function(
+            x,
+            weight,
+            strides=strides,
+            padding=padding,
+            output_padding=extra,
+            groups=c.attr("group", 1),
+        )
+    )
     return result if bias is None else op.add(result, _per_channel(bias, rank))
 
 
 def _batch_norm(c: Converter, x, scale, bias, mean, variance) -> relax.Expr:
     if c.attr("training_mode", 0) or len([o for o in c.node.output if o]) > 1:
         raise Refused("training mode")
-    result = c.emit(op.nn.batch_norm(x, scale, bias, mean, variance, axis=1, epsilon=c.attr("epsilon", 1e-5), training=False))
+    result = c.emit(
+        op.nn.batch_norm(
+            x, scale, bias, mean, variance, axis=1, epsilon=c.attr("epsilon", 1e-5), training=False
+        )
+    )
     return relax.TupleGetItem(result, 0)
 
 
-def _layer_norm(c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr | None = None) -> list:
+def _layer_norm(
+    c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr | None = None
+) -> list:
     if any(c.node.output[1:]):
         raise Refused("the mean or the deviation is used")
     rank = len(shape_of(x))
@@ -333,19 +418,39 @@ def _layer_norm(c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr
     if shape_of(scale) != extent or (bias is not None and shape_of(bias) != extent):
         raise Refused("a scale or bias that broadcasts")
     bias = constant(np.zeros(extent, "float32")) if bias is None else bias
-    return [op.nn.layer_norm(x, scale, bias, axes=[a - rank for a in axes], epsilon=c.attr("epsilon", 1e-5))]
+    return [
+        op.nn.layer_norm(
+            x, scale, bias, axes=[a - rank for a in axes], epsilon=c.attr("epsilon", 1e-5)
+        )
+    ]
 
 
 def _instance_norm(c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr) -> relax.Expr:
     channels, axes = shape_of(x)[1], list(range(2, len(shape_of(x))))
-    return op.nn.group_norm(x, scale, bias, num_groups=channels, channel_axis=1, axes=axes, epsilon=c.attr("epsilon", 1e-5))
+    return op.nn.group_norm(
+        x,
+        scale,
+        bias,
+        num_groups=channels,
+        channel_axis=1,
+        axes=axes,
+        epsilon=c.attr("epsilon", 1e-5),
+    )
 
 
 def _group_norm(c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr) -> relax.Expr:
     if shape_of(scale) != (shape_of(x)[1],):
         raise Refused("one scale per group")
     axes = list(range(2, len(shape_of(x))))
-    return op.nn.group_norm(x, scale, bias, num_groups=c.attr("num_groups"), channel_axis=1, axes=axes, epsilon=c.attr("epsilon", 1e-5))
+    return op.nn.group_norm(
+        x,
+        scale,
+        bias,
+        num_groups=c.attr("num_groups"),
+        channel_axis=1,
+        axes=axes,
+        epsilon=c.attr("epsilon", 1e-5),
+    )
 
 
 def _max_pool(c: Converter, x: relax.Expr) -> list:
@@ -354,7 +459,11 @@ def _max_pool(c: Converter, x: relax.Expr) -> list:
     kernel = list(c.attr("kernel_shape"))
     strides, dilations, padding = _geometry(c, x, kernel)
     padding = _fitted(c, x, kernel, strides, dilations, padding)
-    return [op.nn.max_pool2d(x, kernel, strides=strides, padding=padding, dilation=dilations, ceil_mode=False)]
+    return [
+        op.nn.max_pool2d(
+            x, kernel, strides=strides, padding=padding, dilation=dilations, ceil_mode=False
+        )
+    ]
 
 
 def _average_pool(c: Converter, x: relax.Expr) -> relax.Expr:
@@ -366,15 +475,21 @@ def _average_pool(c: Converter, x: relax.Expr) -> relax.Expr:
     fitted = _fitted(c, x, kernel, strides, dilations, padding)
     if counted and fitted != padding:
         raise Refused("ceil_mode with counted padding")
-    return op.nn.avg_pool2d(x, kernel, strides=strides, padding=fitted, ceil_mode=False, count_include_pad=counted)
+    return op.nn.avg_pool2d(
+        x, kernel, strides=strides, padding=fitted, ceil_mode=False, count_include_pad=counted
+    )
 
 
-def _fitted(c: Converter, x, kernel: list, strides: list, dilations: list, padding: list[int]) -> list[int]:
+def _fitted(
+    c: Converter, x, kernel: list, strides: list, dilations: list, padding: list[int]
+) -> list[int]:
     """Padding at the end that gives the inferred size, so that ceil_mode is not needed."""
     if not c.attr("ceil_mode", 0):
         return padding
     ends = []
-    for size, out, k, s, d, before in zip(shape_of(x)[2:], c.shape()[2:], kernel, strides, dilations, padding):
+    for size, out, k, s, d, before in zip(
+        shape_of(x)[2:], c.shape()[2:], kernel, strides, dilations, padding
+    ):
         end = (out - 1) * s + d * (k - 1) + 1 - size - before
         if (out - 1) * s >= size + before:
             raise Refused("a last window that lies in the padding")

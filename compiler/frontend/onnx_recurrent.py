@@ -31,7 +31,11 @@ class Unrolled:
     def add_many(self, kind: str, count: int, *inputs: str, **attributes) -> list[str]:
         index = len(self.nodes)
         outputs = [f"{self.prefix}/{index}/{i}" for i in range(count)]
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{self.prefix}/{kind}_{index}", **attributes))
+        self.nodes.append(
+            helper.make_node(
+                kind, inputs, outputs, name=f"{self.prefix}/{kind}_{index}", **attributes
+            )
+        )
         return outputs
 
     def constant(self, label: str, array: np.ndarray, name: str | None = None) -> str:
@@ -52,7 +56,13 @@ class _Cell:
     has_cell: bool = False
 
 
-def _expand(cell: _Cell, node: onnx.NodeProto, x_shape: tuple, constants: Mapping[str, np.ndarray], name: str) -> Unrolled | str:
+def _expand(
+    cell: _Cell,
+    node: onnx.NodeProto,
+    x_shape: tuple,
+    constants: Mapping[str, np.ndarray],
+    name: str,
+) -> Unrolled | str:
     """The unrolled node, or why it cannot be."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     inputs = [*node.input, *[""] * (8 - len(node.input))]
@@ -64,29 +74,49 @@ def _expand(cell: _Cell, node: onnx.NodeProto, x_shape: tuple, constants: Mappin
     directions = constants[inputs[1]].shape[0]
     lasts, cells, sequences = [], [], []
     for d in range(directions):
-        reverse = directions == 2 and d == 1 or attributes.get("direction", b"forward") == b"reverse"
+        reverse = (directions == 2 and d == 1) or attributes.get(
+            "direction", b"forward"
+        ) == b"reverse"
         state = _initial(out, inputs[5], constants, d, (batch, hidden), "h")
-        memory = _initial(out, inputs[6], constants, d, (batch, hidden), "c") if cell.has_cell else None
+        memory = (
+            _initial(out, inputs[6], constants, d, (batch, hidden), "c") if cell.has_cell else None
+        )
         suffix = "_reverse" if reverse and directions == 2 else ""
         parts = _weights(cell, out, node, inputs, constants, d, hidden, name, suffix, attributes)
         projected = out.add("MatMul", inputs[0], parts["W"])
         projected = out.add("Add", projected, parts["bias"])
-        by_step = out.add_many("Split", steps, projected, out.constant("ones", np.ones(steps, "int64")), axis=0)
+        by_step = out.add_many(
+            "Split", steps, projected, out.constant("ones", np.ones(steps, "int64")), axis=0
+        )
         zero = out.constant("axis0", np.array([0], "int64"))
         outputs: list[str] = [""] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
-            state, memory = cell.step(out, out.add("Squeeze", by_step[t], zero), state, memory, parts)
+            state, memory = cell.step(
+                out, out.add("Squeeze", by_step[t], zero), state, memory, parts
+            )
             outputs[t] = out.add("Unsqueeze", state, zero)
-        sequences.append(out.add("Unsqueeze", out.add("Concat", *outputs, axis=0), out.constant("axis1", np.array([1], "int64"))))
+        sequences.append(
+            out.add(
+                "Unsqueeze",
+                out.add("Concat", *outputs, axis=0),
+                out.constant("axis1", np.array([1], "int64")),
+            )
+        )
         lasts.append(out.add("Unsqueeze", state, zero))
         cells.append(out.add("Unsqueeze", memory, zero) if cell.has_cell else "")
     for output, parts, axis in zip(node.output, (sequences, lasts, cells), (1, 0, 0)):
         if output:
-            out.nodes.append(helper.make_node("Concat", parts, [output], name=f"{out.prefix}/{output}", axis=axis))
+            out.nodes.append(
+                helper.make_node(
+                    "Concat", parts, [output], name=f"{out.prefix}/{output}", axis=axis
+                )
+            )
     return out
 
 
-def _refusal(cell: _Cell, attributes: Mapping, inputs: list[str], x_shape: tuple, constants: Mapping) -> str:
+def _refusal(
+    cell: _Cell, attributes: Mapping, inputs: list[str], x_shape: tuple, constants: Mapping
+) -> str:
     if any(name and name not in constants for name in inputs[1:4]):
         return "weights that are computed"
     if inputs[7]:
@@ -103,14 +133,27 @@ def _refusal(cell: _Cell, attributes: Mapping, inputs: list[str], x_shape: tuple
     return ""
 
 
-def _initial(out: Unrolled, name: str, constants: Mapping, direction: int, shape: tuple, label: str) -> str:
+def _initial(
+    out: Unrolled, name: str, constants: Mapping, direction: int, shape: tuple, label: str
+) -> str:
     if not name:
         return out.constant(f"{label}0", np.zeros(shape, "float32"))
     index = out.constant(f"{label}_direction{direction}", np.array(direction, "int64"))
     return out.add("Gather", name, index, axis=0)
 
 
-def _weights(cell: _Cell, out, node, inputs, constants, d: int, hidden: int, name: str, suffix: str, attributes: Mapping) -> dict:
+def _weights(
+    cell: _Cell,
+    out,
+    node,
+    inputs,
+    constants,
+    d: int,
+    hidden: int,
+    name: str,
+    suffix: str,
+    attributes: Mapping,
+) -> dict:
     w, r = constants[inputs[1]][d], constants[inputs[2]][d]
     count = cell.gates * hidden
     bias = constants[inputs[3]][d] if inputs[3] else np.zeros(2 * count, "float32")
@@ -124,7 +167,9 @@ def _weights(cell: _Cell, out, node, inputs, constants, d: int, hidden: int, nam
             early[2 * hidden :] = 0
             parts["r_bias"] = out.constant(f"rb{d}", r_bias[2 * hidden :])
         parts["R_gates"] = out.constant(f"rg{d}", r[: 2 * hidden].T, f"{name}.R{suffix}")
-        parts["R_candidate"] = out.constant(f"rc{d}", r[2 * hidden :].T, f"{name}.R_candidate{suffix}")
+        parts["R_candidate"] = out.constant(
+            f"rc{d}", r[2 * hidden :].T, f"{name}.R_candidate{suffix}"
+        )
         r_bias = early
     else:
         parts["R"] = out.constant(f"r{d}", r.T, f"{name}.R{suffix}")
@@ -140,18 +185,25 @@ def _sizes(out: Unrolled, parts: Mapping, count: int) -> str:
 def _lstm_step(out: Unrolled, projected: str, h: str, c: str, parts: Mapping) -> tuple[str, str]:
     gates = out.add("Add", projected, out.add("MatMul", h, parts["R"]))
     i, o, f, g = out.add_many("Split", 4, gates, _sizes(out, parts, 4), axis=1)
-    i, o, f, g = (out.add(kind, x) for kind, x in (("Sigmoid", i), ("Sigmoid", o), ("Sigmoid", f), ("Tanh", g)))
+    i, o, f, g = (
+        out.add(kind, x)
+        for kind, x in (("Sigmoid", i), ("Sigmoid", o), ("Sigmoid", f), ("Tanh", g))
+    )
     c = out.add("Add", out.add("Mul", f, c), out.add("Mul", i, g))
     return out.add("Mul", o, out.add("Tanh", c)), c
 
 
 def _gru_step(out: Unrolled, projected: str, h: str, _c: None, parts: Mapping) -> tuple[str, None]:
     from_z, from_r, from_h = out.add_many("Split", 3, projected, _sizes(out, parts, 3), axis=1)
-    recurrent_z, recurrent_r = out.add_many("Split", 2, out.add("MatMul", h, parts["R_gates"]), _sizes(out, parts, 2), axis=1)
+    recurrent_z, recurrent_r = out.add_many(
+        "Split", 2, out.add("MatMul", h, parts["R_gates"]), _sizes(out, parts, 2), axis=1
+    )
     z = out.add("Sigmoid", out.add("Add", from_z, recurrent_z))
     r = out.add("Sigmoid", out.add("Add", from_r, recurrent_r))
     if parts["linear"]:
-        recurrent = out.add("Mul", r, out.add("Add", out.add("MatMul", h, parts["R_candidate"]), parts["r_bias"]))
+        recurrent = out.add(
+            "Mul", r, out.add("Add", out.add("MatMul", h, parts["R_candidate"]), parts["r_bias"])
+        )
     else:
         recurrent = out.add("MatMul", out.add("Mul", r, h), parts["R_candidate"])
     candidate = out.add("Tanh", out.add("Add", from_h, recurrent))

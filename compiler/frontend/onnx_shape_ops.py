@@ -171,7 +171,9 @@ def _argument(function: Callable) -> Callable:
     def convert(c: Converter, x: relax.Expr) -> relax.Expr:
         if c.attr("select_last_index", 0):
             raise Refused("select_last_index")
-        return function(x, c.attr("axis", 0) % len(shape_of(x)), keepdims=bool(c.attr("keepdims", 1)))
+        return function(
+            x, c.attr("axis", 0) % len(shape_of(x)), keepdims=bool(c.attr("keepdims", 1))
+        )
 
     return convert
 
@@ -179,7 +181,9 @@ def _argument(function: Callable) -> Callable:
 def _cumsum(c: Converter, x: relax.Expr, _axis: relax.Expr) -> relax.Expr:
     if c.attr("reverse", 0):
         raise Refused("reverse")
-    return op.cumsum(x, int(c.array(1).reshape(-1)[0]) % len(shape_of(x)), exclusive=bool(c.attr("exclusive", 0)))
+    return op.cumsum(
+        x, int(c.array(1).reshape(-1)[0]) % len(shape_of(x)), exclusive=bool(c.attr("exclusive", 0))
+    )
 
 
 def _trilu(c: Converter, x: relax.Expr, _k: Any = None) -> relax.Expr:
@@ -205,7 +209,10 @@ def _space_to_depth(c: Converter, x: relax.Expr) -> relax.Expr:
 
 
 def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
-    mode, coordinates = c.attr("mode", "nearest"), c.attr("coordinate_transformation_mode", "half_pixel")
+    mode, coordinates = (
+        c.attr("mode", "nearest"),
+        c.attr("coordinate_transformation_mode", "half_pixel"),
+    )
     (n, channels, height, width), (n2, channels2, new_height, new_width) = shape_of(x), c.shape()
     if (n, channels) != (n2, channels2) or c.attr("antialias", 0):
         raise Refused("a change of batch or channels, or antialiasing")
@@ -218,13 +225,34 @@ def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
         for axis, factor in ((2, new_height // height), (3, new_width // width)):
             x = x if factor == 1 else c.emit(op.repeat(x, factor, axis))
         return x
-    allowed = {"half_pixel": "half_pixel", "pytorch_half_pixel": "half_pixel", "align_corners": "align_corners"}
-    if mode != "linear" or coordinates not in allowed or (coordinates == "pytorch_half_pixel" and 1 in (new_height, new_width)):
+    allowed = {
+        "half_pixel": "half_pixel",
+        "pytorch_half_pixel": "half_pixel",
+        "align_corners": "align_corners",
+    }
+    if (
+        mode != "linear"
+        or coordinates not in allowed
+        or (coordinates == "pytorch_half_pixel" and 1 in (new_height, new_width))
+    ):
         raise Refused(f"mode {mode} with {coordinates} coordinates")
     scales = c.array(2) if len(c.node.input) > 2 else None
-    if scales is not None and scales.size and any(abs(s * i - o) > 1e-4 for s, i, o in zip(scales[2:], (height, width), (new_height, new_width))):
+    if (
+        scales is not None
+        and scales.size
+        and any(
+            abs(s * i - o) > 1e-4
+            for s, i, o in zip(scales[2:], (height, width), (new_height, new_width))
+        )
+    ):
         raise Refused("scales that do not give whole numbers of pixels")
-    return op.image.resize2d(x, (new_height, new_width), layout="NCHW", method="linear", coordinate_transformation_mode=allowed[coordinates])
+    return op.image.resize2d(
+        x,
+        (new_height, new_width),
+        layout="NCHW",
+        method="linear",
+        coordinate_transformation_mode=allowed[coordinates],
+    )
 
 
 CONVERTERS: dict[str, Callable] = {

@@ -41,7 +41,16 @@ _ARITHMETIC = (
     ast.Expression, ast.Call, ast.Name, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp,
     ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context,
 )  # fmt: skip
-_CONTAINERS = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_list", "torch.fx.immutable_collections.immutable_dict"})
+_CONTAINERS = frozenset(
+    {
+        "builtins.tuple",
+        "builtins.list",
+        "builtins.dict",
+        "collections.OrderedDict",
+        "torch.fx.immutable_collections.immutable_list",
+        "torch.fx.immutable_collections.immutable_dict",
+    }
+)
 _LONGEST_EXPRESSION = 4000
 _PICKLES_OF_MODEL = re.compile(r"data/(weights|constants|sample_inputs)/[^/]+\.pt")
 
@@ -63,7 +72,9 @@ def load_archive(path: Path) -> Any:
         program._guards_code = []
         return program
     except Exception as error:  # whatever torch raises on a damaged archive
-        raise ModelError(f"torch.export cannot load it: {first_line(error)}", where=str(path)) from error
+        raise ModelError(
+            f"torch.export cannot load it: {first_line(error)}", where=str(path)
+        ) from error
 
 
 def check_archive(data: bytes, where: str) -> None:
@@ -72,7 +83,11 @@ def check_archive(data: bytes, where: str) -> None:
         archive = zipfile.ZipFile(io.BytesIO(data))
         damaged = archive.testzip()
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
-        raise ModelError(f"not a .pt2 archive, or truncated: {error}", where=where, todo="Save it with torch.export.save.") from None
+        raise ModelError(
+            f"not a .pt2 archive, or truncated: {error}",
+            where=where,
+            todo="Save it with torch.export.save.",
+        ) from None
     if damaged:
         raise ModelError(f"damaged: the checksum of {damaged} does not match", where=where)
     members = archive.namelist()
@@ -111,7 +126,9 @@ def _json(data: bytes, file: str, where: str) -> Any:
 def _check_payloads(config: Any, file: str, where: str) -> None:
     entries = config.get("config", {}) if isinstance(config, dict) else {}
     for name, meta in entries.items():
-        if meta.get("use_pickle") or str(meta.get("path_name", "")).startswith(("custom_obj_", "opaque_obj_")):
+        if meta.get("use_pickle") or str(meta.get("path_name", "")).startswith(
+            ("custom_obj_", "opaque_obj_")
+        ):
             raise ModelError(
                 f"refused: {name!r} in {file} is stored as a pickle, which runs code when it is loaded", where=where,
                 wanted="plain tensors", todo="Export the model without custom objects or tensor subclasses.",
@@ -127,7 +144,10 @@ def _check_pickle(data: bytes, file: str, where: str) -> None:
     try:
         torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:
-        raise ModelError(f"refused: {file} is a pickle that holds more than tensors: {first_line(error)}", where=where) from None
+        raise ModelError(
+            f"refused: {file} is a pickle that holds more than tensors: {first_line(error)}",
+            where=where,
+        ) from None
 
 
 def _walk(value: Any) -> Iterator[dict]:
@@ -147,18 +167,29 @@ def _check_program(program: Any, file: str, where: str) -> None:
     unknown = []
     for item in _walk(program):
         target = item.get("target")
-        if "inputs" in item and "outputs" in item and isinstance(target, str) and not _TARGETS.fullmatch(target):
+        if (
+            "inputs" in item
+            and "outputs" in item
+            and isinstance(target, str)
+            and not _TARGETS.fullmatch(target)
+        ):
             unknown.append(target)
         for key in ("expr_str", "as_expr"):
             text = item.get(key)
             if isinstance(text, str) and not _is_arithmetic(text):
-                raise ModelError(f"refused: {file} holds a shape expression that is not arithmetic", where=where, found=repr(text[:60]))
+                raise ModelError(
+                    f"refused: {file} holds a shape expression that is not arithmetic",
+                    where=where,
+                    found=repr(text[:60]),
+                )
         for key in ("in_spec", "out_spec"):
             if isinstance(item.get(key), str):
                 _check_structure(item[key], file, where)
     for text in _symbol_keys(program):
         if not _is_arithmetic(text):
-            raise ModelError(f"refused: {file} names a symbol that is none", where=where, found=repr(text[:60]))
+            raise ModelError(
+                f"refused: {file} names a symbol that is none", where=where, found=repr(text[:60])
+            )
     if unknown:
         raise ModelError(
             f"refused: {file} calls what is no operator of PyTorch's own", where=where, found=", ".join(sorted(set(unknown)))[:200],

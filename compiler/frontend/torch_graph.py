@@ -27,7 +27,16 @@ KEPT = (
     "instance_norm.default", "pad.default",
 )  # fmt: skip
 # Evaluating these would freeze one sample of a random variable or an uninitialised buffer into the model.
-_NOT_FOLDED = ("rand", "dropout", "bernoulli", "empty", "normal", "multinomial", "exponential", "uniform")
+_NOT_FOLDED = (
+    "rand",
+    "dropout",
+    "bernoulli",
+    "empty",
+    "normal",
+    "multinomial",
+    "exponential",
+    "uniform",
+)
 # A folded constant may be larger than its inputs only this far: a broadcast is better done at run time.
 _FOLDED_BYTES = 1 << 20
 
@@ -67,7 +76,11 @@ def prepare(program: ExportedProgram, where: str) -> Prepared:
         spec = kinds.get(node.name)
         if spec is None or not isinstance(node.meta.get("val"), torch.Tensor):
             if node.users:
-                raise UnsupportedModel(f"input {node.name} is not a tensor", where=where, found=str(getattr(spec, "kind", "no input")))
+                raise UnsupportedModel(
+                    f"input {node.name} is not a tensor",
+                    where=where,
+                    found=str(getattr(spec, "kind", "no input")),
+                )
             continue
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(node)
@@ -77,7 +90,9 @@ def prepare(program: ExportedProgram, where: str) -> Prepared:
         elif node.users:
             raise UnsupportedModel(f"input {node.name} is a {spec.kind.name}", where=where)
     if open_nodes := [n.name for n in program.graph.nodes if _is_open(n.meta.get("val"))]:
-        raise UnsupportedModel("the size of a result depends on data", where=where, found=", ".join(open_nodes[:5]))
+        raise UnsupportedModel(
+            "the size of a result depends on data", where=where, found=", ".join(open_nodes[:5])
+        )
     _fold(program, constants, names)
     outputs = _user_outputs(program, where)
     return Prepared(program.graph, inputs, constants, names, outputs)
@@ -101,9 +116,18 @@ def _bound_tensor(program: ExportedProgram, target: str) -> torch.Tensor:
 
 def _user_outputs(program: ExportedProgram, where: str) -> list[fx.Node]:
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
-    mutated = [s.target for s in program.graph_signature.output_specs if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)]
+    mutated = [
+        s.target
+        for s in program.graph_signature.output_specs
+        if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    ]
     if mutated:
-        raise UnsupportedModel("the model changes its own state when it runs", where=where, found=", ".join(map(str, mutated)), todo="Call model.eval() before exporting.")
+        raise UnsupportedModel(
+            "the model changes its own state when it runs",
+            where=where,
+            found=", ".join(map(str, mutated)),
+            todo="Call model.eval() before exporting.",
+        )
     nodes = []
     for value, spec in zip(output.args[0], program.graph_signature.output_specs):
         if spec.kind is not OutputKind.USER_OUTPUT or value is None:
@@ -124,9 +148,18 @@ def _fold(program: ExportedProgram, constants: dict, names: dict) -> None:
             if isinstance(value, torch.Tensor):
                 constants[node] = value.detach()
         elif node.op == "call_function" and _foldable(node, constants):
-            value = node.target(*fx.map_arg(node.args, constants.__getitem__), **fx.map_arg(node.kwargs, constants.__getitem__))
-            sizes = [constants[n].nbytes for n in node.all_input_nodes if isinstance(constants[n], torch.Tensor)]
-            if isinstance(value, torch.Tensor) and value.nbytes > max(_FOLDED_BYTES, 2 * sum(sizes)):
+            value = node.target(
+                *fx.map_arg(node.args, constants.__getitem__),
+                **fx.map_arg(node.kwargs, constants.__getitem__),
+            )
+            sizes = [
+                constants[n].nbytes
+                for n in node.all_input_nodes
+                if isinstance(constants[n], torch.Tensor)
+            ]
+            if isinstance(value, torch.Tensor) and value.nbytes > max(
+                _FOLDED_BYTES, 2 * sum(sizes)
+            ):
                 continue
             constants[node] = value
             owners = [names[n] for n in node.all_input_nodes if n in names]

@@ -27,11 +27,15 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def import_module(module: torch.nn.Module, example: Any, *, shapes: Mapping[str, Shape], batch: int | None) -> Imported:
+def import_module(
+    module: torch.nn.Module, example: Any, *, shapes: Mapping[str, Shape], batch: int | None
+) -> Imported:
     """Export `module` (in eval mode, restored afterwards) with its example inputs and import the program."""
     where = type(module).__name__
     if example is None:
-        raise ModelError("a module needs example inputs", where=where, todo="Pass example=(tensor, ...).")
+        raise ModelError(
+            "a module needs example inputs", where=where, todo="Pass example=(tensor, ...)."
+        )
     args, kwargs = _example(example, where)
     if batch is not None:
         args, kwargs = _with_batch(args, kwargs, batch)
@@ -78,7 +82,12 @@ def _with_batch(args: tuple, kwargs: dict, batch: int) -> tuple[tuple, dict]:
 
 
 def import_exported(
-    program: ExportedProgram, *, where: str, kind: str, shapes: Mapping[str, Shape], batch: int | None
+    program: ExportedProgram,
+    *,
+    where: str,
+    kind: str,
+    shapes: Mapping[str, Shape],
+    batch: int | None,
 ) -> Imported:
     """An exported program as Relax; open dimensions are fixed by exporting it once more with inputs of those shapes."""
     _quiet_torch()
@@ -86,10 +95,16 @@ def import_exported(
     prepared = prepare(program, where)
     _check_tensors(prepared, where)
     if problems := unsupported(prepared):
-        raise UnsupportedModel(f"{len(problems)} operators have no converter", where=where, found="; ".join(problems))
+        raise UnsupportedModel(
+            f"{len(problems)} operators have no converter", where=where, found="; ".join(problems)
+        )
     mod = _convert(prepared, where)
     inputs = [_spec(n.name, n.meta["val"], where) for n in prepared.inputs]
-    names = ["output"] if len(prepared.outputs) == 1 else [f"output{i}" for i in range(len(prepared.outputs))]
+    names = (
+        ["output"]
+        if len(prepared.outputs) == 1
+        else [f"output{i}" for i in range(len(prepared.outputs))]
+    )
     outputs = [_spec(name, n.meta["val"], where) for name, n in zip(names, prepared.outputs)]
     return Imported(mod, inputs, outputs, kind, _reference(program, inputs))
 
@@ -104,12 +119,19 @@ def _placeholders(program: ExportedProgram) -> list:
     return [n for n in program.graph.nodes if n.op == "placeholder" and n.name in user]
 
 
-def _specialise(program: ExportedProgram, where: str, shapes: Mapping[str, Shape], batch: int | None) -> ExportedProgram:
+def _specialise(
+    program: ExportedProgram, where: str, shapes: Mapping[str, Shape], batch: int | None
+) -> ExportedProgram:
     """`program` with static shapes. Raises ModelError where a shape is unknown, missing or contradicts the model."""
     nodes = _placeholders(program)
     known = [n.name for n in nodes]
     if unknown := sorted(set(shapes) - set(known)):
-        raise ModelError("no such input", where=where, found=", ".join(unknown), wanted=f"one of {', '.join(known)}")
+        raise ModelError(
+            "no such input",
+            where=where,
+            found=", ".join(unknown),
+            wanted=f"one of {', '.join(known)}",
+        )
     examples, open_dimensions = [], False
     for node in nodes:
         value = node.meta["val"]
@@ -132,14 +154,21 @@ def _specialise(program: ExportedProgram, where: str, shapes: Mapping[str, Shape
         ) from error  # fmt: skip
 
 
-def _static_shape(name: str, value: torch.Tensor, wanted: Shape | None, batch: int | None, where: str) -> tuple[Shape, bool]:
+def _static_shape(
+    name: str, value: torch.Tensor, wanted: Shape | None, batch: int | None, where: str
+) -> tuple[Shape, bool]:
     """The shape to build for, and whether the program leaves any of it open."""
     dims = [d if isinstance(d, int) else None for d in value.shape]
     shape = list(dims)
     if wanted is not None:
         if len(wanted) != len(dims) or any(d is not None and d != w for d, w in zip(dims, wanted)):
             text = "x".join("?" if d is None else str(d) for d in dims)
-            raise ModelError(f"input {name} cannot have this shape", where=where, found="x".join(map(str, wanted)), wanted=text)
+            raise ModelError(
+                f"input {name} cannot have this shape",
+                where=where,
+                found="x".join(map(str, wanted)),
+                wanted=text,
+            )
         shape = list(wanted)
     if batch is not None and shape:
         if dims[0] is None and shape[0] is None:
@@ -171,18 +200,32 @@ def _check_tensors(prepared: Prepared, where: str) -> None:
                 todo="Convert it with model.float() before exporting.",
             )  # fmt: skip
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-            raise ModelError(f"parameter {prepared.names[node]} holds NaN", where=where, found=f"{int(torch.isnan(tensor).sum())} of {tensor.numel()} values")
+            raise ModelError(
+                f"parameter {prepared.names[node]} holds NaN",
+                where=where,
+                found=f"{int(torch.isnan(tensor).sum())} of {tensor.numel()} values",
+            )
 
 
 def _spec(name: str, value: torch.Tensor, where: str) -> TensorSpec:
     if value.dtype not in _DTYPES:
-        raise UnsupportedModel(f"{name} is {value.dtype}", where=where, wanted=", ".join(_DTYPES.values()), todo="Convert the model with model.float().")
+        raise UnsupportedModel(
+            f"{name} is {value.dtype}",
+            where=where,
+            wanted=", ".join(_DTYPES.values()),
+            todo="Convert the model with model.float().",
+        )
     return TensorSpec(name, tuple(int(d) for d in value.shape), _DTYPES[value.dtype])
 
 
 def _convert(prepared: Prepared, where: str) -> tvm.IRModule:
     builder = relax.BlockBuilder()
-    params = [relax.Var(n.name, relax.TensorType(tuple(n.meta["val"].shape), _DTYPES[n.meta["val"].dtype])) for n in prepared.inputs]
+    params = [
+        relax.Var(
+            n.name, relax.TensorType(tuple(n.meta["val"].shape), _DTYPES[n.meta["val"].dtype])
+        )
+        for n in prepared.inputs
+    ]
     converter = Converter(builder, prepared, where)
     for node, param in zip(prepared.inputs, params):
         converter.env[node] = param
@@ -206,9 +249,14 @@ def _reference(program: ExportedProgram, inputs: Sequence[TensorSpec]) -> Callab
     def reference(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The program run by torch on arrays in the order of its inputs."""
         if len(arrays) != len(inputs):
-            raise ModelError("wrong number of inputs", found=str(len(arrays)), wanted=str(len(inputs)))
+            raise ModelError(
+                "wrong number of inputs", found=str(len(arrays)), wanted=str(len(inputs))
+            )
         tensors = iter(arrays)
-        flat = [constants[n] if n in constants else torch.from_numpy(np.array(next(tensors), copy=True)) for n in nodes]
+        flat = [
+            constants[n] if n in constants else torch.from_numpy(np.array(next(tensors), copy=True))
+            for n in nodes
+        ]
         args, kwargs = torch.utils._pytree.tree_unflatten(flat, program.call_spec.in_spec)
         with torch.no_grad():
             result = module()(*args, **kwargs)

@@ -38,11 +38,18 @@ def unsupported(prepared: Prepared) -> list[str]:
     """`operator (node, node, ...)` for every operator of the graph without a converter."""
     missing: dict[str, list[str]] = {}
     for node in prepared.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or node in prepared.constants or not node.users:
+        if (
+            node.op in ("placeholder", "output", "get_attr")
+            or node in prepared.constants
+            or not node.users
+        ):
             continue
         if node.op != "call_function" or converter_of(node) is None:
             missing.setdefault(key_of(node), []).append(_position(node))
-    return [f"{name} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})" for name, at in sorted(missing.items())]
+    return [
+        f"{name} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})"
+        for name, at in sorted(missing.items())
+    ]
 
 
 def _position(node: fx.Node) -> str:
@@ -76,10 +83,23 @@ class Converter:
         try:
             result = function(self, *self._arguments(node))
         except Refused as error:
-            raise UnsupportedModel(f"{key_of(node)} ({_position(node)}): {error}", where=self.where) from None
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
+            raise UnsupportedModel(
+                f"{key_of(node)} ({_position(node)}): {error}", where=self.where
+            ) from None
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            AssertionError,
+        ) as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
-            raise UnsupportedModel(f"{key_of(node)} ({_position(node)}) cannot be converted: {message}", where=self.where) from error
+            raise UnsupportedModel(
+                f"{key_of(node)} ({_position(node)}) cannot be converted: {message}",
+                where=self.where,
+            ) from error
         result = tuple(result) if isinstance(result, (tuple, list)) else self._bound(result)
         self._check(node, result)
         self.env[node] = result
@@ -89,7 +109,9 @@ class Converter:
 
     def _check(self, node: fx.Node, result: Any) -> None:
         expected = node.meta.get("val")
-        pairs = zip(result, expected) if isinstance(expected, (tuple, list)) else [(result, expected)]
+        pairs = (
+            zip(result, expected) if isinstance(expected, (tuple, list)) else [(result, expected)]
+        )
         for got, wanted in pairs:
             if got is None or not isinstance(wanted, torch.Tensor):
                 continue
@@ -112,7 +134,11 @@ class Converter:
     def value(self, argument: Any) -> Any:
         """A node's expression (a constant if it is one); lists by element; anything else as it is."""
         if isinstance(argument, (list, tuple)):
-            return type(argument)(map(self.value, argument)) if type(argument) in (list, tuple) else [self.value(a) for a in argument]
+            return (
+                type(argument)(map(self.value, argument))
+                if type(argument) in (list, tuple)
+                else [self.value(a) for a in argument]
+            )
         if not isinstance(argument, fx.Node):
             return argument
         if argument not in self.env:
@@ -178,7 +204,9 @@ def _comparison(function: Callable) -> Callable:
 
 def _logical(function: Callable) -> Callable:
     def convert(c: Converter, *operands: Any) -> relax.Expr:
-        return function(*[o if is_bool(o) else op.not_equal(o, c.cast(0, dtype_of(o))) for o in operands])
+        return function(
+            *[o if is_bool(o) else op.not_equal(o, c.cast(0, dtype_of(o))) for o in operands]
+        )
 
     return convert
 
@@ -229,9 +257,16 @@ def _hardsigmoid(c: Converter, x: relax.Expr) -> relax.Expr:
 
 
 def _elu(c: Converter, x: relax.Expr, alpha: float, scale: float, input_scale: float) -> relax.Expr:
-    negative = op.subtract(op.exp(op.multiply(op.minimum(x, c.cast(0, c.dtype)), c.cast(input_scale, c.dtype))), c.cast(1, c.dtype))
+    negative = op.subtract(
+        op.exp(op.multiply(op.minimum(x, c.cast(0, c.dtype)), c.cast(input_scale, c.dtype))),
+        c.cast(1, c.dtype),
+    )
     positive = x if scale == 1 else op.multiply(x, c.cast(scale, c.dtype))
-    return op.where(op.greater(x, c.cast(0, c.dtype)), positive, op.multiply(negative, c.cast(alpha * scale, c.dtype)))
+    return op.where(
+        op.greater(x, c.cast(0, c.dtype)),
+        positive,
+        op.multiply(negative, c.cast(alpha * scale, c.dtype)),
+    )
 
 
 def _softmax(function: Callable) -> Callable:
@@ -246,26 +281,41 @@ def _linear(c: Converter, x: relax.Expr, weight: relax.Expr, bias: relax.Expr | 
     return result if bias is None else op.add(result, bias)
 
 
-def _addmm(c: Converter, bias: Any, a: relax.Expr, b: relax.Expr, beta: Any, alpha: Any) -> relax.Expr:
+def _addmm(
+    c: Converter, bias: Any, a: relax.Expr, b: relax.Expr, beta: Any, alpha: Any
+) -> relax.Expr:
     if beta != 1 or alpha != 1:
         raise Refused("beta or alpha other than 1")
     return op.add(c.emit(op.matmul(a, b)), bias)
 
 
-def _baddbmm(c: Converter, bias: Any, a: relax.Expr, b: relax.Expr, beta: Any, alpha: Any) -> relax.Expr:
+def _baddbmm(
+    c: Converter, bias: Any, a: relax.Expr, b: relax.Expr, beta: Any, alpha: Any
+) -> relax.Expr:
     product = c.emit(op.matmul(a, b))
     scaled = product if alpha == 1 else op.multiply(product, c.cast(alpha, c.dtype))
-    return scaled if beta == 0 else op.add(scaled, bias if beta == 1 else op.multiply(bias, c.cast(beta, c.dtype)))
+    return (
+        scaled
+        if beta == 0
+        else op.add(scaled, bias if beta == 1 else op.multiply(bias, c.cast(beta, c.dtype)))
+    )
 
 
-def _convolution(c, x, weight, bias, stride, padding, dilation, transposed=False, output_padding=(), groups=1) -> relax.Expr:
+def _convolution(
+    c, x, weight, bias, stride, padding, dilation, transposed=False, output_padding=(), groups=1
+) -> relax.Expr:
     rank = len(shape_of(x)) - 2
     if rank not in (1, 2) or len(shape_of(weight)) != rank + 2:
         raise Refused(f"a convolution with {rank} spatial dimensions; wanted 1 or 2, batched")
     if isinstance(padding, str):
         raise Refused("padding by name")
     stride, padding, dilation = (_spread(v, rank) for v in (stride, padding, dilation))
-    geometry = {"strides": stride, "padding": [*padding, *padding], "dilation": dilation, "groups": groups}
+    geometry = {
+        "strides": stride,
+        "padding": [*padding, *padding],
+        "dilation": dilation,
+        "groups": groups,
+    }
     if transposed:
         functions = {1: op.nn.conv1d_transpose, 2: op.nn.conv2d_transpose}
         geometry["output_padding"] = _spread(output_padding, rank)
@@ -298,13 +348,17 @@ def _ones_and_zeros(c: Converter, weight: Any, bias: Any, size: int | tuple) -> 
 
 def _batch_norm_inference(c, x, weight, bias, mean, variance, _momentum, epsilon) -> tuple:
     weight, bias = _ones_and_zeros(c, weight, bias, shape_of(x)[1])
-    result = c.emit(op.nn.batch_norm(x, weight, bias, mean, variance, axis=1, epsilon=epsilon, training=False))
+    result = c.emit(
+        op.nn.batch_norm(x, weight, bias, mean, variance, axis=1, epsilon=epsilon, training=False)
+    )
     return c.emit(relax.TupleGetItem(result, 0)), None, None
 
 
 def _layer_norm(c, x, shape, weight, bias, epsilon, _cudnn=True) -> relax.Expr:
     weight, bias = _ones_and_zeros(c, weight, bias, tuple(shape))
-    return op.nn.layer_norm(x, weight, bias, axes=[-i for i in range(len(shape), 0, -1)], epsilon=epsilon)
+    return op.nn.layer_norm(
+        x, weight, bias, axes=[-i for i in range(len(shape), 0, -1)], epsilon=epsilon
+    )
 
 
 def _native_layer_norm(c, x, shape, weight, bias, epsilon) -> tuple:
@@ -314,7 +368,9 @@ def _native_layer_norm(c, x, shape, weight, bias, epsilon) -> tuple:
 def _group_norm(c, x, groups, weight, bias, epsilon, _cudnn=True) -> relax.Expr:
     weight, bias = _ones_and_zeros(c, weight, bias, shape_of(x)[1])
     axes = list(range(2, len(shape_of(x))))
-    return op.nn.group_norm(x, weight, bias, num_groups=groups, channel_axis=1, axes=axes, epsilon=epsilon)
+    return op.nn.group_norm(
+        x, weight, bias, num_groups=groups, channel_axis=1, axes=axes, epsilon=epsilon
+    )
 
 
 def _native_group_norm(c, x, weight, bias, _n, _c, _hw, groups, epsilon) -> tuple:
@@ -324,7 +380,9 @@ def _native_group_norm(c, x, weight, bias, _n, _c, _hw, groups, epsilon) -> tupl
 def _rms_norm(c, x, shape, weight, epsilon) -> relax.Expr:
     axes = [-i for i in range(len(shape), 0, -1)]
     epsilon = float(np.finfo(np.float32).eps) if epsilon is None else epsilon
-    scale = op.rsqrt(op.add(op.mean(op.multiply(x, x), axes, keepdims=True), c.cast(epsilon, c.dtype)))
+    scale = op.rsqrt(
+        op.add(op.mean(op.multiply(x, x), axes, keepdims=True), c.cast(epsilon, c.dtype))
+    )
     normal = op.multiply(x, scale)
     return normal if weight is None else op.multiply(normal, weight)
 
@@ -333,7 +391,9 @@ def _attention(c, query, key, value, mask, dropout, causal, scale, gqa) -> relax
     rank = len(shape_of(query))
     if rank not in (3, 4) or gqa or dropout:
         raise Refused("dropout, grouped queries or an input that is not [B, S, D] or [B, H, S, D]")
-    if any(len(shape_of(t)) != rank or shape_of(t)[:-2] != shape_of(query)[:-2] for t in (key, value)):
+    if any(
+        len(shape_of(t)) != rank or shape_of(t)[:-2] != shape_of(query)[:-2] for t in (key, value)
+    ):
         raise Refused("batch or heads that broadcast")
     if mask is not None and causal:
         raise Refused("a mask together with is_causal")
@@ -350,13 +410,20 @@ def _attention(c, query, key, value, mask, dropout, causal, scale, gqa) -> relax
         bias = c.emit(op.reshape(bias, (*[1] * (4 - len(shape_of(bias))), *shape_of(bias))))
     scale = 1 / math.sqrt(shape_of(query)[-1]) if scale is None else scale
     result = op.nn.attention(
-        to_bshd(query), to_bshd(key), to_bshd(value), bias, scale=tvm.tirx.FloatImm("float32", scale), causal_mask="TopLeft" if causal else None
+        to_bshd(query),
+        to_bshd(key),
+        to_bshd(value),
+        bias,
+        scale=tvm.tirx.FloatImm("float32", scale),
+        causal_mask="TopLeft" if causal else None,
     )
     result = op.permute_dims(c.emit(result), [0, 2, 1, 3])
     return result if rank == 4 else op.squeeze(c.emit(result), 1)
 
 
-def _bias(c: Converter, mask: relax.Expr, extent: tuple[int, int]) -> tuple[relax.Expr | None, bool]:
+def _bias(
+    c: Converter, mask: relax.Expr, extent: tuple[int, int]
+) -> tuple[relax.Expr | None, bool]:
     """The additive mask, and whether it is the causal one; no mask for one that hides nothing."""
     bias = _additive_mask(c, mask)
     if not isinstance(bias, tvm.ir.expr.GenericConst):
@@ -366,7 +433,12 @@ def _bias(c: Converter, mask: relax.Expr, extent: tuple[int, int]) -> tuple[rela
         return None, False
     causal = np.tril(np.ones(extent, bool))
     hidden = array <= np.finfo(np.float32).min / 2
-    is_causal = array.shape[-2:] == extent and extent[0] == extent[1] and (hidden == ~causal).all() and not array[~hidden].any()
+    is_causal = (
+        array.shape[-2:] == extent
+        and extent[0] == extent[1]
+        and (hidden == ~causal).all()
+        and not array[~hidden].any()
+    )
     return (None, True) if is_causal else (bias, False)
 
 
@@ -391,9 +463,21 @@ def _max_pool(c, x, kernel, stride, padding, dilation, ceil_mode) -> tuple:
     if rank != 2 or len(shape_of(x)) != 4:
         raise Refused("an input that is not [N, C, H, W]")
     kernel = _spread(kernel, 2)
-    padding = _pool_padding(x, kernel, _spread(stride or kernel, 2), _spread(padding, 2), _spread(dilation, 2), ceil_mode)
+    padding = _pool_padding(
+        x,
+        kernel,
+        _spread(stride or kernel, 2),
+        _spread(padding, 2),
+        _spread(dilation, 2),
+        ceil_mode,
+    )
     pooled = op.nn.max_pool2d(
-        x, kernel, strides=_spread(stride or kernel, 2), padding=padding[0], dilation=_spread(dilation, 2), ceil_mode=False
+        x,
+        kernel,
+        strides=_spread(stride or kernel, 2),
+        padding=padding[0],
+        dilation=_spread(dilation, 2),
+        ceil_mode=False,
     )
     return c.emit(pooled), None
 
@@ -424,7 +508,12 @@ def _avg_pool(c, x, kernel, stride, padding, ceil_mode, count_include_pad, divis
     if not is_own and count_include_pad and any(padding):
         raise Refused("ceil_mode with counted padding")
     return op.nn.avg_pool2d(
-        x, kernel, strides=stride, padding=ends, ceil_mode=False, count_include_pad=bool(count_include_pad and is_own)
+        x,
+        kernel,
+        strides=stride,
+        padding=ends,
+        ceil_mode=False,
+        count_include_pad=bool(count_include_pad and is_own),
     )
 
 
@@ -456,7 +545,9 @@ def _expm1(c: Converter, x: relax.Expr) -> relax.Expr:
     return op.subtract(op.exp(c.cast(x, c.dtype)), c.cast(1, c.dtype))
 
 
-def _instance_norm(c, x, weight, bias, mean, _variance, use_input_stats, _momentum, epsilon, _cudnn) -> relax.Expr:
+def _instance_norm(
+    c, x, weight, bias, mean, _variance, use_input_stats, _momentum, epsilon, _cudnn
+) -> relax.Expr:
     if not use_input_stats or mean is not None:
         raise Refused("running statistics")
     return _group_norm(c, x, shape_of(x)[1], weight, bias, epsilon)

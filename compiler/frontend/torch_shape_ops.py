@@ -66,7 +66,14 @@ def _slice_axis(x: relax.Expr, axis: int, start: int, end: int, step: int = 1) -
     return op.strided_slice(x, [axis], [start], [end], [step])
 
 
-def _slice(c: Converter, x: relax.Expr, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> relax.Expr:
+def _slice(
+    c: Converter,
+    x: relax.Expr,
+    axis: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> relax.Expr:
     axis %= len(shape_of(x))
     start, end, step = slice(start, end, step).indices(shape_of(x)[axis])
     if (start, end, step) == (0, shape_of(x)[axis], 1):
@@ -107,7 +114,9 @@ def _getitem(c: Converter, items: tuple, index: int) -> relax.Expr:
 
 
 def _reduce(function: Callable) -> Callable:
-    def convert(c: Converter, x: relax.Expr, axes: Any = None, keepdims: bool = False, **_unused: Any) -> relax.Expr:
+    def convert(
+        c: Converter, x: relax.Expr, axes: Any = None, keepdims: bool = False, **_unused: Any
+    ) -> relax.Expr:
         axes = None if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
         return function(c.cast(x, c.dtype), axes, keepdims=keepdims)
 
@@ -127,7 +136,9 @@ def _extremum_axis(function: Callable) -> Callable:
     return convert
 
 
-def _variance(c: Converter, x: relax.Expr, axes: Any = None, correction: Any = None, keepdims: bool = False) -> relax.Expr:
+def _variance(
+    c: Converter, x: relax.Expr, axes: Any = None, correction: Any = None, keepdims: bool = False
+) -> relax.Expr:
     axes = list(range(len(shape_of(x)))) if axes in (None, []) else list(axes)
     count = int(np.prod([shape_of(x)[a] for a in axes]))
     correction = 1 if correction is None else correction
@@ -144,7 +155,9 @@ def _std(c: Converter, *arguments: Any) -> relax.Expr:
 
 
 def _argument(function: Callable) -> Callable:
-    def convert(c: Converter, x: relax.Expr, axis: int | None = None, keepdims: bool = False) -> relax.Expr:
+    def convert(
+        c: Converter, x: relax.Expr, axis: int | None = None, keepdims: bool = False
+    ) -> relax.Expr:
         if axis is None:
             return function(op.reshape(x, (int(np.prod(shape_of(x))),)), 0, keepdims=False)
         return function(x, axis, keepdims=keepdims)
@@ -169,7 +182,9 @@ def _filled_like(value: int) -> Callable:
 
 
 def _index_select(c: Converter, x: relax.Expr, axis: int, indices: relax.Expr) -> relax.Expr:
-    return op.take(x, _normalised(c, indices, shape_of(x)[axis]), axis=axis % len(shape_of(x)), mode="clip")
+    return op.take(
+        x, _normalised(c, indices, shape_of(x)[axis]), axis=axis % len(shape_of(x)), mode="clip"
+    )
 
 
 def _normalised(c: Converter, indices: relax.Expr, extent: int) -> relax.Expr:
@@ -180,7 +195,11 @@ def _normalised(c: Converter, indices: relax.Expr, extent: int) -> relax.Expr:
             raise Refused(f"an index out of range for an axis of {extent}")
         return constant(np.where(array < 0, array + extent, array).astype(array.dtype))
     dtype = dtype_of(indices)
-    return c.emit(op.where(op.less(indices, c.cast(0, dtype)), op.add(indices, c.cast(extent, dtype)), indices))
+    return c.emit(
+        op.where(
+            op.less(indices, c.cast(0, dtype)), op.add(indices, c.cast(extent, dtype)), indices
+        )
+    )
 
 
 def _index(c: Converter, x: relax.Expr, indices: list) -> relax.Expr:
@@ -196,7 +215,9 @@ def _index(c: Converter, x: relax.Expr, indices: list) -> relax.Expr:
     return op.index_tensor(x, [_normalised(c, i, shape_of(x)[axis]) for axis, i in used])
 
 
-def _gather(c: Converter, x: relax.Expr, axis: int, indices: relax.Expr, _sparse: bool = False) -> relax.Expr:
+def _gather(
+    c: Converter, x: relax.Expr, axis: int, indices: relax.Expr, _sparse: bool = False
+) -> relax.Expr:
     axis %= len(shape_of(x))
     if any(i != d for a, (i, d) in enumerate(zip(shape_of(indices), shape_of(x))) if a != axis):
         raise Refused("indices that do not span the whole tensor")
@@ -205,7 +226,9 @@ def _gather(c: Converter, x: relax.Expr, axis: int, indices: relax.Expr, _sparse
 
 def _pad(c: Converter, x: relax.Expr, padding: list[int], value: Any = 0) -> relax.Expr:
     rank = len(shape_of(x))
-    pairs = [(0, 0)] * (rank - len(padding) // 2) + [(padding[i], padding[i + 1]) for i in range(len(padding) - 2, -1, -2)]
+    pairs = [(0, 0)] * (rank - len(padding) // 2) + [
+        (padding[i], padding[i + 1]) for i in range(len(padding) - 2, -1, -2)
+    ]
     for axis, (low, high) in enumerate(pairs):
         if low < 0 or high < 0:  # a negative padding crops
             x = c.emit(_slice_axis(x, axis, max(-low, 0), shape_of(x)[axis] - max(-high, 0)))
@@ -213,17 +236,30 @@ def _pad(c: Converter, x: relax.Expr, padding: list[int], value: Any = 0) -> rel
     return x if not any(widths) else op.nn.pad(x, widths, "constant", float(value))
 
 
-def _pad_mode(c: Converter, x: relax.Expr, padding: list[int], mode: str = "constant", value: Any = None) -> relax.Expr:
+def _pad_mode(
+    c: Converter, x: relax.Expr, padding: list[int], mode: str = "constant", value: Any = None
+) -> relax.Expr:
     if mode == "constant":
         return _pad(c, x, padding, value or 0)
     for i in range(0, len(padding), 2):
         axis = len(shape_of(x)) - 1 - i // 2
-        source = np.pad(np.arange(shape_of(x)[axis]), padding[i : i + 2], {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode])
+        source = np.pad(
+            np.arange(shape_of(x)[axis]),
+            padding[i : i + 2],
+            {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode],
+        )
         x = c.emit(op.take(x, constant(source), axis=axis, mode="clip"))
     return x
 
 
-def _norm(c: Converter, x: relax.Expr, order: Any = 2, axes: Any = None, keepdims: bool = False, _dtype: Any = None) -> relax.Expr:
+def _norm(
+    c: Converter,
+    x: relax.Expr,
+    order: Any = 2,
+    axes: Any = None,
+    keepdims: bool = False,
+    _dtype: Any = None,
+) -> relax.Expr:
     axes = list(range(len(shape_of(x)))) if axes in (None, []) else list(axes)
     if order == 1:
         return op.sum(op.abs(x), axes, keepdims=keepdims)
@@ -237,7 +273,9 @@ def _norm(c: Converter, x: relax.Expr, order: Any = 2, axes: Any = None, keepdim
 def _any(c: Converter, x: relax.Expr, axes: Any = None, keepdims: bool = False) -> relax.Expr:
     axes = None if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
     truth = x if is_bool(x) else c.emit(op.not_equal(x, c.cast(0, dtype_of(x))))
-    return op.astype(c.emit(op.max(c.emit(op.astype(truth, "int32")), axes, keepdims=keepdims)), "bool")
+    return op.astype(
+        c.emit(op.max(c.emit(op.astype(truth, "int32")), axes, keepdims=keepdims)), "bool"
+    )
 
 
 def _flip(c: Converter, x: relax.Expr, axes: list[int]) -> relax.Expr:
@@ -290,12 +328,18 @@ def _nearest(c: Converter, x: relax.Expr, _size: Any, scales: Any = None) -> rel
     return x
 
 
-def _bilinear(c: Converter, x: relax.Expr, size: Any, align_corners: bool, scales: Any = None) -> relax.Expr:
+def _bilinear(
+    c: Converter, x: relax.Expr, size: Any, align_corners: bool, scales: Any = None
+) -> relax.Expr:
     height, width = _result_shape(c)[2:]
-    if scales and any(abs(s * i - o) > 1e-6 for s, i, o in zip(scales, shape_of(x)[2:], (height, width))):
+    if scales and any(
+        abs(s * i - o) > 1e-6 for s, i, o in zip(scales, shape_of(x)[2:], (height, width))
+    ):
         raise Refused("a scale factor that does not give a whole number of pixels")
     mode = "align_corners" if align_corners else "half_pixel"
-    return op.image.resize2d(x, (height, width), layout="NCHW", method="linear", coordinate_transformation_mode=mode)
+    return op.image.resize2d(
+        x, (height, width), layout="NCHW", method="linear", coordinate_transformation_mode=mode
+    )
 
 
 def _one_hot(c: Converter, x: relax.Expr, classes: int = -1) -> relax.Expr:

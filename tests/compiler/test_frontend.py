@@ -25,17 +25,28 @@ from tools import zoo
 
 def layers(imported):
     values = [b.value for block in imported.mod["main"].body.blocks for b in block.bindings]
-    return [attrs_of(v)["name"] for v in values if getattr(getattr(v, "op", None), "name", "").startswith("kerf.")]
+    return [
+        attrs_of(v)["name"]
+        for v in values
+        if getattr(getattr(v, "op", None), "name", "").startswith("kerf.")
+    ]
 
 
 def agree(imported, seed=0):
     rng = np.random.default_rng(seed)
     arrays = [
-        rng.standard_normal(s.shape).astype("float32") if s.dtype == "float32" else rng.integers(0, 90, s.shape).astype(s.dtype) for s in imported.inputs
+        rng.standard_normal(s.shape).astype("float32")
+        if s.dtype == "float32"
+        else rng.integers(0, 90, s.shape).astype(s.dtype)
+        for s in imported.inputs
     ]
-    for result, wanted, spec in zip(evaluate(imported.mod, arrays), imported.reference(arrays), imported.outputs, strict=True):
+    for result, wanted, spec in zip(
+        evaluate(imported.mod, arrays), imported.reference(arrays), imported.outputs, strict=True
+    ):
         assert result.shape == wanted.shape == spec.shape
-        np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=3e-5 * max(1, np.abs(wanted).max()))
+        np.testing.assert_allclose(
+            result, wanted, rtol=1e-4, atol=3e-5 * max(1, np.abs(wanted).max())
+        )
         assert wanted.std() > 1e-2  # an output that does not depend on anything would always agree
 
 
@@ -54,7 +65,13 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(zoo.ZOO))
+# The deepest ones only where time does not matter; what they add is covered by the others.
+_DEEP = ("resnet50", "mobilenetv2", "efficientnet_b0")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _DEEP else n for n in zoo.ZOO]
+)
 def test_architecture_from_torch(name):
     module, example = zoo.build(name, tiny=True)
     imported = import_model(module, example=example)
@@ -64,8 +81,10 @@ def test_architecture_from_torch(name):
     agree(imported)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(zoo.ZOO))
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("vgg16", "lstm") else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO],
+)
 def test_architecture_from_onnx(name, tmp_path):
     module, example = zoo.build(name, tiny=True)
     zoo.save_onnx(module, example, tmp_path / "model.onnx")
@@ -101,7 +120,9 @@ def net():
 def dynamic_pt2(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("pt2") / "dynamic.pt2"
     batch = torch.export.Dim("batch", min=1, max=64)
-    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},)), path)
+    torch.export.save(
+        torch.export.export(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},)), path
+    )
     return path
 
 
@@ -114,7 +135,11 @@ def static_pt2(net, tmp_path_factory):
 
 def small_onnx(dims=("N", 3, 8, 8)) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    tensors = {"conv.weight": rng.standard_normal((4, 3, 3, 3)), "fc.weight": rng.standard_normal((5, 4)), "fc.bias": rng.standard_normal(5)}
+    tensors = {
+        "conv.weight": rng.standard_normal((4, 3, 3, 3)),
+        "fc.weight": rng.standard_normal((5, 4)),
+        "fc.bias": rng.standard_normal(5),
+    }
     nodes = [
         helper.make_node("Conv", ["image", "conv.weight"], ["c"], name="/conv/Conv", pads=[1, 1, 1, 1]), helper.make_node("Relu", ["c"], ["r"]),
         helper.make_node("GlobalAveragePool", ["r"], ["g"]), helper.make_node("Flatten", ["g"], ["f"]),
@@ -123,7 +148,10 @@ def small_onnx(dims=("N", 3, 8, 8)) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, dims)]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [dims[0], 5])]
     initializers = [numpy_helper.from_array(a.astype("float32"), n) for n, a in tensors.items()]
-    return helper.make_model(helper.make_graph(nodes, "small", inputs, outputs, initializers), opset_imports=[helper.make_opsetid("", 17)])
+    return helper.make_model(
+        helper.make_graph(nodes, "small", inputs, outputs, initializers),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
 
 
 def test_module_exported_program_and_file_are_the_same(net, static_pt2):
@@ -166,16 +194,24 @@ def test_open_batch_of_a_file(dynamic_pt2, options):
 @pytest.mark.parametrize("options", [{"batch": 3}, {"inputs": {"image": (3, 3, 8, 8)}}])
 def test_open_batch_of_onnx(options):
     imported = import_model(small_onnx(), **options)
-    assert imported.outputs == [TensorSpec("logits", (3, 5), "float32")] and layers(imported) == ["conv", "fc"]
+    assert imported.outputs == [TensorSpec("logits", (3, 5), "float32")] and layers(imported) == [
+        "conv",
+        "fc",
+    ]
     agree(imported)
 
 
 def test_names_from_nodes_where_initializers_are_anonymous():
     model = small_onnx((1, 3, 8, 8))
     for tensor in model.graph.initializer:
-        tensor.name = tensor.name.replace("conv.weight", "onnx::Conv_12").replace("fc.weight", "val_3")
+        tensor.name = tensor.name.replace("conv.weight", "onnx::Conv_12").replace(
+            "fc.weight", "val_3"
+        )
     for node in model.graph.node:
-        node.input[:] = [n.replace("conv.weight", "onnx::Conv_12").replace("fc.weight", "val_3") for n in node.input]
+        node.input[:] = [
+            n.replace("conv.weight", "onnx::Conv_12").replace("fc.weight", "val_3")
+            for n in node.input
+        ]
     assert layers(import_model(model)) == ["conv", "fc"]
 
 
@@ -185,7 +221,9 @@ def test_keyword_examples_and_several_outputs():
             return {"sum": a + b, "product": a * b}
 
     imported = import_model(Two(), example={"a": torch.randn(2, 3), "b": torch.randn(2, 3)})
-    assert [s.name for s in imported.inputs] == ["a", "b"] and [s.name for s in imported.outputs] == ["output0", "output1"]
+    assert [s.name for s in imported.inputs] == ["a", "b"] and [
+        s.name for s in imported.outputs
+    ] == ["output0", "output1"]
     agree(imported)
 
 
@@ -200,11 +238,15 @@ def rejected(error, *arguments, **options) -> str:
 def test_shapes_that_do_not_fit(net, dynamic_pt2, static_pt2):
     assert "batch 2 only" in rejected(ModelError, static_pt2, batch=3)
     assert "leaves dimensions open" in rejected(ModelError, dynamic_pt2)
-    assert "cannot have this shape" in rejected(ModelError, dynamic_pt2, inputs={"image": (1, 3, 9, 8)})
+    assert "cannot have this shape" in rejected(
+        ModelError, dynamic_pt2, inputs={"image": (1, 3, 9, 8)}
+    )
     assert "no such input" in rejected(ModelError, dynamic_pt2, inputs={"picture": (1, 3, 8, 8)})
     assert "does not accept" in rejected(ModelError, dynamic_pt2, batch=100)
     assert "leaves dimensions open" in rejected(ModelError, small_onnx())
-    assert "cannot have this shape" in rejected(ModelError, small_onnx(), inputs={"image": (1, 4, 8, 8)})
+    assert "cannot have this shape" in rejected(
+        ModelError, small_onnx(), inputs={"image": (1, 4, 8, 8)}
+    )
     assert "no such input" in rejected(ModelError, small_onnx(), inputs={"picture": (1, 3, 8, 8)})
     assert "has batch 2" in rejected(ModelError, small_onnx((2, 3, 8, 8)), batch=3)
     assert "example inputs" in rejected(ModelError, net)
@@ -234,7 +276,13 @@ def test_files_that_are_no_models(tmp_path, static_pt2):
 
 def test_external_data(tmp_path):
     path = tmp_path / "model.onnx"
-    onnx.save_model(small_onnx((1, 3, 8, 8)), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save_model(
+        small_onnx((1, 3, 8, 8)),
+        path,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     agree(import_model(path))
     (tmp_path / "weights.bin").write_bytes(b"short")
     assert "external data" in rejected(ModelError, path)
@@ -255,18 +303,31 @@ def test_weights_that_are_not_numbers(net):
 
 
 def test_types_that_are_not_supported():
-    assert "float()" in rejected(UnsupportedModel, nn.Linear(2, 2).half(), example=torch.randn(1, 2).half())
-    assert "float()" in rejected(UnsupportedModel, nn.Linear(2, 2).double(), example=torch.randn(1, 2).double())
+    assert "float()" in rejected(
+        UnsupportedModel, nn.Linear(2, 2).half(), example=torch.randn(1, 2).half()
+    )
+    assert "float()" in rejected(
+        UnsupportedModel, nn.Linear(2, 2).double(), example=torch.randn(1, 2).double()
+    )
 
 
 def test_unsupported_operators_are_listed_all_at_once():
     model = small_onnx((1, 3, 8, 8))
-    extra = [helper.make_node("Hardmax", ["logits"], ["h"], name="/a"), helper.make_node("Det", ["image"], ["d"], name="/b"), helper.make_node("Mine", ["h"], ["m"], name="/c", domain="my.ops")]
+    extra = [
+        helper.make_node("Hardmax", ["logits"], ["h"], name="/a"),
+        helper.make_node("Det", ["image"], ["d"], name="/b"),
+        helper.make_node("Mine", ["h"], ["m"], name="/c", domain="my.ops"),
+    ]
     model.graph.node.extend(extra)
     model.opset_import.append(helper.make_opsetid("my.ops", 1))
-    model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, dims) for n, dims in (("m", [1, 5]), ("d", [1, 3])))
+    model.graph.output.extend(
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, dims)
+        for n, dims in (("m", [1, 5]), ("d", [1, 3]))
+    )
     message = rejected(UnsupportedModel, model)
-    assert all(text in message for text in ("3 operators", "Hardmax (/a)", "Det (/b)", "my.ops.Mine (/c)"))
+    assert all(
+        text in message for text in ("3 operators", "Hardmax (/a)", "Det (/b)", "my.ops.Mine (/c)")
+    )
 
 
 def test_a_module_that_cannot_be_traced():
@@ -310,7 +371,10 @@ def rewritten(source: Path, target: Path, change) -> Path:
     return target
 
 
-@pytest.mark.parametrize("attack", ["sample inputs", "weight", "constant", "operator", "shape", "structure", "library", "twice"])
+@pytest.mark.parametrize(
+    "attack",
+    ["sample inputs", "weight", "constant", "operator", "shape", "structure", "library", "twice"],
+)
 def test_nothing_in_an_archive_is_executed(static_pt2, dynamic_pt2, tmp_path, attack):
     ran = tmp_path / "ran"
     evil = pickle.dumps(Payload(ran))
@@ -334,16 +398,32 @@ def test_nothing_in_an_archive_is_executed(static_pt2, dynamic_pt2, tmp_path, at
             meta.update(use_pickle=True, path_name="evil")
             return json.dumps(config)
         if attack == "constant" and name.endswith("_constants_config.json"):
-            return json.dumps({"config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}})
+            return json.dumps(
+                {
+                    "config": {
+                        "c": {
+                            "path_name": "opaque_obj_0",
+                            "is_param": False,
+                            "use_pickle": True,
+                            "tensor_meta": None,
+                        }
+                    }
+                }
+            )
         if attack == "operator" and "/models/" in name:
             return data.replace(b"torch.ops.aten.relu.default", b"torch.os.system")
         if attack == "shape" and "/models/" in name:
-            return data.replace(b"Symbol(", b"__import__('pathlib').Path('%s').touch() or Symbol(" % str(ran).encode())
+            return data.replace(
+                b"Symbol(",
+                b"__import__('pathlib').Path('%s').touch() or Symbol(" % str(ran).encode(),
+            )
         if attack == "structure" and "/models/" in name:
             return data.replace(b"builtins.dict", b"collections.defaultdict")
         return data
 
-    path = rewritten(dynamic_pt2 if attack == "shape" else static_pt2, tmp_path / "evil.pt2", change)
+    path = rewritten(
+        dynamic_pt2 if attack == "shape" else static_pt2, tmp_path / "evil.pt2", change
+    )
     message = rejected(ModelError, path, batch=2)
     assert "refused" in message
     assert not ran.exists()
@@ -362,7 +442,18 @@ def test_guards_of_an_archive_are_not_executed(dynamic_pt2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["s0", "2*s77 + 1", "Max(1, s0)", "(s0//2)", "Mod(s1, 8)", "s0 <= 64", "u0", "Symbol('s40', positive=True, integer=True)", "Add(Symbol('s40'), Integer(2))"]
+    "text",
+    [
+        "s0",
+        "2*s77 + 1",
+        "Max(1, s0)",
+        "(s0//2)",
+        "Mod(s1, 8)",
+        "s0 <= 64",
+        "u0",
+        "Symbol('s40', positive=True, integer=True)",
+        "Add(Symbol('s40'), Integer(2))",
+    ],
 )
 def test_shape_expressions_are_arithmetic(text):
     from compiler.frontend.torch_archive import _is_arithmetic
@@ -370,7 +461,27 @@ def test_shape_expressions_are_arithmetic(text):
     assert _is_arithmetic(text)
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "s0.func", "s0 . func", "open", "exec", "lambda: 0", "s0;s1", "[s0]", "'a'", "s0\\n", "Symbol('os')", "(lambda: s0)()", "s0(1)(2)", "[s0 for s0 in s1]", "f'{s0}'", "1" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os')",
+        "s0.func",
+        "s0 . func",
+        "open",
+        "exec",
+        "lambda: 0",
+        "s0;s1",
+        "[s0]",
+        "'a'",
+        "s0\\n",
+        "Symbol('os')",
+        "(lambda: s0)()",
+        "s0(1)(2)",
+        "[s0 for s0 in s1]",
+        "f'{s0}'",
+        "1" * 5000,
+    ],
+)
 def test_other_expressions_are_not(text):
     from compiler.frontend.torch_archive import _is_arithmetic
 

@@ -31,8 +31,17 @@ class Case:
         names = [f"x{i}" for i in range(len(self.inputs))]
         weights = [(f"w{i}", c) for i, c in enumerate(self.constants)]
         results = [f"y{i}" for i in range(self.outputs)]
-        node = helper.make_node(self.operator, [*names, *["" if c is None else n for n, c in weights]], results, name="node", **self.attributes)
-        values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in zip(names, self.inputs)]
+        node = helper.make_node(
+            self.operator,
+            [*names, *["" if c is None else n for n, c in weights]],
+            results,
+            name="node",
+            **self.attributes,
+        )
+        values = [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in zip(names, self.inputs)
+        ]
         outputs = [onnx.ValueInfoProto(name=n) for n in results]
         tensors = [numpy_helper.from_array(c, n) for n, c in weights if c is not None]
         graph = helper.make_graph([node], "case", values, outputs, initializer=tensors)
@@ -42,7 +51,11 @@ class Case:
         model.graph.output.extend(inferred.graph.output)
         for output in model.graph.output:
             if not output.type.tensor_type.elem_type:  # GroupNormalization: ONNX infers nothing
-                output.CopyFrom(helper.make_tensor_value_info(output.name, TensorProto.FLOAT, self.inputs[0].shape))
+                output.CopyFrom(
+                    helper.make_tensor_value_info(
+                        output.name, TensorProto.FLOAT, self.inputs[0].shape
+                    )
+                )
         return model
 
 
@@ -139,7 +152,11 @@ def test_operator_like_onnxruntime(case):
     """Where ONNX's reference implementation does not implement all that the specification says."""
     pytest.importorskip("onnxruntime")
     imported = import_model(case.model())
-    for result, wanted in zip(evaluate(imported.mod, list(case.inputs)), imported.reference(list(case.inputs)), strict=True):
+    for result, wanted in zip(
+        evaluate(imported.mod, list(case.inputs)),
+        imported.reference(list(case.inputs)),
+        strict=True,
+    ):
         np.testing.assert_allclose(result, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -152,7 +169,12 @@ def test_operator_like_onnxruntime(case):
         (Case("Resize", (X,), (None, np.array([1, 1, 1.5, 2], "float32"))), "whole number"),
         (Case("Pad", (X,), (i(1, 1), None, i(-1)), {"mode": "edge"}), "mode edge"),
         (Case("Reshape", (SMALL, i(12, 5))), "computed at run time|depends on data"),
-        (Case("LSTM", (f(4, 2, 3),), (f(1, 20, 3), f(1, 20, 5)), {"hidden_size": 5, "clip": 1.0}), "clip"),
+        (
+            Case(
+                "LSTM", (f(4, 2, 3),), (f(1, 20, 3), f(1, 20, 5)), {"hidden_size": 5, "clip": 1.0}
+            ),
+            "clip",
+        ),
         (Case("Cast", (SMALL,), (), {"to": TensorProto.FLOAT16}), "float16"),
         (Case("TopK", (SMALL,), (i(2),), outputs=2), "TopK .node."),
     ],

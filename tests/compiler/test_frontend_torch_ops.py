@@ -37,7 +37,9 @@ def check(module: nn.Module, *inputs: torch.Tensor, tolerance: float = 2e-5) -> 
     for i, (result, wanted, spec) in enumerate(zip(results, expected, imported.outputs)):
         assert result.shape == wanted.shape == spec.shape, i
         assert spec.dtype == wanted.dtype.name, i
-        np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance, err_msg=f"case {i}")
+        np.testing.assert_allclose(
+            result, wanted, rtol=tolerance, atol=tolerance, err_msg=f"case {i}"
+        )
 
 
 def tensor(shape, seed=0, low=None):
@@ -59,7 +61,16 @@ UNARY = [
     lambda x: torch.div(x, 0.3, rounding_mode="trunc"), lambda x: x == x, lambda x: torch.logical_xor(x > 0, x > 1), lambda x: x * 0 + 3,
 ]  # fmt: skip
 
-POSITIVE = [torch.log, torch.log1p, torch.sqrt, torch.rsqrt, torch.reciprocal, lambda x: x**0.5, lambda x: x**-1.5, lambda x: x.log2()]
+POSITIVE = [
+    torch.log,
+    torch.log1p,
+    torch.sqrt,
+    torch.rsqrt,
+    torch.reciprocal,
+    lambda x: x**0.5,
+    lambda x: x**-1.5,
+    lambda x: x.log2(),
+]
 
 MOVING = [
     lambda x: x[:, -1], lambda x: x[..., -2], lambda x: x[-1], lambda x: x[:, 1:-1], lambda x: x[:, ::2], lambda x: x[:, -3:], lambda x: x[:, :100],
@@ -92,7 +103,13 @@ POOLING = [
 
 @pytest.mark.parametrize(
     ("functions", "example"),
-    [(UNARY, tensor(IMAGE)), (POSITIVE, tensor(IMAGE, low=0.1)), (MOVING, tensor(IMAGE)), (REDUCING, tensor(IMAGE)), (POOLING, tensor(IMAGE))],
+    [
+        (UNARY, tensor(IMAGE)),
+        (POSITIVE, tensor(IMAGE, low=0.1)),
+        (MOVING, tensor(IMAGE)),
+        (REDUCING, tensor(IMAGE)),
+        (POOLING, tensor(IMAGE)),
+    ],
     ids=["elementwise", "positive", "moving", "reducing", "pooling"],
 )
 def test_functions_of_one_tensor(functions, example):
@@ -124,7 +141,11 @@ class Layers(nn.Module):
                 parameter.normal_()
 
     def forward(self, image, rows, tokens):
-        return (*[m(image) for m in self.images], *[m(rows) for m in self.rows], self.embedding(tokens))
+        return (
+            *[m(image) for m in self.images],
+            *[m(rows) for m in self.rows],
+            self.embedding(tokens),
+        )
 
 
 def test_layers():
@@ -133,7 +154,9 @@ def test_layers():
 
 
 def attention(mask=None, causal=False, scale=None):
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+    )
 
 
 ATTENTION = [
@@ -152,7 +175,9 @@ def test_attention():
 
 def test_attention_stays_one_operator_and_a_causal_mask_is_recognised():
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
-    imported = import_model(Cases([attention(mask)]), example=tuple(tensor((2, 3, 7, 4), i) for i in range(3)))
+    imported = import_model(
+        Cases([attention(mask)]), example=tuple(tensor((2, 3, 7, 4), i) for i in range(3))
+    )
     text = imported.mod.script(show_meta=False)
     assert "R.nn.attention(" in text and "TopLeft" in text
 
@@ -194,7 +219,9 @@ class Grid(nn.Module):
 
 def refused(function, *inputs: torch.Tensor) -> str:
     with pytest.raises(UnsupportedModel) as caught:
-        import_model(function if isinstance(function, nn.Module) else Cases([function]), example=inputs)
+        import_model(
+            function if isinstance(function, nn.Module) else Cases([function]), example=inputs
+        )
     return str(caught.value)
 
 

@@ -40,7 +40,10 @@ def named(mod):
 
 def test_convolution():
     w = weight(4, 3, 3, 2)
-    before = module((1, 6, 8, 9), lambda b, x: op.nn.conv2d(x, w, strides=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2))
+    before = module(
+        (1, 6, 8, 9),
+        lambda b, x: op.nn.conv2d(x, w, strides=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    )
     (call,) = calls(NameLayers({w: "layer1.0.conv1"})(before))
     assert call.op.name == "kerf.conv2d" and call.args[1].same_as(w)
     assert attrs_of(call) == {
@@ -51,7 +54,9 @@ def test_convolution():
 
 def test_convolution_in_one_dimension_gets_a_height_of_one():
     w = weight(4, 3, 5)
-    after = NameLayers({w: "stem"})(module((2, 3, 20), lambda b, x: op.nn.conv1d(x, w, strides=3, padding=(2, 1))))
+    after = NameLayers({w: "stem"})(
+        module((2, 3, 20), lambda b, x: op.nn.conv1d(x, w, strides=3, padding=(2, 1)))
+    )
     names = [c.op.name for c in calls(after)]
     assert names == ["relax.reshape", "kerf.conv2d", "relax.reshape"]
     (call,) = named(after)
@@ -63,15 +68,23 @@ def test_convolution_in_one_dimension_gets_a_height_of_one():
 def test_matrix_product(stored):
     transposed = stored == "rows are outputs"
     w = weight(*((7, 5) if transposed else (5, 7)))
-    after = NameLayers({w: "fc"})(module((2, 3, 5), lambda b, x: op.matmul(x, b.emit(op.permute_dims(w)) if transposed else w)))
+    after = NameLayers({w: "fc"})(
+        module(
+            (2, 3, 5), lambda b, x: op.matmul(x, b.emit(op.permute_dims(w)) if transposed else w)
+        )
+    )
     (call,) = calls(after)
     assert is_call(call, "kerf.dense") and attrs_of(call)["name"] == "fc"
-    np.testing.assert_array_equal(const_array(call.args[1]), const_array(w) if transposed else const_array(w).T)
+    np.testing.assert_array_equal(
+        const_array(call.args[1]), const_array(w) if transposed else const_array(w).T
+    )
 
 
 def test_a_weight_used_twice_is_one_weight_with_one_name():
     w = weight(5, 5)
-    after = NameLayers({w: "shared"})(module((2, 5), lambda b, x: op.matmul(b.emit(op.matmul(x, w)), w)))
+    after = NameLayers({w: "shared"})(
+        module((2, 5), lambda b, x: op.matmul(b.emit(op.matmul(x, w)), w))
+    )
     first, second = named(after)
     assert attrs_of(first)["name"] == attrs_of(second)["name"] == "shared"
     assert first.args[1].same_as(second.args[1])
@@ -91,7 +104,9 @@ def test_two_weights_of_one_name_and_weights_without():
         lambda b, x: op.matmul(weight(3, 4), x),  # the constant on the left
         lambda b, x: op.matmul(x, weight(2, 4, 6)),  # a batch of matrices
         lambda b, x: op.matmul(x, weight(4)),  # a vector
-        lambda b, x: op.matmul(x, b.emit(op.permute_dims(weight(4, 4), [0, 1]))),  # not a transposition
+        lambda b, x: op.matmul(
+            x, b.emit(op.permute_dims(weight(4, 4), [0, 1]))
+        ),  # not a transposition
     ],
     ids=["computed", "left", "batched", "vector", "identity permutation"],
 )
@@ -100,7 +115,9 @@ def test_stays_a_matrix_product(build):
 
 
 def test_other_layouts_and_types_stay():
-    nhwc = module((1, 8, 8, 3), lambda b, x: op.nn.conv2d(x, weight(4, 3, 3, 3), data_layout="NHWC"))
+    nhwc = module(
+        (1, 8, 8, 3), lambda b, x: op.nn.conv2d(x, weight(4, 3, 3, 3), data_layout="NHWC")
+    )
     half = module((2, 5), lambda b, x: op.matmul(x, weight(5, 7, dtype="float16")), "float16")
     transposed = module((1, 3, 8, 8), lambda b, x: op.nn.conv2d_transpose(x, weight(3, 4, 3, 3)))
     assert not any(named(NameLayers()(m)) for m in (nhwc, half, transposed))
