@@ -108,10 +108,9 @@ class Graph:
         ]
 
     def is_read_once(self, expr: relax.Expr) -> bool:
-        """Whether the value being rewritten is the only reader of `expr`."""
-        return (
-            len(self.readers(expr)) + (0 if self._originals.get(expr) else self._added[expr]) <= 1
-        )
+        """Whether nothing but the value being rewritten, or its chain of operands, reads `expr`."""
+        # A rewrite of this round may read what its original did not, so both counts must agree.
+        return len(self.readers(expr)) <= 1 and self._added[expr] <= 1
 
     def next_readers(self) -> list[relax.Expr]:
         """Values of the original function that read the variable being rewritten."""

@@ -97,3 +97,23 @@ def test_module_attributes_stay(build):
     mod = build([(2, 3)], named).with_attr("note", "kept")
     assert apply(mod, exp_to_tanh).attrs["note"] == "kept"
     assert isinstance(apply(mod, exp_to_tanh), tvm.IRModule)
+
+
+def test_what_a_rewrite_reads_as_well_is_not_read_once(build):
+    """abs(exp(y)) is made to read y past an exp that stays: y has two readers from then on."""
+    counts = []
+
+    def bypass(value, graph):
+        if is_call(value, "relax.abs"):
+            return op.tanh(graph.call(value.args[0], "relax.exp").args[0])
+        if is_call(value, "relax.negative"):
+            counts.append(graph.is_read_once(graph.definition(value.args[0]).args[0]))
+        return None
+
+    def body(b, x):
+        y = b.emit(op.sqrt(x))
+        e = b.emit(op.exp(y))
+        return op.add(b.emit(op.abs(e)), op.negative(e))
+
+    apply(build([(3,)], body), bypass)
+    assert counts[0] is False
