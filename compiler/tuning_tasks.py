@@ -172,7 +172,7 @@ def isolate(call: relax.Call) -> tvm.IRModule | None:
         with bb.dataflow():
             out = bb.emit(relax.Call(call.op, arguments, attrs=call.attrs))
             if call.op.name.startswith("kerf."):
-                bias = random.integers(-3, 4, shape_of(call)[-1]).astype("float32")
+                bias = random.integers(-3, 4, shape_of(out)[-1]).astype("float32")
                 biased = bb.emit(relax.op.add(out, relax.const(bias)))
                 out = bb.emit(relax.op.nn.relu(biased))
             out = bb.emit_output(out)

@@ -30,6 +30,8 @@ SAMPLE = "kerf.sample."  # annotations of the anchor block: index chosen, by nam
 _FAILED = (
     -2.0
 )  # logarithm of the speed, relative to the default, that a failed candidate is learned with
+_MEMBERS = 4  # of the ensemble whose disagreement says what is worth a trial
+_DOUBT = 0.3  # standard deviation of a space's estimate, as a logarithm of speed
 _ENOUGH = 6  # measurements before trees are trusted
 
 
@@ -47,36 +49,48 @@ def _meta_schedule():
 
 @dataclass
 class SpeedModel:
-    """Predicts log(default time / time) of a point, from measurements of all problems of one loop structure."""
+    """Predicts log(default time / time) of a point, from measurements of all problems of one loop
+    structure: boosted trees that have the space's estimate among their features.
+
+    Each of a few members is trained on a resampling of the measurements; where they disagree a
+    point is worth a trial. Without measurements the estimate is all there is, and trusted as far as
+    it deserves.
+    """
 
     seed: int = 0
     rows: list[list[float]] = field(default_factory=list)
-    missed: list[float] = field(default_factory=list)
-    _trees: object = None
+    speeds: list[float] = field(default_factory=list)
+    _members: list = field(default_factory=list)
     _trained_on: int = 0
 
-    def add(self, features: list[float], prior: float, speed: float) -> None:
+    def add(self, features: list[float], speed: float) -> None:
         self.rows.append(features)
-        self.missed.append(speed - prior)
+        self.speeds.append(speed)
 
     def predict(self, rows: Sequence[list[float]], priors: Sequence[float]) -> np.ndarray:
-        guess = np.asarray(priors, "float64")
+        """What each point may well reach: the expected speed and a share of the doubt about it."""
+        random = np.random.default_rng(self.seed + len(self.rows))
+        guess = np.asarray(priors, "float64") + random.normal(0, _DOUBT, len(rows))
         if len(self.rows) < _ENOUGH:
             return guess
         if self._trained_on != len(self.rows):
-            import xgboost
+            self._train(random)
+        found = np.array([member.predict(np.array(rows)) for member in self._members])
+        trust = len(self.rows) / (len(self.rows) + _ENOUGH)
+        return (1 - trust) * guess + trust * (found.mean(0) + found.std(0))
 
-            self._trees = xgboost.XGBRegressor(
-                n_estimators=80,
-                max_depth=4,
-                learning_rate=0.1,
-                min_child_weight=1,
-                n_jobs=1,
-                random_state=self.seed,
+    def _train(self, random: np.random.Generator) -> None:
+        import xgboost
+
+        rows, speeds = np.array(self.rows), np.array(self.speeds)
+        self._members = []
+        for number in range(_MEMBERS):
+            chosen = random.integers(0, len(rows), len(rows)) if number else np.arange(len(rows))
+            trees = xgboost.XGBRegressor(
+                n_estimators=60, max_depth=4, learning_rate=0.15, n_jobs=1, random_state=number
             )
-            self._trees.fit(np.array(self.rows), np.array(self.missed))
-            self._trained_on = len(self.rows)
-        return guess + self._trees.predict(np.array(rows))
+            self._members.append(trees.fit(rows[chosen], speeds[chosen]))
+        self._trained_on = len(rows)
 
 
 def _numbers(fields: dict) -> list[float]:
@@ -183,7 +197,7 @@ class Search:
                 continue
             self.known[point] = ratio
             speed = _FAILED if ratio is None else -math.log(ratio)
-            self.model.add(self._features(point), self._prior(point), speed)
+            self.model.add(self._features(point), speed)
             indices = self.space.indices_of(point)
             if ratio is not None and indices is not None:
                 self._commit(indices, ratio)
