@@ -13,8 +13,8 @@ from onnx import external_data_helper
 from tvm import relax
 
 from compiler.frontend import Imported, Shape, TensorSpec
+from compiler.frontend.onnx_convert import Converter, unsupported
 from compiler.frontend.onnx_graph import OnnxGraph, prepare
-from compiler.frontend.onnx_ops import Converter, unsupported
 from compiler.frontend.support import first_line
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel

@@ -14,7 +14,7 @@ from compiler.frontend.support import Refused, constant, dtype_of
 from passes.layers import is_const, shape_of
 
 if TYPE_CHECKING:
-    from compiler.frontend.onnx_ops import Converter
+    from compiler.frontend.onnx_convert import Converter
 
 
 def _same(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:

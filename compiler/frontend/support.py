@@ -21,6 +21,11 @@ def dtype_of(expr: relax.Expr) -> str:
     return str(expr.ty.dtype.dtype)
 
 
+def number(value: float, like: relax.Expr) -> relax.Expr:
+    """A scalar of another expression's dtype."""
+    return constant(np.array(value, dtype_of(like)))
+
+
 def is_bool(expr: relax.Expr) -> bool:
     return dtype_of(expr) == "bool"
 

@@ -17,6 +17,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from compiler.frontend.names import layer_name
 from schedules.errors import ModelError, UnsupportedModel
 
+DTYPES = {
+    torch.float32: "float32", torch.float64: "float64", torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8",
+    torch.uint8: "uint8", torch.bool: "bool",
+}  # fmt: skip
 KEPT = (
     "linear.default", "matmul.default", "scaled_dot_product_attention.default", "gelu.default", "silu.default",
     "layer_norm.default", "group_norm.default", "rms_norm.default", "hardswish.default", "hardsigmoid.default", "softplus.default",

@@ -16,8 +16,8 @@ from tvm import relax
 
 from compiler.frontend import Imported, Shape, TensorSpec
 from compiler.frontend.support import first_line
+from compiler.frontend.torch_convert import Converter, unsupported
 from compiler.frontend.torch_graph import Prepared, prepare
-from compiler.frontend.torch_ops import Converter, unsupported
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel
 

@@ -15,7 +15,7 @@ from compiler.frontend.support import Refused, constant, dtype_of, is_bool
 from passes.layers import shape_of
 
 if TYPE_CHECKING:
-    from compiler.frontend.torch_ops import Converter
+    from compiler.frontend.torch_convert import Converter
 
 
 def _result_shape(c: Converter) -> tuple[int, ...]:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts the nodes of a prepared ONNX graph in order, and says which it could not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+from tvm import relax
+
+from compiler.frontend import onnx_layer_ops, onnx_ops, onnx_shape_ops
+from compiler.frontend.names import is_anonymous
+from compiler.frontend.onnx_graph import OnnxGraph, scope_of
+from compiler.frontend.support import Refused, constant, dtype_of, first_line
+from passes.layers import is_const, shape_of
+from schedules.errors import UnsupportedModel
+
+_LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
+_TABLES = (onnx_ops.CONVERTERS, onnx_layer_ops.CONVERTERS, onnx_shape_ops.CONVERTERS)
+
+
+def converter_of(node: onnx.NodeProto) -> Callable | None:
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    return next((table[node.op_type] for table in _TABLES if node.op_type in table), None)
+
+
+def unsupported(graph: OnnxGraph) -> list[str]:
+    """`operator (node, node, ...)` for every operator of the graph without a converter."""
+    missing: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if converter_of(node) is None:
+            kind = (
+                f"{node.domain}.{node.op_type}"
+                if node.domain not in ("", "ai.onnx")
+                else node.op_type
+            )
+            missing.setdefault(kind, []).append(node.name or node.output[0])
+    return [
+        f"{kind} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})"
+        for kind, at in sorted(missing.items())
+    ]
+
+
+class Converter:
+    """Converts nodes in order; `env` maps values to Relax expressions, `names` weights to layer names."""
+
+    def __init__(self, builder: relax.BlockBuilder, graph: OnnxGraph):
+        self.builder, self.graph = builder, graph
+        self.env: dict[str, relax.Expr] = {}
+        self.names: dict[relax.Expr, str] = {}
+        self.node = onnx.NodeProto()
+        self.attributes: dict[str, Any] = {}
+
+    def emit(self, expr: relax.Expr) -> relax.Expr:
+        return self.builder.emit(expr)
+
+    def convert(self, node: onnx.NodeProto) -> None:
+        """Raises UnsupportedModel for attributes no converter covers, or if the result's type is not the inferred one."""
+        self.node = node
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        at = f"{node.op_type} ({node.name or node.output[0]})"
+        if node.op_type in _LAYERS:
+            self._name_weight(node)
+        try:
+            results = converter_of(node)(self, *[self.value(n) if n else None for n in node.input])
+        except Refused as error:
+            raise UnsupportedModel(f"{at}: {error}", where=self.graph.where) from None
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            AssertionError,
+        ) as error:
+            raise UnsupportedModel(
+                f"{at} cannot be converted: {first_line(error)}", where=self.graph.where
+            ) from error
+        results = results if isinstance(results, (list, tuple)) else [results]
+        for name, result in zip(node.output, results):
+            if name:
+                self.env[name] = (
+                    result
+                    if isinstance(result, relax.Var) or is_const(result)
+                    else self.emit(result)
+                )
+                self._check(name, self.env[name], at)
+
+    def _name_weight(self, node: onnx.NodeProto) -> None:
+        if len(node.input) < 2 or node.input[1] not in self.graph.constants:
+            return
+        weight, given = self.value(node.input[1]), self.graph.names.get(node.input[1], "")
+        self.names.setdefault(
+            weight, given if not is_anonymous(given) else scope_of(node) or node.output[0]
+        )
+
+    def _check(self, name: str, expr: relax.Expr, at: str) -> None:
+        found, wanted = (shape_of(expr), dtype_of(expr)), self.graph.types.get(name)
+        if wanted is not None and found != (tuple(wanted[0]), np.dtype(wanted[1]).name):
+            raise UnsupportedModel(
+                f"{at} converts to the wrong type", where=self.graph.where, found=f"{found[1]}{list(found[0])}",
+                wanted=f"{np.dtype(wanted[1]).name}{list(wanted[0])}",
+            )  # fmt: skip
+
+    def value(self, name: str) -> relax.Expr:
+        if name not in self.env:
+            self.env[name] = constant(self.graph.constants[name])
+        return self.env[name]
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        value = self.attributes.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
+
+    @property
+    def opset(self) -> int:
+        return self.graph.opset
+
+    def array(self, position: int) -> np.ndarray | None:
+        """The constant at an input position, None if omitted. Raises Refused if it is computed."""
+        if position >= len(self.node.input) or not self.node.input[position]:
+            return None
+        name = self.node.input[position]
+        if name not in self.graph.constants:
+            raise Refused(f"input {position} is computed at run time")
+        return self.graph.constants[name]
+
+    def operand(self, name: str, position: int) -> list | None:
+        """A list that older operator sets give as attribute `name`, newer ones as a constant input."""
+        if name in self.attributes:
+            value = self.attributes[name]
+            return list(value) if isinstance(value, (list, tuple)) else [value]
+        array = self.array(position)
+        return None if array is None else array.reshape(-1).tolist()
+
+    def shape(self) -> tuple[int, ...]:
+        """Inferred shape of the first output. Raises Refused if it depends on data."""
+        if self.node.output[0] not in self.graph.types:
+            raise Refused("the shape of its result depends on data")
+        return self.graph.types[self.node.output[0]][0]
