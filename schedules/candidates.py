@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates of a tuning problem: compiled, checked against the definition, timed beside the default kernel.
+"""Candidates of a tuning problem: compiled, compared with the definition, timed with the default.
 
-Inputs are small whole numbers, so that sums in float32 are exact in whatever order a kernel adds them up: a candidate
-must give the definition's result bit for bit before its time counts. (Kernels that round on the way, such as Winograd's,
-say so by `exact=False` and are held to a thousandth of the largest value.)
+Inputs are small whole numbers, so that sums in float32 are exact in whatever order a kernel adds
+them up: a candidate must give the definition's result bit for bit before its time counts. (Kernels
+that round on the way, such as Winograd's, are not `exact` and are held to a thousandth of the
+largest value.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HELD_BYTES = 1 << 30  # arrays of candidates held at once
 
 @dataclass(frozen=True)
 class Candidate:
-    """One kernel to try: its point, the unscheduled PrimFunc (its definition) and the inputs to call it with."""
+    """One kernel to try: its point, its definition (the unscheduled PrimFunc) and its inputs."""
 
     point: object
     func: tirx.PrimFunc
@@ -42,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: time in microseconds, and as a ratio to the default's; or why it failed."""
+    """A candidate's time in microseconds and its ratio to the default's; or why it failed."""
 
     point: object
     ratio: float | None = None
@@ -52,7 +53,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A long comparison: median ratio to the default with a 95 % interval, both medians in microseconds."""
+    """A long comparison: median ratio to the default with a 95 % interval, both medians in us."""
 
     point: object
     ratio: float
@@ -134,7 +135,7 @@ class Bench:
         return float(np.median(_rounds([self._default], 0.1))) * 1e6
 
     def try_points(self, points: Sequence, seconds: float = 0.25) -> list[Outcome]:
-        """Each point compiled, checked and timed for about `seconds`, in rounds that take turns with the default."""
+        """Each point compiled, checked and timed for about `seconds`, in turns with the default."""
         outcomes = []
         at_once = max(1, _HELD_BYTES // max(1, self._size))
         for first in range(0, len(points), at_once):
@@ -192,7 +193,7 @@ def _rounds(kernels: Sequence[_Compiled], seconds: float, most: int = _MOST) -> 
     rounds = [[min(timer()) for timer in timers]]
     count = int(np.clip(seconds / (time.perf_counter() - start), _FEWEST, most))
     for number in range(1, count):
-        # Every other round backwards: what a kernel leaves behind in the machine meets another neighbour.
+        # Every other round backwards, so that no kernel always follows the same one.
         order = range(len(timers)) if number % 2 == 0 else reversed(range(len(timers)))
         taken = {i: min(timers[i]()) for i in order}
         rounds.append([taken[i] for i in range(len(timers))])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning found: an append-only store of trials and results, and the kernel parameters that a build takes from it.
+"""What tuning found: an append-only store of trials and results, which builds take parameters from.
 
 A directory holds `records.jsonl`, one JSON object per line:
 
-    {"kind": "trial",  "target": {...}, "loops": "contraction", "problem": {...}, "point": {...}, "ratio": 0.91, "us": 402.1, ...}
-    {"kind": "result", ... the same ..., "default_us": 441.7, "kept": true, "trials": 32, "versions": {...}, "date": "..."}
+    {"kind": "trial", "target": {...}, "loops": "contraction", "problem": {...}, "point": {...},
+     "ratio": 0.91, "us": 402.1, "default_us": 441.7, "error": "", "date": "..."}
+    {"kind": "result", ... the same ..., "interval": [0.89, 0.93], "kept": true, "trials": 32,
+     "versions": {"kerf": "...", "tvm": "..."}}
 
-A trial is one candidate timed beside the default (`ratio` is its time over the default's, null if it failed). A result
-closes a search: the best candidate after a second, longer comparison; `kept` says whether it won clearly. The last
-result of a problem counts, and only a kept one changes a kernel. Records apply to the target they were made on alone.
+A trial is one candidate timed beside the default (`ratio` is its time over the default's, null if it
+failed). A result closes a search: the best candidate after a second, longer comparison; `kept` says
+whether it won clearly. The last result of a problem counts, and only a kept one changes a kernel.
+Records apply to the target they were made on alone.
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ _FIELDS = {"kind": str, "target": dict, "loops": str, "problem": dict, "point": 
 
 
 class PointSource(Protocol):
-    """Where kernel parameters come from when they are not the default ones; carried by `CpuTarget.records`."""
+    """Kernel parameters that are not the default ones; carried by `CpuTarget.records`."""
 
     def lookup(self, target: CpuTarget, loops: str, problem: Mapping) -> Mapping | None:
         """The fields of the `Point` to use for this problem, or None for the default."""
 
 
 class Store(Protocol):
-    """An append-only sequence of entries; a store shared between machines implements the same two methods."""
+    """An append-only sequence of entries; one shared between machines has the same two methods."""
 
     def read(self) -> list[dict]: ...
 
@@ -47,9 +50,12 @@ class Store(Protocol):
 def target_key(target: CpuTarget) -> dict:
     """What must be equal for a record to apply: instruction set, caches, threads."""
     return {
-        "arch": target.arch, "features": sorted(target.features), "l1_bytes": target.l1_bytes, "l2_bytes": target.l2_bytes,
+        "arch": target.arch,
+        "features": sorted(target.features),
+        "l1_bytes": target.l1_bytes,
+        "l2_bytes": target.l2_bytes,
         "threads": target.threads,
-    }  # fmt: skip
+    }
 
 
 def key_of(target: Mapping, loops: str, problem: Mapping) -> str:
@@ -59,7 +65,7 @@ def key_of(target: Mapping, loops: str, problem: Mapping) -> str:
 
 @dataclass(frozen=True)
 class DirectoryStore:
-    """The store in a local directory. Each entry is one write under a lock, so several processes may append."""
+    """The store in a local directory. Entries are written under a lock: several processes may."""
 
     directory: Path
 
@@ -151,7 +157,7 @@ def _parse(line: bytes, where: str) -> dict:
 
 @dataclass
 class Records:
-    """The entries of a store by problem, kept current while tuning adds to it; a `PointSource` for builds."""
+    """The entries of a store by problem, kept current while tuning adds; a `PointSource`."""
 
     store: Store
     trials: dict[str, list[dict]] = field(default_factory=dict)
@@ -204,7 +210,10 @@ class Records:
         if not others:
             return ""
         differing = sorted({name for other in others for name in _differing(mine, other)})
-        return f"{len(others)} tuning records are for another target (other {', '.join(differing)}) and are ignored"
+        return (
+            f"{len(others)} tuning records are for another target"
+            f" (other {', '.join(differing)}) and are ignored"
+        )
 
 
 def _differing(mine: Mapping, other: Mapping) -> Iterable[str]:

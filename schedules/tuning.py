@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for good kernel parameters: MetaSchedule's evolutionary search over the choices of a space.
+"""The search for kernel parameters: MetaSchedule's evolutionary search over the choices of a space.
 
 Kernels are emitted, not scheduled by primitives, so the design space only decides: each choice is a
-`sample_categorical` and an annotation of the anchor block, and a candidate is the point those annotations name. The
-cost model is not learned from TIR, which would be the same for every candidate, but from problem and point: boosted
-trees predict what the space's own estimate misses.
+`sample_categorical` and an annotation of the anchor block, and a candidate is the point that those
+annotations name. The cost model does not look at TIR, which is the same for every candidate, but at
+problem and point.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SpeedModel:
 
 
 def _numbers(fields: dict) -> list[float]:
-    """Fields of a problem or a point as numbers; strings by checksum, as trees only need them to differ."""
+    """Fields of a problem or a point as numbers; strings by checksum, as they need only differ."""
     out: list[float] = []
     for value in fields.values():
         if isinstance(value, str):
@@ -109,15 +109,26 @@ def _numbers(fields: dict) -> list[float]:
 class Search:
     """The search on one problem: `propose` points, `learn` what they took.
 
-    `func` is the problem's fused PrimFunc (any point's), `default` its default point, `model` shared between the
-    problems of one loop structure. Ratios are times over the default's; None for a candidate that failed.
+    `func` is the problem's fused PrimFunc (any point's), `default` its default point, `model` is
+    shared between the problems of one loop structure. Ratios are times over the default's, None for
+    a candidate that failed.
     """
 
     def __init__(
-        self, func: tirx.PrimFunc, problem, space: Space, default, target: CpuTarget, model: SpeedModel, *, seed: int, batch: int
-    ):  # fmt: skip
+        self,
+        func: tirx.PrimFunc,
+        problem,
+        space: Space,
+        default,
+        target: CpuTarget,
+        model: SpeedModel,
+        *,
+        seed: int,
+        batch: int,
+    ):
         self.space, self.model, self.batch = space, model, batch
         self.known: dict = {}
+        self._asked: list = []
         self._problem, self._default = problem, default
         self._ms = ms = _meta_schedule()
         self._target = target.tvm()
@@ -179,7 +190,7 @@ class Search:
         return len(self.known) >= len(self.space.points)
 
     def propose(self) -> list:
-        """Up to `batch` points not measured yet; none when the space is exhausted. Call `learn` before the next."""
+        """Up to `batch` points not measured yet, none when the space is exhausted; `learn` next."""
         self._asked = self._context.generate_measure_candidates() or []
         points = dict.fromkeys(self._decode(c.sch) for c in self._asked)
         fresh = [p for p in points if p not in self.known]
@@ -201,7 +212,7 @@ class Search:
             indices = self.space.indices_of(point)
             if ratio is not None and indices is not None:
                 self._commit(indices, ratio)
-        if asked := getattr(self, "_asked", None):
+        if asked := self._asked:
             result = self._ms.runner.RunnerResult
             ratios = [self.known.get(self._decode(c.sch)) for c in asked]
             failed = result(None, "failed or not measured")
