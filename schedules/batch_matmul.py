@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Fused
 from schedules.target import CpuTarget
-from schedules.windows import loop, tile_rows, unravel, vectors
+from schedules.windows import loop, span, splat, tile_rows, unravel, vectors
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Problem:
 
     @staticmethod
     def from_dict(fields: dict) -> Problem:
-        return Problem(**{k: tuple(v) if isinstance(v, (list, tuple)) else int(v) for k, v in fields.items()})
+        return Problem(
+            **{k: tuple(v) if isinstance(v, (list, tuple)) else int(v) for k, v in fields.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,27 @@ class Point:
 
 def operand_index(index, shape: tuple[int, ...]) -> list:
     """The leading indices of an operand with leading dimensions `shape` at the result's leading `index`."""
-    return [0 if extent == 1 else i for i, extent in zip(list(index)[len(index) - len(shape) :], shape)]
+    return [
+        0 if extent == 1 else i for i, extent in zip(list(index)[len(index) - len(shape) :], shape)
+    ]
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Two or three vectors of columns, whichever wastes less; rows to fill the registers."""
     count = len(vectors(problem.n, target.lanes))
-    nv = min((-(-count // v) * v, -v) for v in (1, 2, 3) if v <= count and (v > 1 or count == 1))[1] * -1
+    nv = (
+        min((-(-count // v) * v, -v) for v in (1, 2, 3) if v <= count and (v > 1 or count == 1))[1]
+        * -1
+    )
     return Point(target.lanes, tile_rows(problem.m, (target.registers - 1 - nv) // nv), nv)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused batch matrix product."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point.from_dict(fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     rows = -(-problem.m // point.mr)
     width = min(problem.n, point.nv * point.lanes)
     columns = -(-problem.n // width)
@@ -81,7 +91,11 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     with fused.emit() as kernel, loop(math.prod(problem.batch) * rows, target.threads > 1) as u:
         index = unravel(tirx.floordiv(u, rows), problem.batch)
         tile = tirx.floormod(u, rows)
-        row = tile * point.mr if problem.m % point.mr == 0 else tirx.min(tile * point.mr, problem.m - point.mr)
+        row = (
+            tile * point.mr
+            if problem.m % point.mr == 0
+            else tirx.min(tile * point.mr, problem.m - point.mr)
+        )
         with T.serial(0, columns) as q:
             column = q * width if problem.n % width == 0 else tirx.min(q * width, problem.n - width)
             _tile(kernel, problem, point, index, row, column, widths)
@@ -95,13 +109,18 @@ def _tile(kernel, problem: Problem, point: Point, index, row, column, widths: li
     sums = [[T.alloc_buffer((width,), "float32") for width in widths] for _ in range(point.mr)]
     for line in sums:
         for width, register in zip(widths, line):
-            T.buffer_store(register, T.broadcast(T.float32(0), width), [T.ramp(0, 1, width)])
+            T.buffer_store(register, splat(T.float32(0), width), [span(0, width)])
     with T.serial(0, problem.k) as k:
         for p, line in enumerate(sums):
             for v, (width, register) in enumerate(zip(widths, line)):
-                lane = T.ramp(0, 1, width)
-                term = T.broadcast(a[(*left, row + p, k)], width) * b[(*right, k, T.ramp(column + v * point.lanes, 1, width))]
+                lane = span(0, width)
+                term = (
+                    splat(a[(*left, row + p, k)], width)
+                    * b[(*right, k, span(column + v * point.lanes, width))]
+                )
                 T.buffer_store(register, register[lane] + term, [lane])
     for p, line in enumerate(sums):
         for v, (width, register) in enumerate(zip(widths, line)):
-            kernel.store(register[T.ramp(0, 1, width)], [*index, row + p, T.ramp(column + v * point.lanes, 1, width)])
+            kernel.store(
+                register[span(0, width)], [*index, row + p, span(column + v * point.lanes, width)]
+            )

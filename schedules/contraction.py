@@ -72,11 +72,16 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused contraction. Raises ScheduleError if the packed weights do not fit its parameters."""
     from schedules.register_tile import Contraction
 
-    problem, point = Problem.from_dict(fused.point["problem"]), Point.from_dict(fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         found, wanted = tuple(int(d) for d in kernel.inputs[1].shape), packed_shape(problem, point)
         if found != wanted:
-            raise ScheduleError("packed weights of another shape", found=str(found), wanted=str(wanted))
+            raise ScheduleError(
+                "packed weights of another shape", found=str(found), wanted=str(wanted)
+            )
         Contraction(kernel, fused.shape, problem, point, target.threads).emit()
     return kernel.func
 
@@ -121,9 +126,15 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
         largest = (target.registers - 1 - nv) // nv
         if (aliased or short) and problem.row > _ALIAS_ROWS:
             largest = min(largest, _ALIAS_ROWS)
-        for mr in sorted({tile_rows(problem.row, m) for m in range(max(1, largest // 2), largest + 1)}):
+        for mr in sorted(
+            {tile_rows(problem.row, m) for m in range(max(1, largest // 2), largest + 1)}
+        ):
             sums, inputs = 1, problem.group_inputs
-            while mr * nv * sums < 8 and 2 * sums * mr * nv + nv + 1 <= target.registers and 2 * sums <= inputs:
+            while (
+                mr * nv * sums < 8
+                and 2 * sums * mr * nv + nv + 1 <= target.registers
+                and 2 * sums <= inputs
+            ):
                 sums *= 2
             cost = estimated_cycles(problem, target.lanes, mr, nv, sums)
             if best is None or cost < best[0] * 0.995:
@@ -166,7 +177,9 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     order, block = _order(problem, panels, chunk, target)
     tiles = -(-problem.row // mr)
     if target.threads > 1:
-        order = _order_for_threads(order, panels, tiles if problem.flat else problem.rows, target.threads)
+        order = _order_for_threads(
+            order, panels, tiles if problem.flat else problem.rows, target.threads
+        )
     if order == "blocks":
         chunk = 0
     # Two steps at a time need room for the next step's weights; small tiles take four to hide the loop's own work.
@@ -174,7 +187,11 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     unroll = min(max(sums, unroll), chunk or problem.group_inputs)
     prefetch = 0
     if tiles * problem.rows > 1:
-        prefetch = WEIGHTS_OR_PIXELS * (order != "blocks" or problem.flat) + OUTPUT + PARTIAL * (order == "chunks")
+        prefetch = (
+            WEIGHTS_OR_PIXELS * (order != "blocks" or problem.flat)
+            + OUTPUT
+            + PARTIAL * (order == "chunks")
+        )
     return Point(target.lanes, mr, nv, order, block, chunk, unroll, sums, prefetch)
 
 

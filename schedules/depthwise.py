@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
-from schedules.windows import Problem, RowTiles, kernel_rows, loop, tile_rows, vectors
+from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, tile_rows, vectors
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused depthwise convolution."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point.from_dict(fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         _Depthwise(kernel, problem, point).emit(target.threads > 1)
     return kernel.func
@@ -82,9 +85,15 @@ class ChannelTiles:
     def emit(self, parallel: bool) -> None:
         problem = self.problem
         with loop(problem.n * problem.oh, parallel) as u:
-            image, oh = (0, u) if problem.n == 1 else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
+            image, oh = (
+                (0, u)
+                if problem.n == 1
+                else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
+            )
             first, last = kernel_rows(problem, oh)
-            self.row.each(lambda _, base, edge: self._channels(image, oh, base, Taps(first, last, edge)))
+            self.row.each(
+                lambda _, base, edge: self._channels(image, oh, base, Taps(first, last, edge))
+            )
 
     def _channels(self, image, oh, base, taps: Taps) -> None:
         """All channels of one tile of pixels, full groups of vectors in a loop, the rest after it."""
@@ -103,20 +112,24 @@ class ChannelTiles:
         registers = [[T.alloc_buffer((lanes,), "float32") for lanes in widths] for _ in range(mr)]
         for pixel in registers:
             for lanes, register in zip(widths, pixel):
-                T.buffer_store(register, T.broadcast(T.float32(self.start()), lanes), [T.ramp(0, 1, lanes)])
+                T.buffer_store(register, splat(T.float32(self.start()), lanes), [span(0, lanes)])
         with T.serial(taps.first, taps.last) as r:
             ih = oh * problem.stride[0] + r * problem.dilation[0] - problem.padding[0]
             for offset, users in sorted(self._columns(taps.edge).items()):
                 iw = base * problem.stride[1] + offset
                 for v, lanes in enumerate(widths):
-                    lane, channels = T.ramp(0, 1, lanes), T.ramp(channel + v * self.point.lanes, 1, lanes)
+                    lane, channels = span(0, lanes), span(channel + v * self.point.lanes, lanes)
                     for p, s in users:
                         held, value = registers[p][v][lane], self.x[image, ih, iw, channels]
-                        T.buffer_store(registers[p][v], self.combine(held, value, r, s, channels), [lane])
+                        T.buffer_store(
+                            registers[p][v], self.combine(held, value, r, s, channels), [lane]
+                        )
         for p, pixel in enumerate(registers):
             for v, lanes in enumerate(widths):
-                value = self.finish(pixel[v][T.ramp(0, 1, lanes)], taps, p)
-                self.kernel.store(value, [image, oh, base + p, T.ramp(channel + v * self.point.lanes, 1, lanes)])
+                value = self.finish(pixel[v][span(0, lanes)], taps, p)
+                self.kernel.store(
+                    value, [image, oh, base + p, span(channel + v * self.point.lanes, lanes)]
+                )
 
     def _columns(self, edge: int | None) -> dict[int, list[tuple[int, int]]]:
         """Input column, relative to the tile's first pixel times the stride -> the (pixel, tap) pairs that read it."""

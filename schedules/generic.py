@@ -7,7 +7,7 @@ import math
 
 import tvm
 from tvm import tirx
-from tvm.s_tir import Schedule
+from tvm.s_tir import Schedule, renew_defs
 
 from schedules.fused import leaf_blocks
 from schedules.target import CpuTarget
@@ -20,11 +20,14 @@ def schedule(func: tirx.PrimFunc, target: CpuTarget) -> tirx.PrimFunc:
     """`func` with its loops vectorised and, for several threads, parallel. Unchanged if a block is of an unknown kind."""
     if not _regular(func):
         return func
-    sch = Schedule(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}))
+    # Schedule primitives change the function they are given in place; the caller's stays as it is.
+    sch = Schedule(tvm.IRModule({"main": renew_defs(func).with_attr("global_symbol", "main")}))
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
-    outputs = [p for p in func.params]
+    outputs = list(sch.mod["main"].params)
     for block in blocks[:-1]:
-        if not _reduces(sch, block) and not any(b.same_as(sch.get(block).writes[0].source) for b in outputs):
+        if not _reduces(sch, block) and not any(
+            b.same_as(sch.get(block).writes[0].source) for b in outputs
+        ):
             sch.compute_inline(block)
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         if _reduces(sch, block):
@@ -49,7 +52,9 @@ def _regular(func: tirx.PrimFunc) -> bool:
         depth = 0
         while isinstance(nest, tirx.For):
             nest, depth = nest.body, depth + 1
-        if not isinstance(nest, tvm.s_tir.SBlockRealize) or not isinstance(block.body, tirx.BufferStore):
+        if not isinstance(nest, tvm.s_tir.SBlockRealize) or not isinstance(
+            block.body, tirx.BufferStore
+        ):
             return False
         kinds = [int(v.iter_type) for v in block.iter_vars]
         if len(block.writes) != 1 or depth != len(kinds) or not set(kinds) <= {_SPATIAL, _REDUCE}:
@@ -106,18 +111,19 @@ def _schedule_reduction(sch: Schedule, block, target: CpuTarget) -> None:
     spatial = [a for a, k in zip(axes, kinds) if k == _SPATIAL]
     reduced = [a for a, k in zip(axes, kinds) if k == _REDUCE]
     elements = math.prod(_extent(sch, a) for a in axes)
-    if spatial and _extent(sch, spatial[-1]) >= 4 and kinds[-1] == _REDUCE and _last_axis_contiguous(sch, block):
-        lanes = target.lanes
-        while lanes > 1 and _extent(sch, spatial[-1]) % lanes:
-            lanes //= 2
-        if lanes >= 4:
-            outer, vector = sch.split(spatial[-1], [None, lanes])
-            sch.reorder(*spatial[:-1], outer, *reduced, vector)
-            sch.vectorize(vector)
-            spatial = [*spatial[:-1], outer]
-            init = sch.decompose_reduction(block, reduced[0])
-            sch.vectorize(sch.get_loops(init)[-1])
-    _parallelise(sch, spatial, elements, target)
+    lanes = target.lanes
+    while spatial and lanes > 1 and _extent(sch, spatial[-1]) % lanes:
+        lanes //= 2
+    if not spatial or lanes < 4 or kinds[-1] != _REDUCE or not _last_axis_contiguous(sch, block):
+        _parallelise(sch, spatial, elements, target)
+        return
+    outer, vector = sch.split(spatial[-1], [None, lanes])
+    sch.reorder(*spatial[:-1], outer, *reduced, vector)
+    sch.vectorize(vector)
+    _parallelise(
+        sch, [*spatial[:-1], outer], elements, target
+    )  # not allowed once the block is in two parts
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(block, reduced[0]))[-1])
 
 
 def _last_axis_contiguous(sch: Schedule, block) -> bool:

@@ -26,7 +26,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused pooling: `kind` "max" or "average"."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point.from_dict(fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         if fused.point["kind"] == "max":
             tiles = _Max(kernel, problem, point)
@@ -65,7 +68,9 @@ class _Average(ChannelTiles):
             return held * T.float32(1.0 / (self.problem.r * self.problem.s))
         columns = self.problem.s
         if taps.edge is not None:
-            columns = sum(pixel in self.row.taps_inside(taps.edge, s) for s in range(self.problem.s))
+            columns = sum(
+                pixel in self.row.taps_inside(taps.edge, s) for s in range(self.problem.s)
+            )
         rows = taps.last - taps.first
         if isinstance(rows, int):
             return held * T.float32(1.0 / (rows * columns))

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.contraction import OUTPUT, PARTIAL, WEIGHTS_OR_PIXELS, Point, packed_shape, panels_per_group
+from schedules.contraction import (
+    OUTPUT,
+    PARTIAL,
+    WEIGHTS_OR_PIXELS,
+    Point,
+    packed_shape,
+    panels_per_group,
+)
 from schedules.fused import Emission
-from schedules.windows import Problem, RowTiles, kernel_rows, loop, unravel, vectors
+from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, unravel, vectors
 
 _LINE = 16  # float32 values in a cache line
 
@@ -51,7 +58,9 @@ class _Chunk:
 class Contraction:
     """One kernel being emitted. `shape` is the output's: [N, OH, OW, O] or, flat, any [..., O]."""
 
-    def __init__(self, kernel: Emission, shape: tuple[int, ...], problem: Problem, point: Point, threads: int):
+    def __init__(
+        self, kernel: Emission, shape: tuple[int, ...], problem: Problem, point: Point, threads: int
+    ):
         self.kernel, self.shape, self.problem, self.point = kernel, shape, problem, point
         self.x, self.w = kernel.inputs
         self.x_lead = tuple(int(d) for d in self.x.shape)[:-1]
@@ -67,12 +76,17 @@ class Contraction:
         units = self.row.count if problem.flat else problem.rows
         if point.order == "chunks":
             self._over_chunks(
-                lambda chunk: self._over_panels(lambda panel: self._over_units(0, units, panel, chunk), self.parallel)
+                lambda chunk: self._over_panels(
+                    lambda panel: self._over_units(0, units, panel, chunk), self.parallel
+                )
             )
             return
         if point.order == "panels":
             self._over_panels(
-                lambda panel: self._over_chunks(lambda chunk: self._over_units(0, units, panel, chunk)), self.parallel
+                lambda panel: self._over_chunks(
+                    lambda chunk: self._over_units(0, units, panel, chunk)
+                ),
+                self.parallel,
             )
             return
         block = min(point.block, units)
@@ -82,15 +96,21 @@ class Contraction:
                 self._over_panels(lambda panel: self._unit(b, panel, everything), False)
                 return
             stop = (b + 1) * block if units % block == 0 else tirx.min((b + 1) * block, units)
-            self._over_panels(lambda panel: self._over_units(b * block, stop, panel, everything), False)
+            self._over_panels(
+                lambda panel: self._over_units(b * block, stop, panel, everything), False
+            )
 
     def _over_chunks(self, body: Callable[[_Chunk], None]) -> None:
         """All but the last chunk in one loop; the last one writes the result."""
         inputs, chunk = self.problem.group_inputs, self.chunk
         count = -(-inputs // chunk)
         if count > 1:
-            panels = packed_shape(self.problem, self.point)[0] if self.point.order == "chunks" else 1
-            self.partial = T.alloc_buffer((panels, self.tiles, self.point.mr, self.point.panel), "float32")
+            panels = (
+                packed_shape(self.problem, self.point)[0] if self.point.order == "chunks" else 1
+            )
+            self.partial = T.alloc_buffer(
+                (panels, self.tiles, self.point.mr, self.point.panel), "float32"
+            )
             if count == 2:
                 body(_Chunk(0, chunk, True, False))
             else:
@@ -109,7 +129,11 @@ class Contraction:
         def group(g) -> None:
             def panel(q, widths):
                 first = g * problem.group_inputs
-                body(_Panel(g * count + q, q, first, g * problem.group_outputs + q * point.panel, widths))
+                body(
+                    _Panel(
+                        g * count + q, q, first, g * problem.group_outputs + q * point.panel, widths
+                    )
+                )
 
             if full == 1:
                 panel(0, whole)
@@ -137,9 +161,15 @@ class Contraction:
         if problem.flat:
             self._tile(_Pixels(u, None, None, self.row.base(u), None), panel, chunk)
             return
-        image, oh = (0, u) if problem.n == 1 else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
+        image, oh = (
+            (0, u)
+            if problem.n == 1
+            else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
+        )
         self.row.each(
-            lambda t, base, edge: self._tile(_Pixels(u * self.row.count + t, image, oh, base, edge), panel, chunk)
+            lambda t, base, edge: self._tile(
+                _Pixels(u * self.row.count + t, image, oh, base, edge), panel, chunk
+            )
         )
 
     # ---- one tile
@@ -163,13 +193,17 @@ class Contraction:
             lead = [pixels.image, pixels.oh, pixels.base + p]
             at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else lead
             for v, (width, stored) in enumerate(panel.widths):
-                parts = [bank[p][v][T.ramp(0, 1, stored if chunk.last else width)] for bank in banks]
+                parts = [bank[p][v][span(0, stored if chunk.last else width)] for bank in banks]
                 while len(parts) > 1:
                     parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
                 if chunk.last:
-                    self.kernel.store(parts[0], [*at, T.ramp(panel.first_output + v * lanes, 1, stored)])
+                    self.kernel.store(parts[0], [*at, span(panel.first_output + v * lanes, stored)])
                 else:
-                    T.buffer_store(self.partial, parts[0], [*self._slot(panel, pixels), p, T.ramp(v * lanes, 1, width)])
+                    T.buffer_store(
+                        self.partial,
+                        parts[0],
+                        [*self._slot(panel, pixels), p, span(v * lanes, width)],
+                    )
 
     def _slot(self, panel: _Panel, pixels: _Pixels) -> tuple:
         """Where a tile's partial sums are kept between chunks."""
@@ -184,10 +218,10 @@ class Contraction:
             for b, bank in enumerate(banks):
                 for p, registers in enumerate(bank):
                     for v, ((width, _), register) in enumerate(zip(panel.widths, registers)):
-                        value = T.broadcast(T.float32(0), width)
+                        value = splat(T.float32(0), width)
                         if resume and b == 0:
-                            value = self.partial[(*slot, p, T.ramp(v * self.point.lanes, 1, width))]
-                        T.buffer_store(register, value, [T.ramp(0, 1, width)])
+                            value = self.partial[(*slot, p, span(v * self.point.lanes, width))]
+                        T.buffer_store(register, value, [span(0, width)])
 
         if isinstance(chunk.first, bool):
             fill(not chunk.first)
@@ -216,13 +250,31 @@ class Contraction:
                 def x_index(p, k):
                     return (pixels.image, ih, (pixels.base + p) * sw + s * dw - left, first + k)
 
-                self._run(banks, valid, chunk.steps, panel, pixels, chunk, x_index, lambda k: (r, s, chunk.start + k))
+                self._run(
+                    banks,
+                    valid,
+                    chunk.steps,
+                    panel,
+                    pixels,
+                    chunk,
+                    x_index,
+                    lambda k: (r, s, chunk.start + k),
+                )
 
             if pixels.edge is not None:
                 for s in range(problem.s):
                     if valid := self.row.taps_inside(pixels.edge, s):
                         # Keeps LLVM from sharing pixels between unrolled taps, which would spill the sums.
-                        _prefetch(self.x[(pixels.image, ih, (pixels.base + valid[0]) * sw + s * dw - left, first)])
+                        _prefetch(
+                            self.x[
+                                (
+                                    pixels.image,
+                                    ih,
+                                    (pixels.base + valid[0]) * sw + s * dw - left,
+                                    first,
+                                )
+                            ]
+                        )
                         tap(s, valid)
             elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
                 self._whole_row(banks, pixels, panel, chunk, r, ih)
@@ -244,7 +296,15 @@ class Contraction:
         )  # fmt: skip
 
     def _run(
-        self, banks: list, valid: list[int], steps: int, panel: _Panel, pixels: _Pixels, chunk: _Chunk, x_index, w_index
+        self,
+        banks: list,
+        valid: list[int],
+        steps: int,
+        panel: _Panel,
+        pixels: _Pixels,
+        chunk: _Chunk,
+        x_index,
+        w_index,
     ) -> None:
         """`steps` terms of the sum for the pixels in `valid`; `x_index(pixel, k)`, `w_index(k)` say where term k is."""
         point = self.point
@@ -253,9 +313,9 @@ class Contraction:
             for p in valid:
                 x = self.x[tuple(x_index(p, k))]
                 for v, (width, _) in enumerate(panel.widths):
-                    register, lane = bank[p][v], T.ramp(0, 1, width)
-                    w = self.w[(panel.index, *w_index(k), T.ramp(v * point.lanes, 1, width))]
-                    T.buffer_store(register, register[lane] + T.broadcast(x, width) * w, [lane])
+                    register, lane = bank[p][v], span(0, width)
+                    w = self.w[(panel.index, *w_index(k), span(v * point.lanes, width))]
+                    T.buffer_store(register, register[lane] + splat(x, width) * w, [lane])
 
         unroll = min(point.unroll, steps)
         with T.serial(0, steps // unroll) as i:
@@ -270,7 +330,9 @@ class Contraction:
 
     # ---- fetching ahead
 
-    def _prefetch_weights(self, panel: _Panel, pixels: _Pixels, chunk: _Chunk, steps: int, k, w_index) -> None:
+    def _prefetch_weights(
+        self, panel: _Panel, pixels: _Pixels, chunk: _Chunk, steps: int, k, w_index
+    ) -> None:
         """This iteration's share of the weights needed next, for the same tap: each tile asks for a part of them."""
         if chunk.last or self.point.order == "chunks":
             first = -chunk.start if self.point.order == "panels" else 0
@@ -290,13 +352,18 @@ class Contraction:
             offset = (panel.number * steps + k) * per_step + line * _LINE
             _prefetch(self.x[(*unravel(pixels.base + self.point.mr, self.x_lead), offset)])
 
-
     def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
         """The lines that this tile will write, so that they are there when it is done."""
         for p in range(self.point.mr):
-            at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else [pixels.image, pixels.oh, pixels.base + p]
+            at = (
+                unravel(pixels.base + p, self.shape[:-1])
+                if self.problem.flat
+                else [pixels.image, pixels.oh, pixels.base + p]
+            )
             for v in range(len(panel.widths)):
-                _prefetch(self.kernel.output[(*at, panel.first_output + v * self.point.lanes)], write=True)
+                _prefetch(
+                    self.kernel.output[(*at, panel.first_output + v * self.point.lanes)], write=True
+                )
 
 
 def _prefetch(value, write: bool = False) -> None:

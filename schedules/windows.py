@@ -75,7 +75,9 @@ class Problem:
 
     @staticmethod
     def from_dict(fields: dict) -> Problem:
-        return Problem(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()})
+        return Problem(
+            **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()}
+        )
 
 
 def vectors(channels: int, lanes: int) -> tuple[tuple[int, int], ...]:
@@ -90,6 +92,16 @@ def tile_rows(row: int, largest: int) -> int:
     """The tile that covers `row` pixels with as few tiles as `largest` would and overlaps least."""
     tiles = -(-row // max(1, min(row, largest)))
     return -(-row // tiles)
+
+
+def span(start, lanes: int):
+    """The indices start, ..., start + lanes - 1, as the index of a vector or, for one lane, of a scalar."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def splat(value, lanes: int):
+    """`value` in every lane of a vector; itself for one lane."""
+    return value if lanes == 1 else T.broadcast(value, lanes)
 
 
 def loop(extent: int, parallel: bool = False):
@@ -120,7 +132,9 @@ def kernel_rows(problem: Problem, oh) -> tuple:
     if top > 0:
         first = tirx.max(0, tirx.floordiv(top - oh * step + dilation - 1, dilation))
     if (problem.oh - 1) * step - top + (problem.r - 1) * dilation >= problem.h:
-        last = tirx.min(problem.r, tirx.floordiv(problem.h + top - oh * step + dilation - 1, dilation))
+        last = tirx.min(
+            problem.r, tirx.floordiv(problem.h + top - oh * step + dilation - 1, dilation)
+        )
     return first, last
 
 

@@ -18,14 +18,18 @@ from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 
-def pack_weights(weight: np.ndarray, problem: contraction.Problem, point: contraction.Point) -> np.ndarray:
+def pack_weights(
+    weight: np.ndarray, problem: contraction.Problem, point: contraction.Point
+) -> np.ndarray:
     """[O, C/groups, R, S] -> `contraction.packed_shape`, zeros where a group's last panel has no channel."""
     groups, outputs = problem.groups, problem.group_outputs
     panels = contraction.panels_per_group(problem, point)
     full = np.zeros((groups, panels * point.panel, *weight.shape[1:]), np.float32)
     full[:, :outputs] = weight.reshape(groups, outputs, *weight.shape[1:])
     split = full.reshape(groups, panels, point.panel, *weight.shape[1:])
-    return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2)).reshape(contraction.packed_shape(problem, point))
+    return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2)).reshape(
+        contraction.packed_shape(problem, point)
+    )
 
 
 def pad_image(x, problem):
@@ -46,7 +50,11 @@ def define_conv2d(problem: contraction.Problem, point: contraction.Point):
     """te function (x [N, H, W, C], packed w) -> [N, OH, OW, O]."""
     notes = annotations("contraction", problem=problem.to_dict(), point=point.to_dict())
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
-    panels, outputs, inputs = contraction.panels_per_group(problem, point), problem.group_outputs, problem.group_inputs
+    panels, outputs, inputs = (
+        contraction.panels_per_group(problem, point),
+        problem.group_outputs,
+        problem.group_inputs,
+    )
 
     def conv2d(x, w):
         padded = pad_image(x, problem)
@@ -57,9 +65,14 @@ def define_conv2d(problem: contraction.Problem, point: contraction.Point):
         def value(n, i, j, o):
             group, within = (0, o) if problem.groups == 1 else (o // outputs, o % outputs)
             pixel = padded[n, i * sh + r * dh, j * sw + s * dw, group * inputs + k]
-            return te.sum(pixel * w[group * panels + within // point.panel, r, s, k, within % point.panel], axis=[r, s, k])
+            return te.sum(
+                pixel * w[group * panels + within // point.panel, r, s, k, within % point.panel],
+                axis=[r, s, k],
+            )
 
-        return te.compute((problem.n, problem.oh, problem.ow, problem.o), value, name="conv2d", attrs=notes)
+        return te.compute(
+            (problem.n, problem.oh, problem.ow, problem.o), value, name="conv2d", attrs=notes
+        )
 
     return conv2d
 
@@ -86,7 +99,12 @@ def problem_of(call: relax.Call) -> contraction.Problem:
     """The problem of a `kerf.conv2d` call in NHWC layout. Raises ScheduleError in any other layout."""
     attrs = attrs_of(call)
     if attrs["layout"] != "NHWC":
-        raise ScheduleError("convolution not channels last", where=attrs["name"], found=attrs["layout"], wanted="NHWC")
+        raise ScheduleError(
+            "convolution not channels last",
+            where=attrs["name"],
+            found=attrs["layout"],
+            wanted="NHWC",
+        )
     n, h, w, c = shape_of(call.args[0])
     o, _, r, s = shape_of(call.args[1])
     padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
@@ -98,16 +116,26 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     if (fast := winograd.lower(bb, call, target)) is not None:
         return fast
     problem, weight = problem_of(call), const_array(call.args[1])
-    kind = f"{problem.r}x{problem.s}" + (f"s{problem.stride[0]}" if problem.stride != (1, 1) else "")
+    kind = f"{problem.r}x{problem.s}" + (
+        f"s{problem.stride[0]}" if problem.stride != (1, 1) else ""
+    )
     size = f"{problem.oh}x{problem.ow}_{problem.c}_{problem.o}"
     if problem.groups == problem.c == problem.o and problem.groups > 1:
         point = point_for(depthwise, problem, target)
         packed = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))
-        return call_te(bb, define_depthwise(problem, point), call.args[0], relax.const(packed), hint=f"depthwise{kind}_{size}")
+        return call_te(
+            bb,
+            define_depthwise(problem, point),
+            call.args[0],
+            relax.const(packed),
+            hint=f"depthwise{kind}_{size}",
+        )
     point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight, problem, point))
     grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
-    return call_te(bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{grouped}")
+    return call_te(
+        bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{grouped}"
+    )
 
 
 LOWERINGS: dict[str, Lowering] = {CONV2D: lower_conv2d}

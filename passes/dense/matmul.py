@@ -39,7 +39,13 @@ def lower_dense(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     problem = contraction.Problem(1, 1, math.prod(shape[:-1]), shape[-1], weight.shape[0])
     point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight[:, :, None, None], problem, point))
-    return call_te(bb, define_dense(shape, problem, point), x, packed, hint=f"dense_{problem.w}_{problem.c}_{problem.o}")
+    return call_te(
+        bb,
+        define_dense(shape, problem, point),
+        x,
+        packed,
+        hint=f"dense_{problem.w}_{problem.c}_{problem.o}",
+    )
 
 
 def define_matmul(problem: batch_matmul.Problem, point: batch_matmul.Point):
@@ -62,7 +68,11 @@ def define_matmul(problem: batch_matmul.Problem, point: batch_matmul.Point):
 def lower_matmul(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
     """float32 operands of at least two dimensions; TVM's legalisation takes the others (vectors)."""
     a, b = shape_of(call.args[0]), shape_of(call.args[1])
-    if min(len(a), len(b)) < 2 or any(str(arg.ty.dtype) != "float32" for arg in call.args) or str(call.ty.dtype) != "float32":
+    if (
+        min(len(a), len(b)) < 2
+        or any(str(arg.ty.dtype) != "float32" for arg in call.args)
+        or str(call.ty.dtype) != "float32"
+    ):
         return None
     problem = batch_matmul.Problem(a[:-2], b[:-2], a[-2], a[-1], b[-1])
     point = point_for(batch_matmul, problem, target)

@@ -24,7 +24,9 @@ def problem_of(call: relax.Call) -> Problem | None:
     if str(attrs.layout) != "NHWC" or str(attrs.out_layout) not in ("", "NHWC"):
         return None
     (n, h, w, c), (_, oh, ow, _) = shape_of(call.args[0]), shape_of(call)
-    (r, s), (sh, sw), (dh, dw) = ([int(v) for v in a] for a in (attrs.pool_size, attrs.strides, attrs.dilation))
+    (r, s), (sh, sw), (dh, dw) = (
+        [int(v) for v in a] for a in (attrs.pool_size, attrs.strides, attrs.dilation)
+    )
     top, left = int(attrs.padding[0]), int(attrs.padding[1])
     bottom = max(0, (oh - 1) * sh + (r - 1) * dh + 1 - h - top)
     right = max(0, (ow - 1) * sw + (s - 1) * dw + 1 - w - left)
@@ -39,7 +41,11 @@ def _inside(problem: Problem, i, j):
 
 def _windows(problem: Problem, x, outside: float):
     """x with `outside` around it, and the value a reduction over (r, s) sees at output (n, i, j, c)."""
-    (sh, sw), (dh, dw), (top, left, bottom, right) = problem.stride, problem.dilation, problem.padding
+    (sh, sw), (dh, dw), (top, left, bottom, right) = (
+        problem.stride,
+        problem.dilation,
+        problem.padding,
+    )
     shape = (problem.n, problem.h + top + bottom, problem.w + left + right, problem.c)
     padded = te.compute(
         shape,
@@ -71,21 +77,43 @@ def define_max_pool(problem: Problem, point: pooling.Point):
 
 def define_average_pool(problem: Problem, point: pooling.Point, counting: str):
     """te function x [N, H, W, C] -> [N, OH, OW, C]; `counting` as in `schedules.pooling`."""
-    notes = annotations("pooling", problem=problem.to_dict(), point=point.to_dict(), kind="average", counting=counting)
+    notes = annotations(
+        "pooling",
+        problem=problem.to_dict(),
+        point=point.to_dict(),
+        kind="average",
+        counting=counting,
+    )
     shape = (problem.n, problem.oh, problem.ow, problem.c)
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
 
     def average_pool(x):
         value = _windows(problem, x, 0.0)
         r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
-        total = te.compute(shape, lambda n, i, j, c: te.sum(value(n, i, j, c, r, s), axis=[r, s]), name="total")
+        total = te.compute(
+            shape, lambda n, i, j, c: te.sum(value(n, i, j, c, r, s), axis=[r, s]), name="total"
+        )
         if counting == "window":
             scale = tirx.const(1.0 / (problem.r * problem.s), "float32")
-            return te.compute(shape, lambda *at: total(*at) * scale, name="average_pool", attrs=notes)
+            return te.compute(
+                shape, lambda *at: total(*at) * scale, name="average_pool", attrs=notes
+            )
 
         def counted(n, i, j, c):
-            rows = [_one(0 <= i * sh + k * dh - problem.padding[0], i * sh + k * dh < problem.h + problem.padding[0]) for k in range(problem.r)]
-            columns = [_one(0 <= j * sw + k * dw - problem.padding[1], j * sw + k * dw < problem.w + problem.padding[1]) for k in range(problem.s)]
+            rows = [
+                _one(
+                    0 <= i * sh + k * dh - problem.padding[0],
+                    i * sh + k * dh < problem.h + problem.padding[0],
+                )
+                for k in range(problem.r)
+            ]
+            columns = [
+                _one(
+                    0 <= j * sw + k * dw - problem.padding[1],
+                    j * sw + k * dw < problem.w + problem.padding[1],
+                )
+                for k in range(problem.s)
+            ]
             return total[n, i, j, c] / (sum(rows[1:], rows[0]) * sum(columns[1:], columns[0]))
 
         return te.compute(shape, counted, name="average_pool", attrs=notes)
@@ -101,7 +129,9 @@ def _hint(kind: str, problem: Problem) -> str:
     return f"{kind}_pool{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}"
 
 
-def lower_max_pool(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower_max_pool(
+    bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
+) -> relax.Expr | None:
     """Pooling of NHWC float32 images; TVM's legalisation takes others."""
     problem = problem_of(call)
     if problem is None or str(call.ty.dtype) != "float32":
@@ -110,13 +140,17 @@ def lower_max_pool(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) 
     return call_te(bb, define, call.args[0], hint=_hint("max", problem))
 
 
-def lower_average_pool(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower_average_pool(
+    bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
+) -> relax.Expr | None:
     """As `lower_max_pool`; left to TVM where `ceil_mode` makes windows reach past the padding that is to be counted."""
     problem = problem_of(call)
     if problem is None or str(call.ty.dtype) != "float32":
         return None
     given = tuple(int(v) for v in call.attrs.padding)
-    counting = "window" if bool(call.attrs.count_include_pad) or not any(problem.padding) else "image"
+    counting = (
+        "window" if bool(call.attrs.count_include_pad) or not any(problem.padding) else "image"
+    )
     if counting == "window" and any(p > g for p, g in zip(problem.padding, given)):
         return None
     define = define_average_pool(problem, pooling.default_point(problem, target), counting)

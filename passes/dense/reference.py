@@ -21,7 +21,11 @@ def conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     result = np.zeros((image.shape[0], oh, ow, groups, outputs // groups), np.result_type(x, w))
     for r in range(height):
         for s in range(width):
-            tap = padded[:, r * dh : r * dh + (oh - 1) * sh + 1 : sh, s * dw : s * dw + (ow - 1) * sw + 1 : sw]
+            tap = padded[
+                :,
+                r * dh : r * dh + (oh - 1) * sh + 1 : sh,
+                s * dw : s * dw + (ow - 1) * sw + 1 : sw,
+            ]
             pixels = tap.reshape(*tap.shape[:3], groups, inputs)
             result += np.einsum("nhwgc,goc->nhwgo", pixels, weight[..., r, s], optimize=True)
     result = result.reshape(*result.shape[:3], outputs)
