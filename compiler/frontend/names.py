@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 
-_TRANSPARENT = re.compile(r"\.(weight|kernel|parametrizations\.weight\.original0?)$")
-_ANONYMOUS = re.compile(r"(onnx::|val_|_?const|_val|t_|tmp|Constant|_to_copy|arg\d|p_\d|\d)\w*")
+_TRANSPARENT = re.compile(r"\.(weight|kernel|parametrizations\.weight\.original[01]?)$")
+_ANONYMOUS = re.compile(r"onnx::.*|_?val_\d+|_?const(ant)?_?\d*|t_\d+|\d+")
 
 
 def layer_name(parameter: str) -> str:
@@ -19,7 +19,7 @@ def layer_name(parameter: str) -> str:
 
 def is_anonymous(name: str) -> bool:
     """Whether an exporter made the name up (`onnx::MatMul_17`, `val_3`), so that it says nothing about the model."""
-    return not name or _ANONYMOUS.fullmatch(name.replace(":", "_", 0)) is not None
+    return not name or _ANONYMOUS.fullmatch(name) is not None
 
 
 def node_name(name: str) -> str:

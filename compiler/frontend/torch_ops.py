@@ -31,11 +31,24 @@ def _predicate(function: Callable) -> Callable:
     return lambda c, x: function(x)
 
 
+# What arithmetic means on truth values, for which TVM generates no code.
+_ON_BOOLEANS = {
+    op.add: op.logical_or,
+    op.multiply: op.logical_and,
+    op.maximum: op.logical_or,
+    op.minimum: op.logical_and,
+}
+
+
 def _arithmetic(function: Callable) -> Callable:
     """Operands are cast to the result's dtype; `alpha` scales the second."""
 
     def convert(c: Converter, a: Any, b: Any, alpha: Any = 1) -> relax.Expr:
         a, b = c.cast(a, c.dtype), c.cast(b, c.dtype)
+        if c.dtype == "bool":
+            if function not in _ON_BOOLEANS or alpha != 1:
+                raise Refused("arithmetic on truth values")
+            return _ON_BOOLEANS[function](a, b)
         return function(a, b if alpha == 1 else op.multiply(b, c.cast(alpha, c.dtype)))
 
     return convert

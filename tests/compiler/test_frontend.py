@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from compiler.frontend import TensorSpec, import_model
+from compiler.frontend.names import is_anonymous, layer_name, node_name
 from passes.evaluate import evaluate
 from passes.layers import attrs_of
 from schedules.errors import ModelError, UnsupportedModel
@@ -93,6 +94,27 @@ def test_architecture_from_onnx(name, tmp_path):
     assert (len(layers(imported)), layers(imported)[-1]) == (count, last)
     assert layers(imported)[0] == (first or "lstm.W")
     agree(imported)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layer"),
+    [
+        ("layer1.0.conv1.weight", "layer1.0.conv1"),
+        ("lstm.weight_hh_l0", "lstm.weight_hh_l0"),
+        ("conv.parametrizations.weight.original1", "conv"),
+        ("weight", "weight"),
+        ("fc.bias", "fc.bias"),
+    ],
+)
+def test_layer_names(parameter, layer):
+    assert layer_name(parameter) == layer
+
+
+def test_anonymous_names():
+    assert all(map(is_anonymous, ("", "onnx::MatMul_17", "val_3", "const_2", "12")))
+    assert not any(map(is_anonymous, ("conv.weight", "t_proj", "constraint", "value_3.weight")))
+    assert node_name("/encoder/layer.0/query/MatMul") == "encoder.layer.0.query"
+    assert node_name("/MatMul") == "MatMul" and node_name("query") == "query"
 
 
 class Net(nn.Module):

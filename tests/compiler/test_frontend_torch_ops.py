@@ -58,7 +58,7 @@ UNARY = [
     lambda x: torch.rsub(x, 2, alpha=3), lambda x: x / 3, lambda x: x**2, lambda x: x**3, lambda x: x**4, lambda x: 2**x, lambda x: x > 0,
     lambda x: (x > 0) & (x < 1), lambda x: (x > 0) | ~(x < 1), lambda x: torch.where(x > 0, x, 0.5), lambda x: x.masked_fill(x > 0, -1.0),
     lambda x: (x > 0).float(), lambda x: x.to(torch.int64), lambda x: (x > 0) * x, lambda x: torch.maximum(x, -x), lambda x: torch.floor_divide(x, 0.3),
-    lambda x: torch.div(x, 0.3, rounding_mode="trunc"), lambda x: x == x, lambda x: torch.logical_xor(x > 0, x > 1), lambda x: x * 0 + 3,
+    lambda x: torch.div(x, 0.3, rounding_mode="trunc"), lambda x: x == x, lambda x: torch.logical_xor(x > 0, x > 1), lambda x: x * 0 + 3, lambda x: (x > 0) * (x < 1), lambda x: (x > 1) + (x < 0),
 ]  # fmt: skip
 
 POSITIVE = [
