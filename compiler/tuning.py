@@ -168,7 +168,7 @@ class Run:
                 if not (self.interrupts.seen or isinstance(error, KeyboardInterrupt)):
                     raise
                 ended = "interrupted"
-        rows = [self._row(task) for task in self.tasks]
+        rows = [self._row(task) for task in self.tasks if task.default_us]
         return sorted(rows, key=lambda row: -row.calls * row.default_us), ended
 
     # ---- tasks
