@@ -18,7 +18,6 @@ from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
 
-
 WEIGHTS_OR_PIXELS, OUTPUT, PARTIAL = 1, 2, 4
 
 
@@ -120,10 +119,12 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
     count = len(vectors(problem.group_outputs, target.lanes))
     aliased = 4 * problem.c * problem.stride[1] % _ALIAS_BYTES == 0
     # An image's few channels make many short runs at its edges, where LLVM spills larger tiles.
-    short = problem.r > 1 and problem.s * problem.group_inputs <= _SHORT_RUN
+    short = problem.r > 1 and problem.groups == 1 and problem.s * problem.c <= _SHORT_RUN
     best = None
     for nv in range(1, min(count, 8 if problem.row <= 2 else 6) + 1):
         largest = (target.registers - 1 - nv) // nv
+        if short and nv > 2:
+            break
         if (aliased or short) and problem.row > _ALIAS_ROWS:
             largest = min(largest, _ALIAS_ROWS)
         for mr in sorted(
