@@ -62,6 +62,7 @@ def layer_kernels(variant: VariantInfo) -> dict[str, str]:
 
 
 def describe_kernel(call: KernelCall) -> str:
-    """`contraction mr=8 nv=2`"""
-    point = " ".join(f"{k}={v}" for k, v in call.point.items() if not isinstance(v, (dict, list)))
-    return f"{call.loops} {point}".rstrip()
+    """`contraction mr=8 nv=2`, and `tuned` at the end if tuning found the parameters."""
+    fields = call.point.get("point", call.point)
+    point = [f"{k}={v}" for k, v in fields.items() if not isinstance(v, (dict, list))]
+    return " ".join([call.loops, *point, *(["tuned"] if call.point.get("tuned") else [])])

@@ -180,7 +180,7 @@ def layer_table(rows: Sequence[Row]) -> Table:
             row["name"],
             describe_found(row.get("found") or {}),
             Text(ran),
-            (row.get("kernel") or "").split(" ")[0],
+            _kernel_name(row.get("kernel") or ""),
             *cells,
             f"{row.get('bytes', 0) / 1024:.0f}",
         )
@@ -193,6 +193,12 @@ def layer_table(rows: Sequence[Row]) -> Table:
             "all layers", "", "", "", _us(totals[0]), _us(totals[1] or None), gain, f"{size:.0f}"
         )
     return table
+
+
+def _kernel_name(kernel: str) -> str:
+    """The loop structure of a described kernel, and whether it is tuned."""
+    loops, _, rest = kernel.partition(" ")
+    return f"{loops} tuned" if rest.endswith("tuned") else loops
 
 
 def describe_found(found: Mapping) -> str:

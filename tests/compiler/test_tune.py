@@ -173,6 +173,7 @@ def test_a_build_uses_recorded_points_and_says_so(tasks_of, tmp_path):
     from tvm import relax, runtime
 
     from compiler import pipeline
+    from compiler.layer_rows import describe_kernel
 
     host = detect_host()
     keep_other_points(tasks_of()[:1], tmp_path, host)
@@ -187,6 +188,8 @@ def test_a_build_uses_recorded_points_and_says_so(tasks_of, tmp_path):
         marks.append({k.layers[0]: bool(k.point.get("tuned")) for k in variant.kernels if k.layers})
     assert not any(marks[0].values())
     assert marks[1] == {"a": True, "b": True, "c": False}
+    described = {k.layers[0]: describe_kernel(k) for k in variant.kernels if k.layers}
+    assert described["a"].endswith("tuned") and "tuned" not in described["c"]
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
 
 
