@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from compiler.artifact import Artifact, CompiledVariant
 from compiler.artifact_writer import check_output, write_artifact
 from compiler.linker import require_linker
-from compiler.recipe import Recipe, load_recipe, resolve
+from compiler.recipe import Recipe, load_recipe, resolve, validate
 from passes.treatment import Decision, Treatment
 from schedules.target import CpuTarget, detect_host, parse_target
 
@@ -41,11 +41,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The canonical graph as imported, and with the weights that pruning leaves (the same object if nothing is pruned)."""
+    """The canonical graph as imported, and with the weights that pruning leaves: what each variant must compute."""
 
     original: tvm.IRModule
     pruned: tvm.IRModule
-    treatments: Mapping[str, Treatment]
 
 
 def build(
@@ -61,7 +60,6 @@ def build(
     choose: str = "measured",
     records: str | Path | None = None,
     force: bool = False,
-    json_path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Import, compress, compile, verify and write a model; returns the artifact.
@@ -83,6 +81,7 @@ def build(
     if cpu.arch == detect_host().arch:
         require_linker()
     recipe = load_recipe(recipe)
+    validate(recipe)
     options = BuildOptions(recipe, cpu, threads, choose, Path(records) if records else None)
 
     from compiler.frontend import import_model
@@ -90,8 +89,8 @@ def build(
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
     say("simplifying the graph")
-    graphs = prepare(imported.mod, options)
-    variants, decisions = compile_variants(graphs, imported, options, say)
+    original, treatments = prepare(imported.mod, options)
+    variants, graphs, decisions = compile_variants(original, treatments, imported, options, say)
 
     from compiler import verify
 
@@ -118,48 +117,46 @@ def build(
     return artifact
 
 
-def prepare(mod: tvm.IRModule, options: BuildOptions) -> Graphs:
-    """Canonicalise an imported module, resolve the recipe on its layers and prune where it says so."""
+def prepare(mod: tvm.IRModule, options: BuildOptions) -> tuple[tvm.IRModule, dict[str, Treatment]]:
+    """The canonical graph of an imported module, and what the recipe asks of each of its layers."""
     from compiler import pipeline
-    from passes.treat_layers import layers_of, prune_layers
+    from passes.treat_layers import layers_of
 
     original = pipeline.canonicalize(mod)
     if options.recipe.winograd == "never":
         original = pipeline.forbid_winograd(original)
-    treatments = resolve(options.recipe, [layer.name for layer in layers_of(original)])
-    pruned = prune_layers(original, treatments) if any(t.prune for t in treatments.values()) else original
-    return Graphs(original, pruned, treatments)
+    return original, resolve(options.recipe, [layer.name for layer in layers_of(original)])
 
 
-def compile_variants(graphs: Graphs, imported, options: BuildOptions, say: Progress) -> tuple[list[CompiledVariant], list[Decision]]:
-    """The dense variant, and the compressed one if any layer is treated; the decision for every layer.
-
-    The dense variant computes the original weights; where pruning changed weights, so does the compressed one's reference.
-    """
+def compile_variants(
+    original: tvm.IRModule, treatments: Mapping[str, Treatment], imported, options: BuildOptions, say: Progress
+) -> tuple[list[CompiledVariant], Graphs, list[Decision]]:
+    """The dense variant, the compressed one if any layer stays treated, their graphs, and the decision for every layer."""
+    from compiler import pipeline
     from passes.treat_layers import treat_layers
 
-    def compile_one(name: str, mod: tvm.IRModule, options: BuildOptions) -> CompiledVariant:
-        from compiler import pipeline
-
+    def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:
         return pipeline.compile_graph(name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target)
 
     say("compiling the dense variant")
-    dense = compile_one("dense", graphs.original, options)
-    treated, decisions = treat_layers(graphs.pruned, graphs.treatments, options.target)
-    if not any(d.treatment != "dense" or d.pruned for d in decisions):
-        return [dense], decisions
+    dense = compile_one("dense", original)
+    found = treat_layers(original, treatments, options.target)
+    if not found.changes_anything:
+        return [dense], Graphs(original, original), found.decisions
     say("compiling the compressed variant")
-    compressed = compile_one("compressed", treated, options)
-    if options.choose == "measured" and not options.target.missing_on_host():
-        say("timing every layer, dense beside compressed")
-        slower = slower_layers(dense, compressed, decisions, imported, options)
-        if slower:
-            say(f"compiling again with {len(slower)} layers dense")
-            treatments = {name: t for name, t in graphs.treatments.items() if name not in slower}
-            treated, _ = treat_layers(graphs.pruned, treatments, options.target)
-            decisions = [revert(d, slower) for d in decisions]
-            compressed = compile_one("compressed", treated, options)
-    return [dense, compressed], decisions
+    compressed = compile_one("compressed", found.treated)
+    if options.choose == "asked" or options.target.missing_on_host():
+        return [dense, compressed], Graphs(original, found.pruned), found.decisions
+    say("timing every layer, dense beside compressed")
+    slower = slower_layers(dense, compressed, found.decisions, imported, options)
+    if not slower:
+        return [dense, compressed], Graphs(original, found.pruned), found.decisions
+    kept = treat_layers(original, {n: t for n, t in treatments.items() if n not in slower}, options.target)
+    decisions = [revert(old, new, slower) for old, new in zip(found.decisions, kept.decisions)]
+    if not kept.changes_anything:
+        return [dense], Graphs(original, original), decisions
+    say(f"compiling again with {len(slower)} layers dense")
+    return [dense, compile_one("compressed", kept.treated)], Graphs(original, kept.pruned), decisions
 
 
 def slower_layers(dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions) -> dict[str, str]:
@@ -183,11 +180,11 @@ def slower_layers(dense: CompiledVariant, compressed: CompiledVariant, decisions
     return slower
 
 
-def revert(old: Decision, slower: Mapping[str, str]) -> Decision:
-    """The decision after timing: the old one, or dense with the times as the reason."""
+def revert(old: Decision, new: Decision, slower: Mapping[str, str]) -> Decision:
+    """The decision after timing: the old one, or dense as it is now, with the times as the reason."""
     if old.layer not in slower:
         return old
-    return replace(old, treatment="dense", declined=slower[old.layer])
+    return replace(new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer])
 
 
 def layer_row(decision: Decision) -> dict:

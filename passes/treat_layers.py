@@ -3,12 +3,13 @@
 
     rewrite: kerf.conv2d(x, w, name="l")  ->  kerf.sparse_conv2d(x, ..., name="l")   if the family takes layer l
 
-`prune_layers` comes first and changes weights, only where the user asked for it; `treat_layers` changes none.
+Where the user asked for pruning, a layer's weight is pruned first, and only if its family takes it then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import tvm
 from tvm import relax
@@ -16,7 +17,7 @@ from tvm.relax import PyExprMutator, expr_functor
 
 from passes import families, family_named
 from passes.family import Layer
-from passes.layers import CONV2D, DENSE, const_array, is_call, is_const
+from passes.layers import CONV2D, DENSE, is_call, is_const
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 from schedules.target import CpuTarget
@@ -53,22 +54,6 @@ def layers_of(mod: tvm.IRModule) -> list[Layer]:
     return [Layer(call) for call in found if is_layer(call)]
 
 
-def prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm.IRModule:
-    """Give each layer whose treatment says `prune` the weight that its family's `prune` makes of it."""
-
-    def rewrite(call: relax.Call) -> relax.Expr:
-        treatment = treatments.get(Layer(call).name)
-        if treatment is None or not treatment.prune:
-            return call
-        prune = family_named(treatment.family).prune
-        if prune is None:
-            return call
-        weight = prune(const_array(call.args[1]), **treatment.parameters)
-        return relax.Call(call.op, [call.args[0], relax.const(weight)], attrs=call.attrs)
-
-    return rewrite_layers(mod, rewrite)
-
-
 def describe_weight(weight) -> dict:
     """What every family sees in a weight, merged."""
     found: dict = {}
@@ -78,19 +63,34 @@ def describe_weight(weight) -> dict:
     return found
 
 
-def treat_layers(
-    mod: tvm.IRModule, treatments: Mapping[str, Treatment], target: CpuTarget
-) -> tuple[tvm.IRModule, list[Decision]]:
-    """The treated module and one decision per layer, in program order."""
+@dataclass(frozen=True)
+class Treated:
+    """What treating made of a graph.
+
+    `pruned` has the weights that pruning leaves and dense operators: what `treated` must compute. Both are the graph
+    given where nothing was changed. `decisions` has one entry per layer, in program order.
+    """
+
+    pruned: tvm.IRModule
+    treated: tvm.IRModule
+    decisions: list[Decision]
+
+    @property
+    def changes_anything(self) -> bool:
+        return any(d.treatment != "dense" for d in self.decisions)
+
+
+def treat_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment], target: CpuTarget) -> Treated:
+    """Treat every layer as asked. A layer that its family declines keeps its operator and its weight."""
     decisions: list[Decision] = []
 
-    def rewrite(call: relax.Call) -> relax.Expr:
+    def prune(call: relax.Call) -> relax.Expr:
         layer = Layer(call)
         treatment = treatments.get(layer.name, Treatment())
-        outcome = call
-        if (treat := family_named(treatment.family).treat) is not None:
-            outcome = treat(layer, treatment.parameters, target)
+        candidate = _pruned(layer, treatment) if treatment.prune else call
+        outcome = _treat(candidate, treatment, target)
         declined = outcome.reason if isinstance(outcome, Declined) else None
+        kept = call if declined else candidate
         decisions.append(
             Decision(
                 layer=layer.name,
@@ -99,11 +99,30 @@ def treat_layers(
                 asked=treatment.family,
                 treatment="dense" if declined else treatment.family,
                 declined=declined,
-                found=describe_weight(layer.weight),
+                found=describe_weight(Layer(kept).weight),
                 parameters=dict(treatment.parameters),
-                pruned=treatment.prune,
+                pruned=kept is not call,
             )
         )
-        return call if declined else outcome
+        return kept
 
-    return rewrite_layers(mod, rewrite), decisions
+    pruned = rewrite_layers(mod, prune)
+    taken = iter(decisions)  # both rewrites see the layers in program order
+
+    def treat(call: relax.Call) -> relax.Expr:
+        if next(taken).treatment == "dense":
+            return call
+        return _treat(call, treatments[Layer(call).name], target)
+
+    return Treated(pruned, rewrite_layers(pruned, treat), decisions)
+
+
+def _pruned(layer: Layer, treatment: Treatment) -> relax.Call:
+    weight = family_named(treatment.family).prune(layer.weight, **treatment.parameters)
+    call = layer.call
+    return relax.Call(call.op, [call.args[0], relax.const(weight)], call.attrs, call.ty_args, ret_ty=call.ty)
+
+
+def _treat(call: relax.Call, treatment: Treatment, target: CpuTarget) -> relax.Expr | Declined:
+    treat = family_named(treatment.family).treat
+    return call if treat is None else treat(Layer(call), treatment.parameters, target)

@@ -40,6 +40,8 @@ SHORT = {
     "convnext": "convnext_t",
     "vit": "vit_s16",
 }
+# Too small or too depthwise for pruned weights to be of interest.
+DENSE_ONLY = ("mobilenetv2", "efficientnet_b0", "convnext_t")
 PEERS = ("onnxruntime", "openvino")
 # What is built: name -> options of `compile-model build`.
 BUILDS: Mapping[str, tuple[str, ...]] = {
@@ -111,20 +113,24 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
             verify[build] = artifact.manifest["verify"]
             rows = artifact.layers
             layers[build] = [sum(r["treatment"] != "dense" for r in rows), len(rows)]
-        versions = {}
+        versions, refusals = {}, {}
         wanted = engines["dense"]()
         for peer in PEERS:
             opener = peers.OPENERS[peer]
             feed = dict(enumerate(inputs))
-            opened = opener(
-                importlib.import_module(peer), directory / f"{name}.onnx", feed, threads
-            )
+            try:
+                opened = opener(
+                    importlib.import_module(peer), directory / f"{name}.onnx", feed, threads
+                )
+            except RuntimeError as error:  # how both say that they cannot import the model
+                refusals[peer] = str(error).strip()
+                continue
             require_agreement(peer, opened.call(), wanted)
             engines[peer], versions[peer] = opened.call, opened.version
         environment = describe_environment(threads, cores)
         latency = interleave(engines, runs=20, seconds=duration)
-    faster = min(PEERS, key=lambda peer: latency[peer].median)
-    pairs = [("dense", faster), *(("dense", p) for p in PEERS)]
+    faster = min(versions, key=lambda peer: latency[peer].median)
+    pairs = [("dense", p) for p in versions]
     pairs += [(build, "dense") for build in builds if build != "dense"]
     return {
         "network": name,
@@ -137,6 +143,7 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
             b: {k: v[k] for k in ("passed", "max_abs", "cosine")} for b, v in verify.items()
         },
         "peers": versions,
+        "refusals": refusals,
         "environment": environment,
     }
 
@@ -171,8 +178,8 @@ def markdown(rows: list[dict]) -> str:
         }
         cells = [
             ms["dense"],
-            ms["onnxruntime"],
-            ms["openvino"],
+            ms.get("onnxruntime", "cannot import"),
+            ms.get("openvino", "cannot import"),
             _ratio(row, f"dense/{row['faster_peer']}"),
         ]
         cells += [_ratio(row, f"{build}/dense") for build in ("element", "out4")]
@@ -235,19 +242,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     known = set() if options.again else {r["network"] for r in read_rows(options.json)}
     for name in options.networks:
+        builds = ["dense"] if name in DENSE_ONLY else options.builds
         if name in known and not options.prepare:
             log(f"{name}: measured already (--again measures it anew)")
             continue
-        prepare(
-            name, options.work, threads=options.threads, keep=options.keep, builds=options.builds
-        )
+        prepare(name, options.work, threads=options.threads, keep=options.keep, builds=builds)
         if options.prepare:
             continue
         # A process of its own: no engine inherits another network's memory or threads.
         line = [sys.executable, __file__, "--one", name, "--work", str(options.work)]
         line += ["--threads", str(options.threads), "--duration", str(options.duration)]
         done = subprocess.run(
-            [*line, "--builds", ",".join(options.builds)],
+            [*line, "--builds", ",".join(builds)],
             stdout=subprocess.PIPE,
             text=True,
             check=False,
