@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a canonical graph to kernels: names survive fusion, weights leave the library, results are right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from compiler import pipeline
+from compiler.frontend import TensorSpec
+from compiler.runtime import from_variant
+from passes.evaluate import evaluate
+from passes.layers import conv2d, dense, register
+from schedules.target import NAMED
+
+SHAPE = (1, 8, 12, 12)
+
+
+@pytest.fixture
+def residual(rng):
+    """conv -> relu -> conv -> + residual -> relu -> pool -> dense, two convolutions of one shape."""
+    register()
+
+    def const(*shape):
+        return relax.const((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype("float32"))
+
+    op, bb = relax.op, relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(SHAPE, "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = x
+            for name in ("block.conv1", "block.conv2"):
+                y = bb.emit(conv2d(y, const(8, 8, 3, 3), name=name, padding=(1, 1, 1, 1)))
+                y = bb.emit(op.nn.relu(bb.emit(op.add(y, const(1, 8, 1, 1)))))
+            y = bb.emit(op.nn.relu(bb.emit(op.add(y, x))))
+            y = bb.emit(op.mean(y, axis=[2, 3]))
+            y = bb.emit_output(dense(y, const(5, 8), name="head"))
+        bb.emit_func_output(y)
+    return bb.finalize()
+
+
+def compiled(mod, target):
+    return pipeline.compile_graph("dense", pipeline.fuse_graph(pipeline.lay_out(mod), target), target)
+
+
+def loaded(variant, target):
+    specs = [TensorSpec("x", SHAPE, "float32")], [TensorSpec("y", (1, 5), "float32")]
+    return from_variant(variant, *specs, target)
+
+
+def test_every_layer_is_found_again_behind_its_kernel(residual):
+    variant = compiled(residual, NAMED["avx2"])
+    assert [layer for kernel in variant.kernels for layer in kernel.layers] == ["block.conv1", "block.conv2", "head"]
+    first, second, head = [kernel for kernel in variant.kernels if kernel.layers]
+    assert first.flops == second.flops == 2 * 8 * 8 * 9 * 144
+    assert head.flops == 2 * 5 * 8
+    # Bias, activation and residual are in the kernels of the layers, not kernels of their own.
+    assert "add" in second.function and "relu" in second.function
+    assert not [k.function for k in variant.kernels if not k.layers and "relu" in k.function]
+
+
+def test_layers_of_one_shape_share_their_code_but_not_their_weights(residual):
+    variant = compiled(residual, NAMED["avx2"])
+    owners = [name.split("/")[0] for name in variant.constant_names]
+    assert {"block.conv1", "block.conv2", "head"} <= set(owners)
+    assert len(variant.constant_names) == len(set(variant.constant_names)) == len(variant.constants)
+
+
+def test_every_tier_computes_what_the_graph_says(residual, rng, host_tiers):
+    x = rng.standard_normal(SHAPE).astype("float32")
+    wanted = evaluate(residual, [x])[0]
+    for target in host_tiers:
+        np.testing.assert_allclose(
+            loaded(compiled(residual, target), target)(x), wanted, rtol=0, atol=2e-6, err_msg=target.name
+        )
+
+
+def test_winograd_can_be_forbidden():
+    target = NAMED["avx512"]
+    register()
+    large = _wide()
+    assert "winograd" in {k.loops for k in compiled(large, target).kernels}
+    assert "winograd" not in {k.loops for k in compiled(pipeline.forbid_winograd(large), target).kernels}
+
+
+def _wide():
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 64, 56, 56), "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            weight = relax.const(np.ones((64, 64, 3, 3), "float32"))
+            y = bb.emit_output(conv2d(x, weight, name="wide", padding=(1, 1, 1, 1)))
+        bb.emit_func_output(y)
+    return bb.finalize()

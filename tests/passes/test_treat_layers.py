@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Treating a graph: what is taken, what declines, and that a layer that declines keeps its weight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from passes import family_named
+from passes.evaluate import evaluate
+from passes.layers import conv2d, dense
+from passes.sparse.operators import SPARSE_CONV2D
+from passes.treat_layers import layers_of, treat_layers
+from passes.treatment import Treatment
+from schedules.errors import RecipeError
+from schedules.target import NAMED
+
+TARGET = NAMED["avx512"]
+PRUNE = Treatment("sparse", {"grain": "out:4", "density": 0.1}, prune=True)
+
+
+@pytest.fixture
+def network(build, rng):
+    """A stem too small to pay, two 3x3 convolutions, and a dense layer of one row."""
+
+    def weight(*shape):
+        return relax.const(rng.standard_normal(shape).astype("float32"))
+
+    def body(builder, x):
+        for name, (o, c) in {"stem": (64, 3), "a": (128, 64), "b": (128, 128)}.items():
+            x = builder.emit(conv2d(x, weight(o, c, 3, 3), name=name, padding=(1, 1, 1, 1)))
+            x = builder.emit(relax.op.nn.relu(x))
+        x = builder.emit(relax.op.mean(x, axis=[2, 3]))
+        return dense(x, weight(10, 128), name="head")
+
+    return build([(1, 3, 28, 28)], body)
+
+
+def operators(mod) -> list[str]:
+    calls = [b.value for block in mod["main"].body.blocks for b in block.bindings]
+    return [c.op.name for c in calls if c.op.name.startswith("kerf.")]
+
+
+def test_takes_the_layers_that_pay_and_leaves_the_others_their_weights(network):
+    found = treat_layers(network, dict.fromkeys(("stem", "a", "b", "head"), PRUNE), TARGET)
+    by_name = {d.layer: d for d in found.decisions}
+    assert [d.layer for d in found.decisions] == ["stem", "a", "b", "head"]
+    assert {n: d.treatment for n, d in by_name.items()} == {
+        "stem": "dense", "a": "sparse", "b": "sparse", "head": "dense",
+    }  # fmt: skip
+    assert operators(found.treated) == ["kerf.conv2d", SPARSE_CONV2D, SPARSE_CONV2D, "kerf.dense"]
+    assert operators(found.pruned) == operators(network)
+    for before, after in zip(layers_of(network), layers_of(found.pruned)):
+        taken = by_name[before.name].treatment == "sparse"
+        assert np.array_equal(before.weight, after.weight) is not taken
+        assert (after.weight == 0).mean() == pytest.approx(0.9 if taken else 0.0, abs=0.01)
+        assert by_name[before.name].pruned is taken
+        assert bool(by_name[before.name].declined) is not taken
+
+
+def test_the_treated_graph_computes_what_the_pruned_one_does(network, rng):
+    found = treat_layers(network, {"a": PRUNE}, TARGET)
+    x = [rng.standard_normal((1, 3, 28, 28)).astype("float32")]
+    references = family_named("sparse").references
+    wanted = evaluate(found.pruned, x)[0]
+    np.testing.assert_allclose(
+        evaluate(found.treated, x, references=references)[0], wanted, rtol=1e-12, atol=1e-12
+    )
+    assert np.abs(evaluate(network, x)[0] - wanted).max() > 0.1  # pruning did change the network
+
+
+def test_nothing_asked_nothing_changed(network):
+    found = treat_layers(network, {}, TARGET)
+    assert not found.changes_anything
+    assert operators(found.treated) == operators(network)
+    assert all(d.treatment == "dense" and d.declined is None for d in found.decisions)
+
+
+def test_without_pruning_a_layer_without_zeros_declines(network):
+    found = treat_layers(network, {"a": Treatment("sparse", {"grain": "element"})}, TARGET)
+    (declined,) = [d.declined for d in found.decisions if d.layer == "a"]
+    assert "zero" in declined
+    assert not found.changes_anything
+
+
+def test_an_unknown_family_lists_those_there_are():
+    with pytest.raises(RecipeError, match="dense or sparse"):
+        family_named("spares")
