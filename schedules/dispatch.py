@@ -27,7 +27,7 @@ class Kernel:
 
 # Each is a module of this package with `schedule(fused, target) -> PrimFunc`; imported when first met.
 LOOP_STRUCTURES = (
-    "attention", "batch_matmul", "contraction", "depthwise", "layer_norm", "pooling", "softmax", "sparse_planes", "winograd",
+    "attention", "batch_matmul", "contraction", "depthwise", "layer_norm", "pooling", "softmax", "sparse_planes", "sparse_windows", "winograd",
 )  # fmt: skip
 
 

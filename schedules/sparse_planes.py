@@ -14,6 +14,7 @@ Arrays, packed for a `Point`: `pointer[chunk * blocks + block]` delimits a block
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from tvm import tirx
@@ -84,6 +85,7 @@ class Point:
     chunk    panel rows walked in one pass over a part's output channels
     part     output channels whose sums are kept before they are stored (the last part takes the remainder)
     splits   tasks that share one pixel tile, each with its own parts; each packs the panel again
+    lines    0, or the output lines of a tile whose input stays padded planes (`sparse_windows`)
     """
 
     vectors: int
@@ -91,6 +93,7 @@ class Point:
     chunk: int
     part: int
     splits: int = 1
+    lines: int = 0
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -114,7 +117,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Tile by register count, cache sizes and shape."""
     lanes, registers = target.lanes, target.registers
     if problem.block == 1:
-        rows, vectors = 1, 8 if registers == 32 else 8
+        rows, vectors = 1, 8
         # Wider tiles share the loads of index and weight; narrower ones keep the panel in cache.
         while vectors > 4 and problem.panel_rows * vectors * lanes * 4 > target.l2_bytes // 2:
             vectors -= 1
@@ -141,11 +144,11 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     notes = dict(fused.point)
     problem = Problem.from_dict(notes.pop("problem"))
     with fused.emit() as kernel:
-        _Planes(kernel, problem, Point(**notes), target).emit()
+        Planes(kernel, problem, Point(**notes), target).emit()
     return kernel.func
 
 
-def _scratch(shape: tuple[int, ...], dtype: str = "float32", scope: str = "global"):
+def scratch(shape: tuple[int, ...], dtype: str = "float32", scope: str = "global"):
     """A buffer inside the current loop: registers if `local`, else the runtime's workspace of the thread."""
     return T.alloc_buffer(shape, dtype, scope=scope)
 
@@ -156,14 +159,17 @@ def _arena(sizes: list[int]) -> list:
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // 16) * 16)
     whole = T.alloc_buffer((starts[-1],), "float32")
-    return [T.decl_buffer((size,), "float32", data=whole.data, elem_offset=at) for size, at in zip(sizes, starts)]
+    return [
+        T.decl_buffer((size,), "float32", data=whole.data, elem_offset=at)
+        for size, at in zip(sizes, starts)
+    ]
 
 
 def _i(value: int):
     return T.int32(value)
 
 
-class _Planes:
+class Planes:
     """Emits one kernel. Python loops unroll, `T.serial` loops."""
 
     def __init__(self, kernel: Emission, problem: Problem, point: Point, target: CpuTarget):
@@ -171,7 +177,9 @@ class _Planes:
         self.lanes, self.threads = target.lanes, target.threads
         buffers = _arguments(kernel)
         self.x = T.decl_buffer(
-            (problem.batch * problem.height * problem.width * problem.channels,), "float32", data=buffers["x"].data
+            (problem.batch * problem.height * problem.width * problem.channels,),
+            "float32",
+            data=buffers["x"].data,
         )
         self.pointer, self.index = buffers["pointer"], buffers["index"]
         self.values, self.slot = buffers["values"], buffers["slot"]
@@ -192,12 +200,20 @@ class _Planes:
 
     def _tile(self, first, vectors, most: int, share) -> None:
         """The share-th part of one tile's output channels: `vectors` (`most` or one less) vectors from pixel `first`."""
-        p, count, splits = self.problem, len(self.parts), self.point.splits
-        panel = _scratch((p.panel_rows * most * self.lanes,))
-        sums = _scratch((-(-self.parts[-1][1] // p.block) * p.block * most * self.lanes,))
+        p = self.problem
+        panel = scratch((p.panel_rows * most * self.lanes,))
+        sums = scratch((self._sums_size(most),))
         width = T.Bind(vectors * self.lanes) if vectors is not most else most * self.lanes
         self._pack(panel, first, vectors, width)
-        begin, end = (0, count) if splits == 1 else (share * count // splits, (share + 1) * count // splits)
+        self._compute(panel, sums, first, vectors, most, share)
+
+    def _compute(self, panel, sums, first, vectors, most: int, share) -> None:
+        """The share-th part of the output channels for `vectors` vectors from pixel `first`, out of a packed panel."""
+        count, splits = len(self.parts), self.point.splits
+        width = T.Bind(vectors * self.lanes) if vectors is not most else most * self.lanes
+        begin, end = (
+            (0, count) if splits == 1 else (share * count // splits, (share + 1) * count // splits)
+        )
         with T.serial(begin, end) as part:
             first_channel = T.Bind(part * self.point.part)
             channels = self.parts[-1][1]
@@ -215,19 +231,25 @@ class _Planes:
                         self._multiply(panel, sums, first_channel, channels, most - 1)
             self._store(sums, first, first_channel, channels, vectors, width)
 
+    def _sums_size(self, vectors: int) -> int:
+        block = self.problem.block
+        return -(-self.parts[-1][1] // block) * block * vectors * self.lanes
+
     # -- panel ---------------------------------------------------------------------------------------------------------
 
     def _pack(self, panel, first, vectors, width) -> None:
         """Fill `panel[tap * C + c][pixel]` from channels-last x; zero where a tap falls on padding."""
         p, lanes = self.problem, self.lanes
         with T.serial(0, vectors) as g:
-            pixel = T.Bind(tirx.min(T.ramp(first + g * lanes, 1, lanes), T.broadcast(_i(p.pixels - 1), lanes)))
-            offset = _scratch((lanes,), "int32", scope="local")
-            inside = _scratch((lanes,), "int32", scope="local")
+            pixel = T.Bind(
+                tirx.min(T.ramp(first + g * lanes, 1, lanes), T.broadcast(_i(p.pixels - 1), lanes))
+            )
+            offset = scratch((lanes,), "int32", scope="local")
+            inside = scratch((lanes,), "int32", scope="local")
             every = T.ramp(0, 1, lanes)
             if p.pointwise:
                 T.buffer_store(offset, pixel * p.channels, [every])
-                self._pack_tap(panel, 0, g, offset, None, width)
+                self._pack_vector(panel, g * lanes, width, offset, None)
                 return
             row = T.Bind(pixel // p.out_width)
             top = T.Bind(row % p.out_height * p.strides[0] - p.padding[0])
@@ -245,31 +267,43 @@ class _Planes:
                         T.buffer_store(inside, tirx.Select(bounds, one, zero), [every])
                         h = T.Bind(tirx.max(tirx.min(h, p.height - 1), 0))
                         w = T.Bind(tirx.max(tirx.min(w, p.width - 1), 0))
-                    T.buffer_store(offset, ((image * p.height + h) * p.width + w) * p.channels, [every])
-                    self._pack_tap(panel, r * p.kernel[1] + s, g, offset, within, width)
+                    T.buffer_store(
+                        offset, ((image * p.height + h) * p.width + w) * p.channels, [every]
+                    )
+                    start = T.Bind((r * p.kernel[1] + s) * p.channels * width + g * lanes)
+                    self._pack_vector(panel, start, width, offset, within)
 
-    def _pack_tap(self, panel, tap, g, offset, inside, width) -> None:
-        """Transpose one vector of pixels, every channel, to panel rows `tap * C ...`."""
+    def _pack_vector(self, panel, start, step, offset, inside) -> None:
+        """Transpose one vector of pixels: channel c of x[offset[lane] + c] to panel[start + c * step + lane]."""
         p, lanes = self.problem, self.lanes
 
         def keep(value, at):
             T.buffer_store(panel, value, [at])
 
         def target(c):
-            return (tap * p.channels + c) * width + g * lanes
+            return start + c * step
 
         if p.channels < 4:
             for c in range(p.channels):
                 for lane in range(lanes):
                     value = self.x[offset[lane] + c]
-                    keep(value if inside is None else tirx.Select(inside[lane] != 0, value, T.float32(0)), target(c) + lane)
+                    keep(
+                        value
+                        if inside is None
+                        else tirx.Select(inside[lane] != 0, value, T.float32(0)),
+                        target(c) + lane,
+                    )
             return
         span = lanes if p.channels >= lanes else 4
         with T.serial(0, -(-p.channels // span)) as b:
             # The last block overlaps the one before where channels are no multiple of it: same values, written twice.
-            c = T.Bind(b * span if p.channels % span == 0 else tirx.min(b * span, p.channels - span))
+            c = T.Bind(
+                b * span if p.channels % span == 0 else tirx.min(b * span, p.channels - span)
+            )
             at = [T.Bind(offset[lane] + c) for lane in range(lanes)]
-            columns = _transpose(lambda lane, quad: self.x[T.ramp(at[lane] + 4 * quad, 1, 4)], span // 4, lanes)
+            columns = _transpose(
+                lambda lane, quad: self.x[T.ramp(at[lane] + 4 * quad, 1, 4)], span // 4, lanes
+            )
             for k, value in enumerate(columns):
                 if inside is not None:
                     within = inside[T.ramp(0, 1, lanes)] != T.broadcast(_i(0), lanes)
@@ -281,34 +315,45 @@ class _Planes:
     def _clear(self, sums, channels, width) -> None:
         block = self.problem.block
         with T.serial(0, (channels + block - 1) // block * block * width // self.lanes) as i:
-            T.buffer_store(sums, T.broadcast(T.float32(0), self.lanes), [T.ramp(i * self.lanes, 1, self.lanes)])
+            T.buffer_store(
+                sums, T.broadcast(T.float32(0), self.lanes), [T.ramp(i * self.lanes, 1, self.lanes)]
+            )
 
     def _multiply(self, panel, sums, first_channel, channels, vectors: int) -> None:
         """The sums of a part's channels, chunk of panel rows by chunk."""
         p, rows = self.problem, self.point.rows
-        with T.serial(0, self.chunks) as chunk, T.serial(0, (channels + p.block - 1) // p.block) as b:
+        with (
+            T.serial(0, self.chunks) as chunk,
+            T.serial(0, (channels + p.block - 1) // p.block) as b,
+        ):
             at = T.Bind(chunk * p.blocks + first_channel // p.block + b)
             begin, end = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
             with T.serial(0, p.block // rows) as half:
                 base = T.Bind((b * p.block + half * rows) * (vectors * self.lanes))
-                self._multiply_rows(panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors)
+                self._multiply_rows(
+                    panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors
+                )
 
     def _multiply_rows(self, panel, sums, base, span, first_row, lane, vectors: int) -> None:
         """`rows` channels: sums[base ...] from the non-zeros in `span`, weights `lane ...` of each, rows from `first_row`."""
         lanes, rows = self.lanes, self.point.rows
         width = vectors * lanes
-        acc = _scratch((rows * vectors,), f"float32x{lanes}", scope="local")
+        acc = scratch((rows * vectors,), f"float32x{lanes}", scope="local")
 
         def vector(start):
             return T.ramp(start, 1, lanes)
 
         for i in range(rows * vectors):
-            start = T.broadcast(T.float32(0), lanes) if self.chunks == 1 else sums[vector(base + i * lanes)]
+            start = (
+                T.broadcast(T.float32(0), lanes)
+                if self.chunks == 1
+                else sums[vector(base + i * lanes)]
+            )
             T.buffer_store(acc, start, [i])
         begin, end = span
         with T.serial(0, end - begin) as i:
             n = T.Bind(begin + i)
-            row = T.Bind((first_row + self.index[n].astype("int32")) * width)
+            row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
             x = [T.Bind(panel[vector(row + j * lanes)]) for j in range(vectors)]
             for r in range(rows):
                 weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
@@ -318,18 +363,22 @@ class _Planes:
         for i in range(rows * vectors):
             T.buffer_store(sums, acc[i], [vector(base + i * lanes)])
 
+    def _panel_start(self, position, width: int):
+        """Where in the panel the vectors of a packed position begin."""
+        return position * width
+
     # -- store ---------------------------------------------------------------------------------------------------------
 
     def _store(self, sums, first, first_channel, channels, vectors, width) -> None:
         """Transpose a part's sums to channels last and store them through the epilogue."""
         p, lanes = self.problem, self.lanes
         if p.outputs < lanes:
-            with T.serial(0, width) as pixel, T.If(first + pixel < p.pixels), T.Then():
+            with T.serial(0, width) as pixel, self._stored(T.Bind(first + pixel)) as place:
                 for o in range(p.outputs):
-                    self.kernel.store(sums[self.slot[o] * width + pixel], self._place(first + pixel, _i(o)))
+                    self.kernel.store(sums[self.slot[o] * width + pixel], [*place, _i(o)])
             return
         stride = self.parts[-1][1]
-        staged = _scratch((lanes * stride,))
+        staged = scratch((lanes * stride,))
         blocks = T.Bind((channels + lanes - 1) // lanes)
 
         def channel(b):
@@ -339,30 +388,36 @@ class _Planes:
         with T.serial(0, vectors) as g:
             with T.serial(0, blocks) as b:
                 c = T.Bind(channel(b))
-                row = _scratch((lanes,), "int32", scope="local")
+                row = scratch((lanes,), "int32", scope="local")
                 slots = self.slot[T.ramp(first_channel + c, 1, lanes)]
                 T.buffer_store(row, slots * width + g * lanes, [T.ramp(0, 1, lanes)])
                 at = [T.Bind(row[lane]) for lane in range(lanes)]
-                columns = _transpose(lambda lane, quad: sums[T.ramp(at[lane] + 4 * quad, 1, 4)], lanes // 4, lanes)
+                columns = _transpose(
+                    lambda lane, quad: sums[T.ramp(at[lane] + 4 * quad, 1, 4)], lanes // 4, lanes
+                )
                 for k, value in enumerate(columns):
                     T.buffer_store(staged, value, [T.ramp(c + k * stride, 1, lanes)])
-            valid = lanes if p.pixels % lanes == 0 else tirx.min(p.pixels - (first + g * lanes), lanes)
-            with T.serial(0, valid) as j:
-                pixel = T.Bind(first + g * lanes + j)
+            with T.serial(0, lanes) as j, self._stored(T.Bind(first + g * lanes + j)) as place:
                 with T.serial(0, blocks) as b:
                     c = T.Bind(channel(b))
                     value = staged[T.ramp(c + j * stride, 1, lanes)]
-                    self.kernel.store(value, self._place(pixel, T.ramp(first_channel + c, 1, lanes)))
+                    self.kernel.store(value, [*place, T.ramp(first_channel + c, 1, lanes)])
 
-    def _place(self, pixel, channel) -> list:
-        """Indices of the output for a flat pixel number."""
-        indices = [channel]
+    @contextmanager
+    def _stored(self, pixel):
+        """The indices of the output, without the channel, for a pixel of a tile; its body only runs if there is one."""
+        indices: list = []
+        rest = pixel
         for extent in reversed(self.kernel.fused.shape[1:-1]):
-            indices.insert(0, pixel % extent)
-            pixel = pixel // extent
+            indices.insert(0, rest % extent)
+            rest = rest // extent
         if len(self.kernel.fused.shape) > 1:
-            indices.insert(0, pixel)
-        return indices
+            indices.insert(0, rest)
+        if self.problem.pixels % self.lanes == 0:
+            yield indices
+        else:
+            with T.If(pixel < self.problem.pixels), T.Then():
+                yield indices
 
 
 def _transpose(load, quads: int, lanes: int) -> list:
@@ -399,7 +454,13 @@ def _arguments(kernel: Emission) -> dict:
     """The anchor's inputs by name, in the order of the operator's definition. Raises ScheduleError if one is missing."""
     names = ("x", "pointer", "index", "values", "slot")
     fused = kernel.fused
-    buffers = [b for p, b in zip(fused.params, kernel._buffers) if any(p.same_as(i) for i in fused.inputs)]
+    buffers = [
+        b for p, b in zip(fused.params, kernel._buffers) if any(p.same_as(i) for i in fused.inputs)
+    ]
     if len(buffers) != len(names):
-        raise ScheduleError("the anchor of a sparse kernel has other arguments", found=str(len(buffers)), wanted=str(names))
+        raise ScheduleError(
+            "the anchor of a sparse kernel has other arguments",
+            found=str(len(buffers)),
+            wanted=str(names),
+        )
     return dict(zip(names, buffers))

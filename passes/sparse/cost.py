@@ -14,7 +14,7 @@ from schedules.target import CpuTarget
 # Share of the multiply-add peak that each kernel's inner loop reaches, from tools-level measurements on AVX-512.
 _DENSE_EFFICIENCY = 0.8
 _WINOGRAD_GAIN = 2.5
-_SPARSE_EFFICIENCY = {1: 0.30, 4: 0.5, 8: 0.55, 16: 0.55}
+_SPARSE_EFFICIENCY = {1: 0.27, 4: 0.5, 8: 0.5, 16: 0.5}
 # Moving one vector through a transposition, in vector multiply-adds.
 _TRANSPOSE = 6.0
 # Starting the loop over one block's non-zeros for one tile (branch mispredictions, accumulators in and out).
@@ -51,5 +51,7 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
         dense /= _WINOGRAD_GAIN
     multiply = vectors * p.stored * p.block / _SPARSE_EFFICIENCY[p.block]
     starts = -(-vectors // 6) * p.blocks * _LOOP_START
-    moves = vectors * (p.panel_rows + p.outputs) * _TRANSPOSE
+    windows = p.block > 1 and p.taps > 1
+    rows = 1.5 * p.channels * min(p.taps, p.strides[0] * p.strides[1]) if windows else p.panel_rows
+    moves = vectors * (rows + p.outputs) * _TRANSPOSE
     return Estimate(dense, multiply + starts + moves)

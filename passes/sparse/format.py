@@ -127,18 +127,32 @@ def panel_columns(shape: tuple[int, ...], groups: int) -> np.ndarray:
     return first[:, None] + within.reshape(1, -1)
 
 
-def pack(weight: np.ndarray, grain: str, *, groups: int = 1, chunk: int | None = None, part: int | None = None) -> SparseFormat:
+def pack(
+    weight: np.ndarray,
+    grain: str,
+    *,
+    groups: int = 1,
+    chunk: int | None = None,
+    part: int | None = None,
+    columns: np.ndarray | None = None,
+) -> SparseFormat:
     """Pack a dense weight [O, I/groups, R, S] or [O, K], float32, with its zeros. Blocks must not straddle groups.
 
-    `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together.
+    `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together,
+    `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape; one chunk only).
     Raises ValueError if a block of output channels would straddle two groups.
     """
     outputs = weight.shape[0]
     block = block_of(grain)
     if groups > 1 and outputs // groups % block:
-        raise ValueError(f"blocks of {block} output channels straddle groups of {outputs // groups}")
-    columns = panel_columns(weight.shape, groups)
-    rows = columns.shape[1] if groups == 1 else weight.shape[1] * groups * math.prod(weight.shape[2:])
+        raise ValueError(
+            f"blocks of {block} output channels straddle groups of {outputs // groups}"
+        )
+    if columns is None:
+        columns = panel_columns(weight.shape, groups)
+        rows = weight.shape[1] * groups * math.prod(weight.shape[2:])
+    else:
+        rows = chunk = int(columns.max()) + 1
     chunk = rows if chunk is None else chunk
     pattern = block_pattern(weight, block)
     count = len(pattern)
@@ -177,11 +191,11 @@ def _order_by_fill(fill: np.ndarray, outputs: int, block: int, part: int) -> np.
     return order
 
 
-def unpack(packed: SparseFormat) -> np.ndarray:
+def unpack(packed: SparseFormat, columns: np.ndarray | None = None) -> np.ndarray:
     """The dense weight again, bit for bit except that -0 becomes 0 outside the stored blocks."""
     outputs = packed.shape[0]
     dense = np.zeros((outputs, math.prod(packed.shape[1:])), dtype=np.float32)
-    columns = panel_columns(packed.shape, packed.groups)
+    columns = panel_columns(packed.shape, packed.groups) if columns is None else columns
     part_first = np.empty(outputs, dtype=np.int64)
     for first, channels in parts_of(outputs, packed.part):
         part_first[first : first + channels] = first
@@ -189,7 +203,9 @@ def unpack(packed: SparseFormat) -> np.ndarray:
         position = part_first[o] // packed.block + packed.slot[o] // packed.block
         column_of = {int(row): column for column, row in enumerate(columns[o])}
         for q in range(packed.chunks):
-            begin, end = packed.pointer[q * packed.blocks + position : q * packed.blocks + position + 2]
+            begin, end = packed.pointer[
+                q * packed.blocks + position : q * packed.blocks + position + 2
+            ]
             for n in range(begin, end):
                 column = column_of[int(packed.index[n]) + q * packed.chunk]
                 dense[o, column] = packed.values[n, packed.slot[o] % packed.block]

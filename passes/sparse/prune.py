@@ -17,7 +17,9 @@ def saliency(weight: np.ndarray, block: int) -> np.ndarray:
     return padded.reshape(count, block, -1).sum(axis=1)
 
 
-def prune(weight: np.ndarray, *, density: float = 0.1, grain: str = ELEMENT, **_other) -> np.ndarray:
+def prune(
+    weight: np.ndarray, *, density: float = 0.1, grain: str = ELEMENT, **_other
+) -> np.ndarray:
     """`weight` [O, ...] with all but the share `density` of its most salient grains set to zero, ties by position.
 
     Saliency: L1 norm of the grain (Mao et al. 2017, arXiv 1705.08922). Raises ValueError for a density outside (0, 1], for

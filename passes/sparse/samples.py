@@ -18,7 +18,9 @@ class Sample:
     attrs: tuple[tuple[str, object], ...] = ()
 
 
-def _conv(x, w, grain, density, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1) -> Sample:
+def _conv(
+    x, w, grain, density, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
+) -> Sample:
     attrs = (("strides", strides), ("padding", padding), ("dilation", dilation), ("groups", groups))
     return Sample("kerf.sparse_conv2d", x, w, grain, density, attrs)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take a named layer for weight sparsity, or say why not.
 
-    rewrite: kerf.conv2d(x, w), w with zeros  ->  kerf.sparse_conv2d(x, w, grain)
+rewrite: kerf.conv2d(x, w), w with zeros  ->  kerf.sparse_conv2d(x, w, grain)
 """
 
 from __future__ import annotations
@@ -90,9 +90,15 @@ def treat(layer: Layer, parameters: Mapping, target: CpuTarget) -> relax.Call | 
     cost = estimate(problem, target)
     if cost.ratio > _HOPELESS:
         density = grain_densities(weight)[grain]
-        break_even = density * max(0.0, 1 - (cost.sparse - cost.dense) / max(1.0, _multiply_share(problem, target)))
-        above = f", above the {break_even:.0%} where it would break even" if break_even > 0.005 else ""
-        return Declined(f"density {density:.0%} at {grain} is estimated {cost.ratio:.1f} times as slow as dense{above}")
+        break_even = density * max(
+            0.0, 1 - (cost.sparse - cost.dense) / max(1.0, _multiply_share(problem, target))
+        )
+        above = (
+            f", above the {break_even:.0%} where it would break even" if break_even > 0.005 else ""
+        )
+        return Declined(
+            f"density {density:.0%} at {grain} is estimated {cost.ratio:.1f} times as slow as dense{above}"
+        )
     return sparse_call(layer.call, grain)
 
 

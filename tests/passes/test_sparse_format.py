@@ -68,7 +68,13 @@ def test_blocks_must_not_straddle_groups():
 
 
 def test_index_is_as_narrow_as_the_panel_allows():
-    assert [index_dtype(n) for n in (1, 256, 257, 65536, 65537)] == ["uint8", "uint8", "uint16", "uint16", "uint32"]
+    assert [index_dtype(n) for n in (1, 256, 257, 65536, 65537)] == [
+        "uint8",
+        "uint8",
+        "uint16",
+        "uint16",
+        "uint32",
+    ]
 
 
 def test_stored_bytes_count_every_array():

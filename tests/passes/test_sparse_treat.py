@@ -113,7 +113,9 @@ def test_stores_a_coarser_grain_than_asked_when_the_zeros_support_it(rng):
 
 def test_a_block_never_straddles_two_groups(rng):
     weight = sparse(rng, (64, 64, 3, 3), "out:8")
-    call = treat(conv_layer(np.concatenate([weight] * 2)[:, :, :, :], groups=2, padding=(1, 1, 1, 1)))
+    call = treat(
+        conv_layer(np.concatenate([weight] * 2)[:, :, :, :], groups=2, padding=(1, 1, 1, 1))
+    )
     assert layers.attrs_of(call)["grain"] == "out:8"
     odd = sparse(rng, (36, 64, 3, 3), "out:4")  # 12 channels a group: out:8 would straddle
     call = treat(conv_layer(odd, groups=3, padding=(1, 1, 1, 1)))
@@ -122,7 +124,9 @@ def test_a_block_never_straddles_two_groups(rng):
 
 def test_the_estimate_knows_winograd_and_density(rng):
     layer = conv_layer(sparse(rng, (128, 128, 3, 3)), padding=(1, 1, 1, 1))
-    strided = conv_layer(sparse(rng, (128, 128, 3, 3)), size=56, padding=(1, 1, 1, 1), strides=(2, 2))
+    strided = conv_layer(
+        sparse(rng, (128, 128, 3, 3)), size=56, padding=(1, 1, 1, 1), strides=(2, 2)
+    )
     winograd = estimate(layer_problem(layer, "element"), TARGET)
     direct = estimate(layer_problem(strided, "element"), TARGET)
     assert winograd.dense < direct.dense / 2

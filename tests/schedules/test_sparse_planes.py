@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -10,10 +12,11 @@ from tvm import relax
 
 from passes import layers
 from passes.sparse import lowering, reference
-from passes.sparse.format import block_of, pack
+from passes.sparse.format import block_of
 from passes.sparse.operators import sparse_call
 from passes.sparse.samples import Sample, samples
-from schedules import sparse_planes
+from schedules import sparse_planes, sparse_windows
+from schedules.dispatch import loop_structure
 from schedules.errors import ScheduleError
 from schedules.fused import Fused
 from schedules.sparse_planes import Point, Problem, default_point, parts_of, tiles_of
@@ -24,7 +27,9 @@ def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
     block = block_of(grain)
     mask = rng.random((-(-shape[0] // block), *shape[1:])) < density
     mask.flat[0] = True
-    return (rng.standard_normal(shape) * np.repeat(mask, block, axis=0)[: shape[0]]).astype(np.float32)
+    return (rng.standard_normal(shape) * np.repeat(mask, block, axis=0)[: shape[0]]).astype(
+        np.float32
+    )
 
 
 def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = "bias relu"):
@@ -37,22 +42,38 @@ def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = 
         with bb.dataflow():
             w = relax.const(weight)
             attrs = dict(sample.attrs)
-            call = layers.conv2d(x, w, name="l", layout="NHWC", **attrs) if attrs else layers.dense(x, w, name="l")
+            call = (
+                layers.conv2d(x, w, name="l", layout="NHWC", **attrs)
+                if attrs
+                else layers.dense(x, w, name="l")
+            )
             call = bb.normalize(sparse_call(call, sample.grain))
             problem = lowering.problem_of(call)
-            point = point or default_point(problem, target)
+            point = point or lowering.default_point(problem, target)
             y = bb.emit(lowering.lower_at(bb, call, problem, point))
             if epilogue:
                 y = bb.emit(relax.op.nn.relu(bb.emit(relax.op.add(y, relax.const(bias)))))
                 constants = [bias]
             out = bb.emit_output(y)
         bb.emit_func_output(out)
-    passes = [relax.transform.LegalizeOps(), relax.transform.AnnotateTIROpPattern(), relax.transform.FuseOps()]
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+    ]
     mod = tvm.transform.Sequential([*passes, relax.transform.FuseTIR()])(bb.get())
-    (func,) = [f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc) and Fused.read(f)]
-    packed = pack(weight, sample.grain, groups=problem.groups, chunk=point.chunk, part=point.part)
+    (func,) = [
+        f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc) and Fused.read(f)
+    ]
+    packed = lowering.pack_at(weight, sample.grain, problem, point)
     arrays = [packed.pointer, packed.index, packed.values, packed.slot, *constants]
-    return func, sparse_planes.schedule(Fused.read(func), target), arrays, layers.attrs_of(call), layers.shape_of(call)
+    return (
+        func,
+        loop_structure(Fused.read(func).loops)(Fused.read(func), target),
+        arrays,
+        layers.attrs_of(call),
+        layers.shape_of(call),
+    )
 
 
 def expected(attrs, x, weight, epilogue: bool):
@@ -68,7 +89,12 @@ def expected(attrs, x, weight, epilogue: bool):
 
 
 def build(functions: dict, target):
-    mod = tvm.IRModule({n: f.with_attr("global_symbol", n).with_attr("tirx.noalias", True) for n, f in functions.items()})
+    mod = tvm.IRModule(
+        {
+            n: f.with_attr("global_symbol", n).with_attr("tirx.noalias", True)
+            for n, f in functions.items()
+        }
+    )
     return tvm.compile(mod, target=target.tvm())
 
 
@@ -90,7 +116,9 @@ def check(cases: dict, target, rng) -> None:
         x = rng.standard_normal(sample.x).astype(np.float32)
         want, bound = expected(attrs, x, weight, epilogue=True)
         error = np.abs(run(lib, name, x, arrays, shape) - want)
-        assert (error <= bound + 1e-30).all(), f"{name}: error {np.nanmax(error)} beyond rounding, {sample}"
+        assert (error <= bound + 1e-30).all(), (
+            f"{name}: error {np.nanmax(error)} beyond rounding, {sample}"
+        )
 
 
 def test_every_sample_on_every_tier(host_tiers, rng):
@@ -111,11 +139,15 @@ def test_every_point_computes_the_same(host_tiers, rng):
         "chunked": (conv, Point(vectors=3, rows=8, chunk=64, part=16)),
         "half_blocks": (conv, Point(vectors=2, rows=4, chunk=180, part=24)),
         "split": (conv, Point(vectors=1, rows=8, chunk=50, part=16, splits=3)),
+        "bands": (conv, Point(vectors=3, rows=8, chunk=180, part=24, lines=3)),
+        "one_line": (conv, Point(vectors=2, rows=4, chunk=180, part=56, lines=1)),
         "narrow": (dense, Point(vectors=1, rows=1, chunk=7, part=16)),
         "wide": (dense, Point(vectors=5, rows=1, chunk=50, part=41)),
     }
     check(cases, target, rng)
-    check({"threads": (conv, Point(vectors=2, rows=8, chunk=180, part=16, splits=2))}, target.with_threads(2), rng)
+    threaded = Point(vectors=2, rows=8, chunk=180, part=16, splits=2)
+    cases = {"threads": (conv, threaded), "bands_threads": (conv, replace(threaded, lines=4))}
+    check(cases, target.with_threads(2), rng)
 
 
 def test_the_scheduled_kernel_equals_its_definition(host_tiers, rng):
@@ -143,7 +175,9 @@ def test_special_values_reach_the_outputs_that_use_them_and_no_other(host_tiers,
     assert np.isnan(want).any() and np.isinf(want).any() and np.isfinite(want).any()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     np.testing.assert_array_equal(np.isposinf(got), np.isposinf(want))
-    np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        got[np.isfinite(want)], want[np.isfinite(want)], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pixels", [1, 15, 16, 17, 49, 128, 197, 3136])
@@ -158,24 +192,59 @@ def test_tiles_cover_every_vector_once(pixels):
 def test_parts_cover_every_channel_once():
     for outputs in (1, 15, 64, 100, 1000):
         parts = parts_of(outputs, 64)
-        assert [first for first, _ in parts] == [sum(n for _, n in parts[:i]) for i in range(len(parts))]
+        assert [first for first, _ in parts] == [
+            sum(n for _, n in parts[:i]) for i in range(len(parts))
+        ]
         assert sum(n for _, n in parts) == outputs
 
 
 def test_default_points_fit_the_registers():
     for target in NAMED.values():
         for block in (1, 4, 8, 16):
-            problem = Problem(1, 14, 14, 256, 256, 14, 14, (3, 3), padding=(1, 1, 1, 1), block=block)
+            problem = Problem(
+                1, 14, 14, 256, 256, 14, 14, (3, 3), padding=(1, 1, 1, 1), block=block
+            )
             point = default_point(problem, target)
             assert block % point.rows == 0
             # One row takes its panel operand from memory; more rows keep it in registers.
             operands = 1 if point.rows == 1 else point.vectors + 1
-            assert point.rows * point.vectors + operands <= target.registers, (target.name, block, point)
+            assert point.rows * point.vectors + operands <= target.registers, (
+                target.name,
+                block,
+                point,
+            )
+
+
+def test_offsets_of_a_window_are_distinct_and_within_its_panel():
+    for stride, dilation, kernel in (
+        ((1, 1), (1, 1), (3, 3)),
+        ((2, 3), (3, 2), (5, 4)),
+        ((4, 1), (1, 1), (2, 7)),
+    ):
+        problem = Problem(1, 40, 40, 6, 8, 9, 11, kernel, stride, dilation, block=4)
+        places = sparse_windows.offsets(problem, 4)
+        assert places.shape == (6, *kernel) and len(np.unique(places)) == places.size
+        window = sparse_windows.window_of(problem, 4)
+        last_pixel = 3 * window.line + problem.out_width - 1
+        assert (places + last_pixel).max() < 6 * window.channel
+
+
+def test_blocks_of_a_spatial_kernel_use_windows_and_others_do_not():
+    target = NAMED["avx512"]
+    problem = Problem(1, 56, 56, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1), block=4)
+    assert sparse_windows.default_point(problem, target).lines > 0
+    assert sparse_windows.default_point(replace(problem, block=1), target) is None
+    assert sparse_windows.default_point(replace(problem, kernel=(1, 1)), target) is None
 
 
 def test_problem_and_point_survive_the_annotation():
     problem = Problem(2, 5, 9, 8, 20, 3, 5, (3, 3), (2, 2), (1, 1), (1, 0, 2, 1), block=4, stored=7)
-    assert Problem.from_dict({k: list(v) if isinstance(v, tuple) else v for k, v in problem.to_dict().items()}) == problem
+    assert (
+        Problem.from_dict(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in problem.to_dict().items()}
+        )
+        == problem
+    )
 
 
 def test_an_anchor_with_other_arguments_is_refused(host_tiers):

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-sparse convolution over padded planes: every tap of a kernel reads the same panel, shifted.
+
+As `sparse_planes`, but a tile is a band of output lines and its panel holds the band's input once, channels first and zero
+padded: `panel[c][phase][line][column]`, a stride of two or more split into its phases. A non-zero is then one offset into
+the panel, and its loads are unaligned. Beyond 1x1 this saves writing (and keeping in cache) one panel row per tap.
+Sums are kept for every column of a padded line; those beyond the output's width are dropped at the store.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.fused import Fused
+from schedules.sparse_planes import Planes, Point, Problem, parts_of, scratch, tiles_of
+from schedules.sparse_planes import default_point as planes_point
+from schedules.target import CpuTarget
+
+# Vectors that begin in the last columns of a plane end within this many elements of it.
+_SLACK = 16
+
+
+@dataclass(frozen=True)
+class Window:
+    """Layout of a panel: `line` columns, `lines` of them, `phases` of the stride, `plane` elements each with slack."""
+
+    line: int
+    lines: int
+    phases: tuple[int, int]
+
+    @property
+    def plane(self) -> int:
+        return self.line * self.lines + _SLACK
+
+    @property
+    def channel(self) -> int:
+        return self.phases[0] * self.phases[1] * self.plane
+
+
+def window_of(problem: Problem, lines: int) -> Window:
+    """The panel's layout for tiles of `lines` output lines."""
+    phases = tuple(
+        max((t * d) % s for t in range(k)) + 1
+        for k, d, s in zip(problem.kernel, problem.dilation, problem.strides)
+    )
+    halo = [
+        max(t * d // s for t in range(k))
+        for k, d, s in zip(problem.kernel, problem.dilation, problem.strides)
+    ]
+    return Window(problem.out_width + halo[1], lines + halo[0], phases)
+
+
+def offsets(problem: Problem, lines: int) -> np.ndarray:
+    """int64 [C, R, S]: where in the panel the first pixel of a tile finds each channel's tap."""
+    window = window_of(problem, lines)
+    (sh, sw), (dh, dw) = problem.strides, problem.dilation
+    c = np.arange(problem.channels)[:, None, None] * window.channel
+    r = np.arange(problem.kernel[0])[None, :, None] * dh
+    s = np.arange(problem.kernel[1])[None, None, :] * dw
+    return c + (r % sh * window.phases[1] + s % sw) * window.plane + r // sh * window.line + s // sw
+
+
+def bands(problem: Problem, lines: int) -> int:
+    """Tiles of one image."""
+    return -(-problem.out_height // lines)
+
+
+def default_point(problem: Problem, target: CpuTarget) -> Point | None:
+    """Parameters for a problem that this kernel suits, else None.
+
+    It suits more than one tap and blocks of output channels: their multiplications hide the unaligned loads, while one
+    channel alone is bound by its loads and does better with aligned panel rows.
+    """
+    if problem.taps == 1 or problem.block == 1:
+        return None
+    base = planes_point(problem, target)
+    count = 1
+    while count < problem.out_height:
+        lines = -(-problem.out_height // count)
+        if problem.channels * window_of(problem, lines).channel * 4 <= target.l2_bytes // 3:
+            break
+        count += 1
+    lines = -(-problem.out_height // count)
+    tiles, splits = problem.batch * bands(problem, lines), 1
+    if target.threads > 1 and tiles < 2 * target.threads:
+        splits = min(target.threads, len(parts_of(problem.outputs, base.part)))
+    part = max(target.lanes, problem.block, 64)
+    return replace(base, chunk=problem.panel_rows, part=part, splits=splits, lines=lines)
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel of a fused function whose anchor is annotated `sparse_windows`."""
+    notes = dict(fused.point)
+    problem = Problem.from_dict(notes.pop("problem"))
+    with fused.emit() as kernel:
+        _Windows(kernel, problem, Point(**notes), target).emit()
+    return kernel.func
+
+
+class _Windows(Planes):
+    """Emits one kernel: the planes kernel with another panel and other tiles."""
+
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
+        super().__init__(kernel, problem, point, target)
+        self.chunks = 1
+        self.window = window_of(problem, point.lines)
+
+    def emit(self) -> None:
+        p, splits, lanes, window = self.problem, self.point.splits, self.lanes, self.window
+        count = bands(p, self.point.lines)
+        loop = T.parallel if self.threads > 1 and p.batch * count * splits > 1 else T.serial
+        flat = (self.point.lines - 1) * window.line + p.out_width
+        tiles, most, large = tiles_of(flat, lanes, self.point.vectors)
+        with loop(0, p.batch * count * splits) as task:
+            share = task % splits
+            self.image = T.Bind(task // splits // count)
+            self.first_line = T.Bind(task // splits % count * self.point.lines)
+            panel = scratch((p.channels * window.channel + _SLACK,))
+            sums = scratch((self._sums_size(most),))
+            self._pack_band(panel)
+            with T.serial(0, tiles) as tile:
+                vectors, first = most, T.Bind(tile * (most * lanes))
+                if large < tiles:
+                    vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
+                    first = T.Bind(first - tirx.max(tile - large, 0) * lanes)
+                self.first = first
+                self._compute(panel, sums, first, vectors, most, share)
+
+    def _pack_band(self, panel) -> None:
+        """Transpose a band of x into the panel, line by line: what a line's last vector writes beyond it comes later."""
+        p, lanes, window = self.problem, self.lanes, self.window
+        (sh, sw), (top, left, _, _) = p.strides, p.padding
+        every = T.ramp(0, 1, lanes)
+        for phase in range(window.phases[0] * window.phases[1]):
+            up, aside = divmod(phase, window.phases[1])
+            with T.serial(0, window.lines) as line, T.serial(0, -(-window.line // lanes)) as g:
+                offset = scratch((lanes,), "int32", scope="local")
+                inside = scratch((lanes,), "int32", scope="local")
+                h = T.Bind((self.first_line + line) * sh + (up - top))
+                w = T.Bind(T.ramp(g * lanes, 1, lanes) * sw + (aside - left))
+                line_inside = T.Bind(
+                    tirx.Select(tirx.all(h >= 0, h < p.height), T.int32(1), T.int32(0))
+                )
+                within = tirx.Select(
+                    tirx.all(w >= 0, w < p.width),
+                    T.broadcast(line_inside, lanes),
+                    T.broadcast(T.int32(0), lanes),
+                )
+                T.buffer_store(inside, within, [every])
+                h = T.Bind(tirx.max(tirx.min(h, p.height - 1), 0))
+                w = T.Bind(tirx.max(tirx.min(w, p.width - 1), 0))
+                T.buffer_store(
+                    offset,
+                    w * p.channels + (self.image * p.height + h) * (p.width * p.channels),
+                    [every],
+                )
+                start = T.Bind(phase * window.plane + line * window.line + g * lanes)
+                self._pack_vector(panel, start, window.channel, offset, inside)
+
+    def _panel_start(self, position, width: int):
+        return self.first + position
+
+    @contextmanager
+    def _stored(self, pixel):
+        p, line = self.problem, self.window.line
+        column = T.Bind(pixel % line)
+        row = T.Bind(pixel // line)
+        at = T.Bind(self.first_line + row)
+        condition = tirx.all(column < p.out_width, row < self.point.lines, at < p.out_height)
+        with T.If(condition), T.Then():
+            yield [self.image, at, column]
