@@ -94,8 +94,10 @@ def write_artifact(
     path = check_output(output, force)
     cross = target.arch != detect_host().arch
     linker = None if cross else require_linker()
+    keys, distinct = _distinct_constants(variants)
+    _check_space(path, sum(a.nbytes for a in distinct.values()) + _CODE_BYTES * len(variants))
     with _written_beside(path, force) as work:
-        keys = _write_weights(work / WEIGHTS, variants)
+        _save_tensors(work / WEIGHTS, distinct)
         if references:
             _write_reference(work / REFERENCE, references)
         described = {}
@@ -180,6 +182,23 @@ def _output_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot be written: {error.strerror or error}", where=str(path), todo=todo)
 
 
+# LLVM ends the process when it cannot write an object file, so room for the code is checked before.
+_CODE_BYTES = 16 << 20
+
+
+def _check_space(path: Path, wanted: int) -> None:
+    """Raise UserError if the disk surely has no room for `wanted` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if free < wanted:
+        raise UserError(
+            "not enough space",
+            where=str(path.parent),
+            found=f"{free >> 20} MiB free",
+            wanted=f"about {wanted >> 20} MiB",
+            todo="Free some space, or give another -o",
+        )
+
+
 def _content_key(array: np.ndarray) -> str:
     """A name for an array by type, shape and bytes: equal arrays of all variants share one
     entry."""
@@ -190,15 +209,16 @@ def _content_key(array: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write_weights(path: Path, variants: Sequence[CompiledVariant]) -> dict[str, list[str]]:
-    """Write each distinct constant once; returns each variant's keys in order."""
+def _distinct_constants(
+    variants: Sequence[CompiledVariant],
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Each variant's keys in order, and the constant behind each key: equal ones stand once."""
     keys: dict[str, list[str]] = {}
     distinct: dict[str, np.ndarray] = {}
     for variant in variants:
         keys[variant.name] = [_content_key(a) for a in variant.constants]
         distinct.update(zip(keys[variant.name], variant.constants))
-    _save_tensors(path, distinct)
-    return keys
+    return keys, distinct
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

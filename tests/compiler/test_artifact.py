@@ -241,7 +241,7 @@ def test_an_unwritable_directory_is_refused_at_once(tmp_path):
     [(OSError(errno.ENOSPC, "No space left on device"), UserError), (KeyboardInterrupt(), None)],
 )
 @pytest.mark.parametrize(
-    "step", ["_write_weights", "_export", "_write_manifest", "_move_into_place"]
+    "step", ["_save_tensors", "_export", "_write_manifest", "_move_into_place"]
 )
 def test_a_failure_at_any_step_leaves_the_old_artifact_and_nothing_else(
     write_tiny, tmp_path, monkeypatch, step, error, raised
@@ -313,3 +313,14 @@ def test_another_architecture_gets_an_archive_and_needs_no_linker(
     assert written.variant("dense").library == "dense.tar"
     assert open_artifact(written.path).variant("dense").library == "dense.tar"
     assert REFERENCE not in written.manifest["files"]
+
+
+def test_too_little_space_is_found_before_anything_is_written(write_tiny, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(1 << 30, 1 << 30, 1 << 20))
+    with pytest.raises(UserError, match=r"not enough space.*found 1 MiB free"):
+        write_tiny(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
