@@ -272,7 +272,7 @@ class _Emitter:
             for r, v in tile.cells():
                 T.buffer_store(
                     self.scores,
-                    acc[tile.at(r, v)],
+                    acc[r][tile.at(v)],
                     [r, ramp(panel * self.width + v * self.lanes, self.lanes)],
                 )
         with T.serial(0, rows) as r:
@@ -358,9 +358,7 @@ class _Emitter:
         whole = p.value_depth // self.width
 
         def write(offset: int, lanes: int, r: int) -> None:
-            value = T.bind(
-                acc[ramp(r * self.width + offset, lanes)] * broadcast(self.inverse[r], lanes)
-            )
+            value = T.bind(acc[r][ramp(offset, lanes)] * broadcast(self.inverse[r], lanes))
             self.kernel.store(value, [b, base + r, h, ramp(panel * self.width + offset, lanes)])
 
         def write_panel(extent: int) -> None:

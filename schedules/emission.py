@@ -59,8 +59,11 @@ def runs_parallel(target, iterations: int, work: int) -> bool:
 
 
 def local_buffer(size: int, dtype: str = "float32"):
-    """A small buffer that LLVM turns into registers: index it with constants."""
-    return T.sblock_alloc_buffer((max(1, int(size)),), dtype, scope="local")
+    """A small buffer on the stack, made here, that LLVM turns into registers: index it with constants.
+
+    Of scope "global" and under 1 KiB: TVM takes any other from the workspace pool inside a parallel loop.
+    """
+    return T.alloc_buffer((max(1, int(size)),), dtype)
 
 
 def workspace(*shape: int):
@@ -201,27 +204,27 @@ class Tile:
     vectors: int
     lanes: int
 
-    def allocate(self):
-        return local_buffer(self.rows * self.vectors * self.lanes)
+    def allocate(self) -> list:
+        """A local buffer per row: one for the whole tile would be too large for the stack."""
+        return [local_buffer(self.vectors * self.lanes) for _ in range(self.rows)]
 
-    def at(self, row: int, vector: int):
-        """Index of one accumulator."""
-        return ramp((row * self.vectors + vector) * self.lanes, self.lanes)
+    def at(self, vector: int):
+        """Index of an accumulator in its row's buffer."""
+        return ramp(vector * self.lanes, self.lanes)
 
     def multiply(
-        self, acc, extent, left: Callable, right: Callable, each_step: Callable | None = None
+        self, acc: list, extent, left: Callable, right: Callable, each_step: Callable | None = None
     ) -> None:
-        """acc[r, v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
+        """acc[r][v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
         for row, vector in self.cells():
-            T.buffer_store(acc, splat(0.0, self.lanes), [self.at(row, vector)])
+            T.buffer_store(acc[row], splat(0.0, self.lanes), [self.at(vector)])
         with T.serial(0, extent) as k:
             if each_step is not None:
                 each_step(k)
             for row, vector in self.cells():
-                at = self.at(row, vector)
-                T.buffer_store(
-                    acc, acc[at] + broadcast(left(row, k), self.lanes) * right(k, vector), [at]
-                )
+                at = self.at(vector)
+                product = broadcast(left(row, k), self.lanes) * right(k, vector)
+                T.buffer_store(acc[row], acc[row][at] + product, [at])
 
     def cells(self) -> Iterator[tuple[int, int]]:
         return ((row, vector) for row in range(self.rows) for vector in range(self.vectors))
@@ -244,16 +247,11 @@ def transpose(lanes: int, load: Callable, store: Callable) -> None:
         store(0, load(0))
         return
     half = lanes // 2
-    front, back = local_buffer(lanes * lanes), local_buffer(lanes * lanes)
-    for i in range(lanes):
-        T.buffer_store(front, load(i), [ramp(i * lanes, lanes)])
+    rows = [T.bind(load(i)) for i in range(lanes)]
     low = [index for c in range(half) for index in (c, c + lanes)]
     high = [index + half for index in low]
     for _ in range(lanes.bit_length() - 1):
-        for i in range(half):
-            pair = [front[ramp(i * lanes, lanes)], front[ramp((i + half) * lanes, lanes)]]
-            T.buffer_store(back, tirx.Shuffle(pair, low), [ramp(2 * i * lanes, lanes)])
-            T.buffer_store(back, tirx.Shuffle(pair, high), [ramp((2 * i + 1) * lanes, lanes)])
-        front, back = back, front
-    for j in range(lanes):
-        store(j, front[ramp(j * lanes, lanes)])
+        pairs = list(zip(rows[:half], rows[half:]))
+        rows = [T.bind(tirx.Shuffle(list(p), order)) for p in pairs for order in (low, high)]
+    for j, row in enumerate(rows):
+        store(j, row)

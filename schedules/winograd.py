@@ -346,7 +346,7 @@ class _Emitter:
                 )  # fmt: skip
                 for r, t in tile.cells():
                     at = (first + r) * self.product_strides[1] + e * self.product_strides[0]
-                    T.buffer_store(product, acc[tile.at(r, t)], [ramp(at + t * lanes, lanes)])
+                    T.buffer_store(product, acc[r][tile.at(t)], [ramp(at + t * lanes, lanes)])
         with T.serial(0, point.block) as t:
             if channels == point.panel:
                 with T.serial(0, vectors) as vector:
