@@ -30,6 +30,7 @@ SAMPLE = "kerf.sample."  # annotations of the anchor block: index chosen, by nam
 _FAILED = (
     -2.0
 )  # logarithm of the speed, relative to the default, that a failed candidate is learned with
+_NEAR = 0.25  # share of a batch spent one choice away from the best point so far
 _MEMBERS = 4  # of the ensemble whose disagreement says what is worth a trial
 _DOUBT = 0.3  # standard deviation of a space's estimate, as a logarithm of speed
 _ENOUGH = 6  # measurements before trees are trusted
@@ -192,14 +193,33 @@ class Search:
     def propose(self) -> list:
         """Up to `batch` points not measured yet, none when the space is exhausted; `learn` next."""
         self._asked = self._context.generate_measure_candidates() or []
-        points = dict.fromkeys(self._decode(c.sch) for c in self._asked)
-        fresh = [p for p in points if p not in self.known]
+        near = self._ranked(self._neighbours())[: int(_NEAR * self.batch)]
+        points = dict.fromkeys([*near, *(self._decode(c.sch) for c in self._asked)])
+        fresh = [p for p in points if p not in self.known][: self.batch]
         if len(fresh) < self.batch:
             # The evolution does not know what earlier runs measured, and gives up on small spaces.
-            rest = [p for p in self.space.points if p not in self.known and p not in points]
-            order = np.argsort(-self.scores(rest), kind="stable") if rest else []
-            fresh += [rest[i] for i in order[: self.batch - len(fresh)]]
+            rest = [p for p in self.space.points if p not in points]
+            fresh += self._ranked(rest)[: self.batch - len(fresh)]
         return fresh
+
+    def _neighbours(self) -> list:
+        """The points one choice away from the fastest known one."""
+        worked = {p: r for p, r in self.known.items() if r is not None}
+        indices = self.space.indices_of(min(worked, key=worked.get))
+        if indices is None:
+            return []
+        return [
+            self.space.point({**indices, name: other})
+            for name, values in self.space.choices.items()
+            for other in range(len(values))
+        ]
+
+    def _ranked(self, points: Sequence) -> list:
+        """Those not measured yet, the most promising first."""
+        fresh = [p for p in dict.fromkeys(points) if p not in self.known]
+        if not fresh:
+            return []
+        return [fresh[i] for i in np.argsort(-self.scores(fresh), kind="stable")]
 
     def learn(self, points: Sequence, ratios: Sequence[float | None]) -> None:
         """Take measurements of proposed points, or of an earlier run."""
