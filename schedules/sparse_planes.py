@@ -169,6 +169,10 @@ def _i(value: int):
     return T.int32(value)
 
 
+# Pixel vectors between packing and prefetching: large images come from beyond the second-level cache.
+_VECTORS_AHEAD = 2
+
+
 class Planes:
     """Emits one kernel. Python loops unroll, `T.serial` loops."""
 
@@ -249,7 +253,8 @@ class Planes:
             every = T.ramp(0, 1, lanes)
             if p.pointwise:
                 T.buffer_store(offset, pixel * p.channels, [every])
-                self._pack_vector(panel, g * lanes, width, offset, None)
+                ahead = _VECTORS_AHEAD * lanes * p.channels
+                self._pack_vector(panel, g * lanes, width, offset, None, ahead)
                 return
             row = T.Bind(pixel // p.out_width)
             top = T.Bind(row % p.out_height * p.strides[0] - p.padding[0])
@@ -273,8 +278,11 @@ class Planes:
                     start = T.Bind((r * p.kernel[1] + s) * p.channels * width + g * lanes)
                     self._pack_vector(panel, start, width, offset, within)
 
-    def _pack_vector(self, panel, start, step, offset, inside) -> None:
-        """Transpose one vector of pixels: channel c of x[offset[lane] + c] to panel[start + c * step + lane]."""
+    def _pack_vector(self, panel, start, step, offset, inside, ahead: int = 0) -> None:
+        """Transpose one vector of pixels: channel c of x[offset[lane] + c] to panel[start + c * step + lane].
+
+        `ahead` elements on, x is fetched into the second-level cache.
+        """
         p, lanes = self.problem, self.lanes
 
         def keep(value, at):
@@ -301,6 +309,9 @@ class Planes:
                 b * span if p.channels % span == 0 else tirx.min(b * span, p.channels - span)
             )
             at = [T.Bind(offset[lane] + c) for lane in range(lanes)]
+            for lane in range(lanes if ahead else 0):
+                line = tirx.address_of(self.x[at[lane] + ahead])
+                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", line, _i(0), _i(2), _i(1)))
             columns = _transpose(
                 lambda lane, quad: self.x[T.ramp(at[lane] + 4 * quad, 1, 4)], span // 4, lanes
             )
