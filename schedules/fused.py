@@ -170,8 +170,16 @@ class Emission:
         fused = self.fused
         produced = {i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition}
         anchor_buffer = fused.anchor.writes[0].source
+        bound: dict = {}
 
         def load(buffer, at):
+            """An operand bound to a variable: an activation's polynomial reads its argument dozens of times."""
+            key = (buffer.name, tuple(str(i) for i in at))
+            if key not in bound:
+                bound[key] = T.bind(fetch(buffer, at))
+            return bound[key]
+
+        def fetch(buffer, at):
             if buffer.same_as(anchor_buffer):
                 for got, wanted, extent in zip(at, indices, fused.shape):
                     if extent != 1 and not (got is wanted or got.same_as(wanted)):
