@@ -107,7 +107,11 @@ def build(
         recipe=recipe.to_json(),
         layers=[layer_row(d) for d in decisions],
         verification=proof.to_json(),
-        source={"kind": imported.source_kind, "path": str(source) if isinstance(source, (str, Path)) else "", "notes": list(imported.notes)},
+        source={
+            "kind": imported.source_kind,
+            "path": str(source) if isinstance(source, (str, Path)) else "",
+            "notes": list(imported.notes),
+        },
         references=proof.references,
         force=force,
     )
@@ -129,14 +133,20 @@ def prepare(mod: tvm.IRModule, options: BuildOptions) -> tuple[tvm.IRModule, dic
 
 
 def compile_variants(
-    original: tvm.IRModule, treatments: Mapping[str, Treatment], imported, options: BuildOptions, say: Progress
+    original: tvm.IRModule,
+    treatments: Mapping[str, Treatment],
+    imported,
+    options: BuildOptions,
+    say: Progress,
 ) -> tuple[list[CompiledVariant], Graphs, list[Decision]]:
     """The dense variant, the compressed one if any layer stays treated, their graphs, and the decision for every layer."""
     from compiler import pipeline
     from passes.treat_layers import treat_layers
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:
-        return pipeline.compile_graph(name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target)
+        return pipeline.compile_graph(
+            name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target
+        )
 
     say("compiling the dense variant")
     dense = compile_one("dense", original)
@@ -151,28 +161,41 @@ def compile_variants(
     slower = slower_layers(dense, compressed, found.decisions, imported, options)
     if not slower:
         return [dense, compressed], Graphs(original, found.pruned), found.decisions
-    kept = treat_layers(original, {n: t for n, t in treatments.items() if n not in slower}, options.target)
+    kept = treat_layers(
+        original, {n: t for n, t in treatments.items() if n not in slower}, options.target
+    )
     decisions = [revert(old, new, slower) for old, new in zip(found.decisions, kept.decisions)]
     if not kept.changes_anything:
         return [dense], Graphs(original, original), decisions
     say(f"compiling again with {len(slower)} layers dense")
-    return [dense, compile_one("compressed", kept.treated)], Graphs(original, kept.pruned), decisions
+    return (
+        [dense, compile_one("compressed", kept.treated)],
+        Graphs(original, kept.pruned),
+        decisions,
+    )
 
 
-def slower_layers(dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions) -> dict[str, str]:
+def slower_layers(
+    dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions
+) -> dict[str, str]:
     """The compressed layers that are not faster than their dense kernels here, each with the reason to show."""
     from compiler.profile import layer_us
     from compiler.runtime import from_variant
     from compiler.verify import random_inputs
 
     models = {
-        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads) for v in (dense, compressed)
+        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads)
+        for v in (dense, compressed)
     }
     times = layer_us(models, random_inputs(imported.inputs, seed=0))
     slower = {}
     for decision in decisions:
         name = decision.layer
-        if decision.treatment == "dense" or name not in times["dense"] or name not in times["compressed"]:
+        if (
+            decision.treatment == "dense"
+            or name not in times["dense"]
+            or name not in times["compressed"]
+        ):
             continue
         before, after = times["dense"][name], times["compressed"][name]
         if after >= before:

@@ -86,7 +86,11 @@ def forbid_winograd(mod: tvm.IRModule) -> tvm.IRModule:
     from passes.treat_layers import rewrite_layers
 
     def mark(call: relax.Call) -> relax.Call:
-        return operator_call(call.op.name, call.args, **attrs_of(call), winograd="never") if is_call(call, CONV2D) else call
+        return (
+            operator_call(call.op.name, call.args, **attrs_of(call), winograd="never")
+            if is_call(call, CONV2D)
+            else call
+        )
 
     return rewrite_layers(mod, mark)
 
@@ -138,7 +142,11 @@ def _layer_flops(mod: tvm.IRModule) -> dict[str, int]:
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             call = binding.value
-            if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) and call.op.name.startswith("kerf."):
+            if (
+                isinstance(call, relax.Call)
+                and isinstance(call.op, tvm.ir.Op)
+                and call.op.name.startswith("kerf.")
+            ):
                 attrs = attrs_of(call)
                 flops[attrs["name"]] = attrs.get("flops") or 2 * multiply_accumulates(call)
     return flops

@@ -63,7 +63,9 @@ class Family:
     register: Callable[[], None]
     lowerings: Mapping[str, Lowering]
     references: Mapping[str, Reference]
-    parameters: Mapping[str, Callable] = field(default_factory=dict)  # name -> parse(value), raising ValueError
+    parameters: Mapping[str, Callable] = field(
+        default_factory=dict
+    )  # name -> parse(value), raising ValueError
     prune: Callable[..., np.ndarray] | None = None
     treat: Callable[[Layer, Mapping, CpuTarget], relax.Call | Declined] | None = None
     found: Callable[[np.ndarray], Mapping] | None = None

@@ -54,9 +54,18 @@ def hoist_constants(mod: tvm.IRModule) -> Hoisted:
     hoister = _Hoister(mod)
     body = hoister.visit_expr(main.body)
     params = list(hoister.params.values())
-    attrs = {**({k: main.attrs[k] for k in main.attrs.keys()} if main.attrs else {}), "num_input": len(main.params)}
-    func = relax.Function([*main.params, *params], body, main.ret_ty, attrs=tvm.ir.make_node("ir.DictAttrs", **attrs))
-    out = mod.clone() if hasattr(mod, "clone") else tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    attrs = {
+        **({k: main.attrs[k] for k in main.attrs.keys()} if main.attrs else {}),
+        "num_input": len(main.params),
+    }
+    func = relax.Function(
+        [*main.params, *params], body, main.ret_ty, attrs=tvm.ir.make_node("ir.DictAttrs", **attrs)
+    )
+    out = (
+        mod.clone()
+        if hasattr(mod, "clone")
+        else tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    )
     out.update_func(out.get_global_var("main"), func)
     if params:
         out = relax.transform.BundleModelParams("params")(out)

@@ -44,7 +44,9 @@ def register_operator(name: str, infer: Callable[[relax.Call], relax.TensorType]
 def operator_call(name: str, args: Sequence[relax.Expr], /, **attrs) -> relax.Call:
     """A call of a registered operator with its attributes (ints, strings, lists of ints) in a DictAttrs."""
     register()
-    return relax.Call(tvm.ir.Op.get(name), list(args), attrs=tvm.ir.make_node("ir.DictAttrs", **attrs))
+    return relax.Call(
+        tvm.ir.Op.get(name), list(args), attrs=tvm.ir.make_node("ir.DictAttrs", **attrs)
+    )
 
 
 def attrs_of(call: relax.Call) -> dict:
@@ -64,7 +66,17 @@ def is_call(expr, name: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
 
 
-def conv2d(x, w, *, name: str, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1, layout="NCHW") -> relax.Call:
+def conv2d(
+    x,
+    w,
+    *,
+    name: str,
+    strides=(1, 1),
+    padding=(0, 0, 0, 0),
+    dilation=(1, 1),
+    groups=1,
+    layout="NCHW",
+) -> relax.Call:
     """`kerf.conv2d`; padding is (top, left, bottom, right) zeros."""
     return operator_call(
         CONV2D, [x, w], name=name, strides=[int(v) for v in strides], padding=[int(v) for v in padding],
@@ -77,7 +89,9 @@ def dense(x, w, *, name: str) -> relax.Call:
     return operator_call(DENSE, [x, w], name=name)
 
 
-def conv2d_output_hw(attrs: dict, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
+def conv2d_output_hw(
+    attrs: dict, height: int, width: int, kernel: tuple[int, int]
+) -> tuple[int, int]:
     """Output height and width of a convolution with these attributes."""
     top, left, bottom, right = attrs["padding"]
     sizes = (height + top + bottom, width + left + right)

@@ -66,12 +66,16 @@ class _Lowerer(PyExprMutator):
                 self._claim(bound, layer, outside)
 
 
-def lower_operators(mod: tvm.IRModule, lowerings: Mapping[str, Lowering], target: CpuTarget) -> Lowered:
+def lower_operators(
+    mod: tvm.IRModule, lowerings: Mapping[str, Lowering], target: CpuTarget
+) -> Lowered:
     """Apply `{operator: lowering}`, then TVM's legalisation; a lowering may return None to leave its call to the latter."""
     lowerer = _Lowerer(mod, lowerings, target)
     for gv, func in mod.functions_items():
         if isinstance(func, relax.Function):
-            lowerer.builder_.update_func(gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func)))
+            lowerer.builder_.update_func(
+                gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func))
+            )
     return Lowered(relax.transform.LegalizeOps()(lowerer.builder_.get()), lowerer.layer_of)
 
 

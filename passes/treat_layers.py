@@ -80,7 +80,9 @@ class Treated:
         return any(d.treatment != "dense" for d in self.decisions)
 
 
-def treat_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment], target: CpuTarget) -> Treated:
+def treat_layers(
+    mod: tvm.IRModule, treatments: Mapping[str, Treatment], target: CpuTarget
+) -> Treated:
     """Treat every layer as asked. A layer that its family declines keeps its operator and its weight."""
     decisions: list[Decision] = []
 
@@ -120,7 +122,9 @@ def treat_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment], target:
 def _pruned(layer: Layer, treatment: Treatment) -> relax.Call:
     weight = family_named(treatment.family).prune(layer.weight, **treatment.parameters)
     call = layer.call
-    return relax.Call(call.op, [call.args[0], relax.const(weight)], call.attrs, call.ty_args, ret_ty=call.ty)
+    return relax.Call(
+        call.op, [call.args[0], relax.const(weight)], call.attrs, call.ty_args, ret_ty=call.ty
+    )
 
 
 def _treat(call: relax.Call, treatment: Treatment, target: CpuTarget) -> relax.Expr | Declined:

@@ -34,17 +34,23 @@ LOOP_STRUCTURES = (
 def loop_structure(name: str):
     """`schedule(fused, target) -> PrimFunc` of a loop structure. Raises ScheduleError for an unknown name."""
     if name not in LOOP_STRUCTURES:
-        raise ScheduleError("unknown loop structure", found=repr(name), wanted=" or ".join(LOOP_STRUCTURES))
+        raise ScheduleError(
+            "unknown loop structure", found=repr(name), wanted=" or ".join(LOOP_STRUCTURES)
+        )
     return importlib.import_module(f"schedules.{name}").schedule
 
 
-def schedule_function(name: str, func: tirx.PrimFunc, target: CpuTarget) -> tuple[tirx.PrimFunc, Kernel]:
+def schedule_function(
+    name: str, func: tirx.PrimFunc, target: CpuTarget
+) -> tuple[tirx.PrimFunc, Kernel]:
     """The scheduled PrimFunc and what was done. Raises ScheduleError, naming the function, if its kernel cannot be made."""
     fused = Fused.read(func)
     try:
         if fused is None:
             return generic.schedule(func, target), Kernel(name, "generic", {})
-        return loop_structure(fused.loops)(fused, target), Kernel(name, fused.loops, fused.point, _tuned(fused, target))
+        return loop_structure(fused.loops)(fused, target), Kernel(
+            name, fused.loops, fused.point, _tuned(fused, target)
+        )
     except ScheduleError:
         raise
     except Exception as error:

@@ -14,9 +14,13 @@ class KerfError(Exception):
 
     exit_code = 4
 
-    def __init__(self, what: str, *, where: str = "", found: str = "", wanted: str = "", todo: str = ""):
+    def __init__(
+        self, what: str, *, where: str = "", found: str = "", wanted: str = "", todo: str = ""
+    ):
         parts = [f"{where}: {what}" if where else what]
-        parts += [f"{label} {text}" for label, text in (("found", found), ("wanted", wanted)) if text]
+        parts += [
+            f"{label} {text}" for label, text in (("found", found), ("wanted", wanted)) if text
+        ]
         message = "; ".join(parts)
         super().__init__(f"{message}. {todo}" if todo else message)
 

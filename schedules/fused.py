@@ -29,7 +29,6 @@ def annotations(loops: str, **point) -> dict[str, str]:
     return {LOOPS: loops, POINT: json.dumps(point, sort_keys=True)}
 
 
-
 def broadcast(expr, lanes: int):
     """`expr` on every lane; unchanged if it is a vector already or `lanes` is 1."""
     return expr if lanes == 1 or _lanes(expr) == lanes else T.broadcast(expr, lanes)
@@ -77,9 +76,14 @@ class Fused:
         if not anchors:
             return None
         if len(anchors) > 1:
-            raise ScheduleError(f"{len(anchors)} anchor blocks in one function", found=str([b.name_hint for b in blocks]))
+            raise ScheduleError(
+                f"{len(anchors)} anchor blocks in one function",
+                found=str([b.name_hint for b in blocks]),
+            )
         notes = blocks[anchors[0]].annotations
-        return Fused(func, str(notes[LOOPS]), json.loads(str(notes[POINT])), tuple(blocks), anchors[0])
+        return Fused(
+            func, str(notes[LOOPS]), json.loads(str(notes[POINT])), tuple(blocks), anchors[0]
+        )
 
     @property
     def anchor(self):
@@ -104,7 +108,10 @@ class Fused:
         read: list = []
         for index in self.definition:
             for region in self.blocks[index].reads:
-                if _position(self.params, region.source) is not None and _position(read, region.source) is None:
+                if (
+                    _position(self.params, region.source) is not None
+                    and _position(read, region.source) is None
+                ):
                     read.append(region.source)
         return read
 
@@ -138,7 +145,8 @@ class Emission:
         self._frame.__enter__()
         fused = self.fused
         self._buffers = [
-            T.arg(f"p{i}", T.buffer(tuple(int(d) for d in p.shape), str(p.dtype))) for i, p in enumerate(fused.params)
+            T.arg(f"p{i}", T.buffer(tuple(int(d) for d in p.shape), str(p.dtype)))
+            for i, p in enumerate(fused.params)
         ]
         T.func_attr({"tirx.noalias": True})
         # RewriteDataflowReshape looks for a root block, which exists only where a buffer is allocated.
@@ -168,7 +176,9 @@ class Emission:
     def epilogue(self, value, indices):
         """What the fused function computes from the anchor's result `value` at `indices`."""
         fused = self.fused
-        produced = {i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition}
+        produced = {
+            i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition
+        }
         anchor_buffer = fused.anchor.writes[0].source
         bound: dict = {}
 
@@ -183,14 +193,19 @@ class Emission:
             if buffer.same_as(anchor_buffer):
                 for got, wanted, extent in zip(at, indices, fused.shape):
                     if extent != 1 and not (got is wanted or got.same_as(wanted)):
-                        raise ScheduleError("the epilogue reads the anchor's result elsewhere than it writes", found=str(at))
+                        raise ScheduleError(
+                            "the epilogue reads the anchor's result elsewhere than it writes",
+                            found=str(at),
+                        )
                 return value
             if _position(fused.params, buffer) is not None:
                 return self._new(buffer)[tuple(at)]
             for i, written in produced.items():
                 if written.same_as(buffer):
                     return evaluate(i, at)
-            raise ScheduleError(f"the epilogue reads {buffer.name}, which neither the anchor nor a parameter holds")
+            raise ScheduleError(
+                f"the epilogue reads {buffer.name}, which neither the anchor nor a parameter holds"
+            )
 
         def evaluate(i, at):
             block = fused.blocks[i]
@@ -231,12 +246,19 @@ def _rebuild(expr, values: dict, load):
                 return tirx.Select(*_same_lanes(args))
             lanes = max(_lanes(a) for a in args)
             if lanes > 1:  # an LLVM intrinsic's first argument is its number, a scalar
-                args = [a if isinstance(a, tvm.ir.prim.expr.IntImm) and "llvm" in e.op.name else broadcast(a, lanes) for a in args]
+                args = [
+                    a
+                    if isinstance(a, tvm.ir.prim.expr.IntImm) and "llvm" in e.op.name
+                    else broadcast(a, lanes)
+                    for a in args
+                ]
             return tirx.call_intrin(_with_lanes(e, lanes), e.op, *args)
         if isinstance(e, _BINARY) or (hasattr(e, "a") and hasattr(e, "b")):
             a, b = _same_lanes([go(e.a), go(e.b)])
             return type(e)(a, b)
-        raise ScheduleError(f"the epilogue holds {type(e).__name__}, which no vector form is known for")
+        raise ScheduleError(
+            f"the epilogue holds {type(e).__name__}, which no vector form is known for"
+        )
 
     return go(expr)
 
@@ -247,5 +269,9 @@ def _same_lanes(parts: list) -> list:
 
 
 def _with_lanes(expr, lanes: int) -> str:
-    base = str(tvm.DataType(expr.ty.dtype).with_lanes(1)) if hasattr(tvm.DataType, "with_lanes") else str(expr.ty.dtype).split("x")[0]
+    base = (
+        str(tvm.DataType(expr.ty.dtype).with_lanes(1))
+        if hasattr(tvm.DataType, "with_lanes")
+        else str(expr.ty.dtype).split("x")[0]
+    )
     return base if lanes == 1 else f"{base}x{lanes}"

@@ -91,7 +91,11 @@ class CpuTarget:
         """The TVM target: features spelled out, so that nothing depends on a CPU's name."""
         import tvm
 
-        spec = {"kind": "llvm", "num-cores": self.threads, "mattr": [f"+{f}" for f in self.features]}
+        spec = {
+            "kind": "llvm",
+            "num-cores": self.threads,
+            "mattr": [f"+{f}" for f in self.features],
+        }
         if self.arch == "aarch64":
             spec["mtriple"] = "aarch64-linux-gnu"
         else:
@@ -109,20 +113,27 @@ class CpuTarget:
 
 
 NAMED = {
-    "avx512-vnni-vpopcntdq": CpuTarget("avx512-vnni-vpopcntdq", "x86_64", (*_AVX512, "avx512vnni", "avx512vpopcntdq")),
+    "avx512-vnni-vpopcntdq": CpuTarget(
+        "avx512-vnni-vpopcntdq", "x86_64", (*_AVX512, "avx512vnni", "avx512vpopcntdq")
+    ),
     "avx512-vnni": CpuTarget("avx512-vnni", "x86_64", (*_AVX512, "avx512vnni")),
     "avx512": CpuTarget("avx512", "x86_64", _AVX512),
     "avx2": CpuTarget("avx2", "x86_64", _AVX2),
     "generic": CpuTarget("generic", "x86_64", ()),
     "aarch64": CpuTarget("aarch64", "aarch64", ("neon",), l1_bytes=64 * 1024),
-    "aarch64-dotprod": CpuTarget("aarch64-dotprod", "aarch64", ("neon", "dotprod"), l1_bytes=64 * 1024),
+    "aarch64-dotprod": CpuTarget(
+        "aarch64-dotprod", "aarch64", ("neon", "dotprod"), l1_bytes=64 * 1024
+    ),
 }
 
 
 def _cache_bytes(level: int, default: int) -> int:
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            if int((index / "level").read_text()) == level and (index / "type").read_text().strip() != "Instruction":
+            if (
+                int((index / "level").read_text()) == level
+                and (index / "type").read_text().strip() != "Instruction"
+            ):
                 return int((index / "size").read_text().strip().removesuffix("K")) * 1024
         except (OSError, ValueError):
             continue
@@ -146,7 +157,9 @@ def detect_host() -> CpuTarget:
     features = tuple(llvm for linux, llvm in _LINUX_TO_LLVM.items() if linux in flags)
     if arch == "aarch64" and not features:
         features = ("neon",)  # part of the base architecture
-    return CpuTarget("native", arch, features, _cache_bytes(1, 32 * 1024), _cache_bytes(2, 1024 * 1024))
+    return CpuTarget(
+        "native", arch, features, _cache_bytes(1, 32 * 1024), _cache_bytes(2, 1024 * 1024)
+    )
 
 
 def usable_cores() -> int:
@@ -165,23 +178,39 @@ def parse_target(text: str, threads: int = 1) -> CpuTarget:
         return NAMED[text].with_threads(threads)
     known = ", ".join(["native", *NAMED])
     if not text.lstrip().startswith("{"):
-        raise TargetError("unknown target", where="--target", found=repr(text), wanted=f"one of {known}, or JSON")
+        raise TargetError(
+            "unknown target", where="--target", found=repr(text), wanted=f"one of {known}, or JSON"
+        )
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise TargetError(f"malformed JSON: {error}", where="--target") from None
     allowed = {"name", "arch", "features", "l1_bytes", "l2_bytes"}
     if unknown := set(fields) - allowed:
-        raise TargetError("unknown key", where="--target", found=", ".join(sorted(unknown)), wanted=", ".join(sorted(allowed)))
+        raise TargetError(
+            "unknown key",
+            where="--target",
+            found=", ".join(sorted(unknown)),
+            wanted=", ".join(sorted(allowed)),
+        )
     features = fields.get("features", [])
     if not isinstance(features, list) or not all(f in _LINUX_TO_LLVM.values() for f in features):
         raise TargetError(
-            "unknown CPU feature", where="--target", found=str(features), wanted="a list of " + ", ".join(sorted(set(_LINUX_TO_LLVM.values())))
+            "unknown CPU feature",
+            where="--target",
+            found=str(features),
+            wanted="a list of " + ", ".join(sorted(set(_LINUX_TO_LLVM.values()))),
         )
     arch = fields.get("arch", "x86_64")
     if arch not in ("x86_64", "aarch64"):
-        raise TargetError("unknown architecture", where="--target", found=repr(arch), wanted="x86_64 or aarch64")
+        raise TargetError(
+            "unknown architecture", where="--target", found=repr(arch), wanted="x86_64 or aarch64"
+        )
     sizes = {k: fields[k] for k in ("l1_bytes", "l2_bytes") if k in fields}
     if bad := [k for k, v in sizes.items() if not isinstance(v, int) or v <= 0]:
-        raise TargetError("not a positive number of bytes", where="--target", found=f"{bad[0]}={sizes[bad[0]]!r}")
-    return CpuTarget(str(fields.get("name", "custom")), arch, tuple(features), threads=threads, **sizes)
+        raise TargetError(
+            "not a positive number of bytes", where="--target", found=f"{bad[0]}={sizes[bad[0]]!r}"
+        )
+    return CpuTarget(
+        str(fields.get("name", "custom")), arch, tuple(features), threads=threads, **sizes
+    )

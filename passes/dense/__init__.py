@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from passes import layers
-from passes.dense import activation, attention, broadcast, conv2d, matmul, normalization, pooling, reference
+from passes.dense import (
+    activation,
+    attention,
+    broadcast,
+    conv2d,
+    matmul,
+    normalization,
+    pooling,
+    reference,
+)
 from passes.family import Family
 
 FAMILY = Family(

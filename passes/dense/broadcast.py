@@ -25,7 +25,9 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-def lower_broadcast(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower_broadcast(
+    bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
+) -> relax.Expr | None:
     """A binary operator one of whose computed operands is smaller than its result; None for any other."""
     shape = shape_of(call)
     grows = [not is_const(a) and shape_of(a)[-len(shape) :] != shape for a in call.args]
@@ -33,7 +35,10 @@ def lower_broadcast(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget)
         return None
     name = call.op.name.removeprefix("relax.")
     return bb.call_te(
-        _OPERATORS[call.op.name], *call.args, primfunc_name_hint=f"{name}_broadcast", primfunc_attrs={"op_pattern": _INJECTIVE}
+        _OPERATORS[call.op.name],
+        *call.args,
+        primfunc_name_hint=f"{name}_broadcast",
+        primfunc_attrs={"op_pattern": _INJECTIVE},
     )
 
 

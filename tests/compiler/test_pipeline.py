@@ -23,7 +23,9 @@ def residual(rng):
     register()
 
     def const(*shape):
-        return relax.const((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype("float32"))
+        return relax.const(
+            (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype("float32")
+        )
 
     op, bb = relax.op, relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(SHAPE, "float32"))
@@ -41,7 +43,9 @@ def residual(rng):
 
 
 def compiled(mod, target):
-    return pipeline.compile_graph("dense", pipeline.fuse_graph(pipeline.lay_out(mod), target), target)
+    return pipeline.compile_graph(
+        "dense", pipeline.fuse_graph(pipeline.lay_out(mod), target), target
+    )
 
 
 def loaded(variant, target):
@@ -51,7 +55,11 @@ def loaded(variant, target):
 
 def test_every_layer_is_found_again_behind_its_kernel(residual):
     variant = compiled(residual, NAMED["avx2"])
-    assert [layer for kernel in variant.kernels for layer in kernel.layers] == ["block.conv1", "block.conv2", "head"]
+    assert [layer for kernel in variant.kernels for layer in kernel.layers] == [
+        "block.conv1",
+        "block.conv2",
+        "head",
+    ]
     first, second, head = [kernel for kernel in variant.kernels if kernel.layers]
     assert first.flops == second.flops == 2 * 8 * 8 * 9 * 144
     assert head.flops == 2 * 5 * 8
@@ -72,7 +80,11 @@ def test_every_tier_computes_what_the_graph_says(residual, rng, host_tiers):
     wanted = evaluate(residual, [x])[0]
     for target in host_tiers:
         np.testing.assert_allclose(
-            loaded(compiled(residual, target), target)(x), wanted, rtol=0, atol=2e-6, err_msg=target.name
+            loaded(compiled(residual, target), target)(x),
+            wanted,
+            rtol=0,
+            atol=2e-6,
+            err_msg=target.name,
         )
 
 
@@ -81,7 +93,9 @@ def test_winograd_can_be_forbidden():
     register()
     large = _wide()
     assert "winograd" in {k.loops for k in compiled(large, target).kernels}
-    assert "winograd" not in {k.loops for k in compiled(pipeline.forbid_winograd(large), target).kernels}
+    assert "winograd" not in {
+        k.loops for k in compiled(pipeline.forbid_winograd(large), target).kernels
+    }
 
 
 def _wide():
