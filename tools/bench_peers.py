@@ -51,6 +51,12 @@ BUILDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def artifact_of(build: str, builds: list[str]) -> str:
+    """Whose artifact holds a build: every compressed one has the dense variant beside it."""
+    compressed = [b for b in builds if b != "dense"]
+    return compressed[0] if build == "dense" and compressed else build
+
+
 def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str]) -> None:
     """Write the network as NAME.pt2, NAME.onnx and its inputs, and build the artifacts below
     `work`."""
@@ -66,7 +72,7 @@ def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str
         zoo.save_pt2(module, example, files["pt2"])
         zoo.save_onnx(module, example, files["onnx"])
         np.savez(files["npz"], *[tensor.numpy() for tensor in example])
-    for build in builds:
+    for build in sorted({artifact_of(b, builds) for b in builds}):
         output = directory / build
         if keep and (output / "manifest.json").exists():
             continue
@@ -106,11 +112,12 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
     with pinned(threads) as cores:
         engines, layers, verify = {}, {}, {}
         for build in builds:
-            artifact = open_artifact(directory / build)
             variant = "dense" if build == "dense" else "compressed"
+            artifact = open_artifact(directory / artifact_of(build, builds))
             model = load_variants(artifact, [variant], threads)[variant]
             engines[build] = lambda model=model: model(*inputs)
-            verify[build] = artifact.manifest["verify"]
+            proof = artifact.manifest["verify"]
+            verify[build] = {"passed": proof["passed"], **proof["original"][variant]}
             rows = artifact.layers
             layers[build] = [sum(r["treatment"] != "dense" for r in rows), len(rows)]
         versions, refusals = {}, {}
@@ -139,9 +146,7 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
         "samples_ms": {n: list(found.samples) for n, found in latency.items()},
         "ratios": {f"{a}/{b}": ratio(latency[a], latency[b]).to_json() for a, b in pairs},
         "layers_compressed": layers,
-        "verify": {
-            b: {k: v[k] for k in ("passed", "max_abs", "cosine")} for b, v in verify.items()
-        },
+        "verify": verify,
         "peers": versions,
         "refusals": refusals,
         "environment": environment,
