@@ -25,6 +25,8 @@ from schedules.target import CpuTarget, detect_host, parse_target
 if TYPE_CHECKING:
     import tvm
 
+    from compiler.pipeline import Graphs
+
 Progress = Callable[[str], None]
 
 
@@ -36,15 +38,6 @@ class BuildOptions:
     target: CpuTarget
     threads: int = 1
     choose: str = "measured"
-    records: Path | None = None
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The canonical graph as imported, and with the weights that pruning leaves: what each variant must compute."""
-
-    original: tvm.IRModule
-    pruned: tvm.IRModule
 
 
 def build(
@@ -82,7 +75,7 @@ def build(
         require_linker()
     recipe = load_recipe(recipe)
     validate(recipe)
-    options = BuildOptions(recipe, cpu, threads, choose, Path(records) if records else None)
+    options = BuildOptions(recipe, cpu, threads, choose)
 
     from compiler.frontend import import_model
 
@@ -141,6 +134,7 @@ def compile_variants(
 ) -> tuple[list[CompiledVariant], Graphs, list[Decision]]:
     """The dense variant, the compressed one if any layer stays treated, their graphs, and the decision for every layer."""
     from compiler import pipeline
+    from compiler.pipeline import Graphs
     from passes.treat_layers import treat_layers
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:

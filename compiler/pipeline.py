@@ -23,6 +23,14 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """The canonical graph as imported, and with the weights that pruning leaves: what each variant must compute."""
+
+    original: tvm.IRModule
+    pruned: tvm.IRModule
+
+
+@dataclass(frozen=True)
 class FusedGraph:
     """A graph fused into PrimFuncs, before and independent of any schedule.
 

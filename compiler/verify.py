@@ -35,8 +35,8 @@ from schedules.target import CpuTarget
 if TYPE_CHECKING:
     import tvm
 
-    from compiler.driver import Graphs
     from compiler.frontend import Imported, TensorSpec
+    from compiler.pipeline import Graphs
 
 RUNS = 2
 SEED = 0
