@@ -184,10 +184,10 @@ class Emission:
 
         def load(buffer, at):
             """An operand bound to a variable: an activation's polynomial reads its argument dozens of times."""
-            key = (buffer.name, tuple(str(i) for i in at))
-            if key not in bound:
-                bound[key] = T.bind(fetch(buffer, at))
-            return bound[key]
+            key = (buffer.__chandle__(), *(i.__chandle__() for i in at))
+            if key not in bound:  # with what the handles point to, so that they stay those objects'
+                bound[key] = (T.bind(fetch(buffer, at)), buffer, at)
+            return bound[key][0]
 
         def fetch(buffer, at):
             if buffer.same_as(anchor_buffer):
