@@ -5,11 +5,24 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from schedules.errors import UserError
+
+# NotImplementedError and RuntimeError: compressed by an unknown method, encrypted.
+_UNREADABLE = (
+    ValueError,
+    EOFError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_npz(path: Path) -> dict:
@@ -24,9 +37,11 @@ def read_npz(path: Path) -> dict:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError("no such file", where=str(path)) from None
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError, KeyError):
+    except _UNREADABLE:
         wanted = "what numpy.savez writes, without Python objects"
         raise UserError("not a readable .npz file", where=str(path), wanted=wanted) from None
+    except MemoryError:
+        raise UserError("its arrays do not fit into memory", where=str(path)) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 

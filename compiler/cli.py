@@ -5,6 +5,7 @@ when it runs."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -205,6 +206,18 @@ def verify(artifact, input_path, json_path):
     _print(*report.verification(found))
 
 
+class _Seconds(click.FloatRange):
+    """A finite number: comparisons with NaN are false, so no range keeps it out."""
+
+    name = "SECONDS"
+
+    def convert(self, value, param, ctx):
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return seconds
+
+
 _PEERS = ("onnxruntime", "openvino", "torch")
 
 
@@ -228,7 +241,7 @@ class _Peers(click.ParamType):
 )
 @click.option(
     "--duration",
-    type=click.FloatRange(0.1),
+    type=_Seconds(0.1),
     default=10.0,
     show_default=True,
     help="Seconds to measure.",
@@ -279,7 +292,7 @@ def profile(artifact, threads, json_path):
 @_shapes
 @_batch
 @_threads
-@click.option("--seconds", type=click.FloatRange(1), help="Stop searching after this long.")
+@click.option("--seconds", type=_Seconds(1), help="Stop searching after this long.")
 def tune(model, trials, records, target, inputs, batch, threads, seconds):
     """Search for better kernel parameters for MODEL; `build --records` uses them."""
     from schedules.target import parse_target

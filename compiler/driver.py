@@ -19,6 +19,7 @@ from compiler.artifact import Artifact, CompiledVariant
 from compiler.artifact_writer import check_output, write_artifact
 from compiler.linker import require_linker
 from compiler.recipe import Recipe, load_recipe, resolve, validate
+from compiler.thread_pool import check_threads
 from passes.treatment import Decision, Treatment
 from schedules.target import CpuTarget, detect_host, parse_target
 
@@ -64,6 +65,8 @@ def build(
     if output is not None:
         check_output(output, force)
     cpu = parse_target(target, threads) if isinstance(target, str) else target
+    if not cpu.missing_on_host():
+        check_threads(threads)  # what is built is run here to verify it
     if records is not None:
         from schedules.records import Records
 

@@ -23,7 +23,7 @@ class KerfGroup(click.Group):
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
-        args = [a for a in args if a != "--debug"]
+        args = [a for a in args if a != "--debug"] or ["--help"]
         if not debug:
             warnings.simplefilter("ignore")  # those of the libraries below; ours are in the report
         interrupts = Interrupts()

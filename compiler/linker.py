@@ -51,7 +51,12 @@ def find_linker() -> Linker | None:
     """CXX or CC from the environment, else a compiler on the path, else `ziglang` if it is
     installed."""
     for variable in ("CXX", "CC"):
-        words = shlex.split(os.environ.get(variable, ""))
+        try:
+            words = shlex.split(os.environ.get(variable, ""))
+        except ValueError as error:
+            raise UserError(
+                str(error).lower(), where=variable, found=os.environ[variable]
+            ) from None
         if words and (path := shutil.which(words[0])):
             return Linker(Path(path).name, (path, *words[1:]))
     for name in _NAMES:

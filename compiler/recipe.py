@@ -261,7 +261,9 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
         try:
             parsed[key] = parse(value)
         except (ValueError, TypeError) as error:
-            raise RecipeError(str(error), where=f"{rule.place(key)}: {key}") from None
+            place = rule.place(key)
+            where = place if place == f"--{key}" else f"{place}: {key}"
+            raise RecipeError(str(error), where=where) from None
     if rule.prune and family.prune is None:
         raise RecipeError(
             f"the treatment {family.name!r} prunes nothing", where=rule.place("prune")

@@ -103,14 +103,15 @@ def tune(
             found="no " + ", ".join(missing),
         )
     check_threads(target.threads)
-    store = Records.open(records, create=True)
-    notes = [note] if (note := store.ignored_for(target)) else []
-    for note in notes:
-        say(note)
     from compiler.frontend import import_model
 
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
+    # Only now, so that a model that cannot be imported leaves no empty directory.
+    store = Records.open(records, create=True)
+    notes = [note] if (note := store.ignored_for(target)) else []
+    for note in notes:
+        say(note)
     say("finding the distinct kernels")
     tasks = find_tasks(
         pipeline.lay_out(pipeline.canonicalize(imported.mod)), target.with_records(None)

@@ -15,7 +15,7 @@ from tvm import relax
 from compiler.frontend import Imported, Shape, TensorSpec
 from compiler.frontend.onnx_convert import Converter, unsupported
 from compiler.frontend.onnx_graph import OnnxGraph, prepare
-from compiler.frontend.support import first_line
+from compiler.frontend.support import first_line, main_function
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel
 
@@ -126,7 +126,7 @@ def _convert(graph: OnnxGraph) -> tvm.IRModule:
         for name, (shape, dtype) in graph.inputs.items()
     ]
     converter.env.update(zip(graph.inputs, params))
-    with builder.function("main", params):
+    with main_function(builder, params):
         with builder.dataflow():
             for node in graph.nodes:
                 converter.convert(node)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import tvm
 from tvm import relax
@@ -10,6 +13,18 @@ from tvm import relax
 
 class Refused(Exception):
     """Arguments that a converter does not cover; the importer turns it into UnsupportedModel, naming the node."""
+
+
+@contextmanager
+def main_function(builder: relax.BlockBuilder, params: Sequence[relax.Var]) -> Iterator[None]:
+    """`builder.function("main", params)`, quiet when left by an exception: TVM's own leaves a block
+    open then, and a warning on standard error when the builder goes."""
+    try:
+        with builder.function("main", list(params)):
+            yield
+    except BaseException:
+        builder._end_block()
+        raise
 
 
 def constant(array: np.ndarray) -> relax.Expr:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from tvm import relax
 
 from compiler.frontend import Imported, Shape, TensorSpec
-from compiler.frontend.support import first_line
+from compiler.frontend.support import first_line, main_function
 from compiler.frontend.torch_convert import Converter, unsupported
 from compiler.frontend.torch_graph import Prepared, prepare
 from passes.name_layers import NameLayers
@@ -229,7 +229,7 @@ def _convert(prepared: Prepared, where: str) -> tvm.IRModule:
     converter = Converter(builder, prepared, where)
     for node, param in zip(prepared.inputs, params):
         converter.env[node] = param
-    with builder.function("main", params):
+    with main_function(builder, params):
         with builder.dataflow():
             for node in prepared.graph.nodes:
                 if node.op == "call_function" and node not in prepared.constants and node.users:

@@ -4,12 +4,14 @@ half-written."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import click
@@ -79,6 +81,22 @@ def test_a_missing_model(fails, command):
 def test_a_truncated_model(fails, tmp_path, small_onnx):
     (tmp_path / "cut.onnx").write_bytes(small_onnx.read_bytes()[:-20])
     assert "cut.onnx" in fails(2, "build", "cut.onnx", "-o", "out")
+
+
+def test_an_operator_refused_while_converting(tmp_path):
+    """In a process of its own: TVM's C++ would print to the real standard error."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(save_onnx(tmp_path / "m.onnx", np.ones((8, 4), "float32")))
+    model.graph.node[1].op_type = "Einsum"
+    model.graph.node[1].attribute.append(onnx.helper.make_attribute("equation", "...a->...a"))
+    onnx.save(model, tmp_path / "m.onnx")
+    line = [sys.executable, "-m", "compiler.cli", "inspect", "m.onnx"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Einsum (relu)" in done.stderr
 
 
 def test_a_file_that_is_no_model(fails, tmp_path):
@@ -152,6 +170,36 @@ def test_a_wrong_option(fails, small_onnx, arguments, said):
     assert said in fails(2, "build", small_onnx, "-o", "out", *arguments)
 
 
+def test_an_option_is_named_once(fails, small_onnx):
+    line = fails(2, "build", small_onnx, "-o", "out", "--recipe", "sparse", "--density", "2")
+    assert line == "compile-model: --density: density must be in (0, 1], not 2.0"
+
+
+def test_too_many_threads_are_refused_before_the_work(fails, small_onnx, monkeypatch):
+    monkeypatch.setattr("compiler.frontend.import_model", lambda *_, **__: pytest.fail("imported"))
+    line = fails(2, "build", small_onnx, "-o", "out", "--threads", "999")
+    assert "more threads than usable cores" in line
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
+def test_a_duration_that_never_ends(fails, small_onnx, seconds):
+    assert "--duration" in fails(2, "bench", "out", "--duration", seconds)
+    assert "--seconds" in fails(2, "tune", small_onnx, "--records", "r", "--seconds", seconds)
+
+
+def test_tuning_a_model_that_cannot_be_read_leaves_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.onnx").write_text("hello")
+    result = CliRunner().invoke(main, ["tune", "text.onnx", "--records", "r"])
+    assert result.exit_code == 2 and "not an ONNX model" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_command_shows_the_help():
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 0 and result.stdout.startswith("Usage: ")
+
+
 def test_build_without_an_output(fails, small_onnx):
     assert "Missing option" in fails(2, "build", small_onnx)
 
@@ -212,6 +260,11 @@ def test_a_full_disk_while_the_artifact_is_written(tmp_path_factory, tmp_path):
     assert done.returncode == 2, done.stderr
     assert len(messages) == 1, messages
     assert [p.name for p in tmp_path.iterdir() if p.name != ".ses"] == []
+
+
+def test_a_linker_with_an_open_quote(fails, small_onnx, monkeypatch):
+    monkeypatch.setenv("CXX", "'g++")
+    assert "CXX: no closing quotation" in fails(2, "build", small_onnx, "-o", "out")
 
 
 def test_no_linker(fails, small_onnx, monkeypatch):
@@ -282,6 +335,29 @@ def test_files_that_are_no_arrays(fails, tiny_artifact, tmp_path):
         assert f"{name}: not a readable .npz" in fails(2, *run_line(tiny_artifact.path, name))
     assert "without a name" in fails(2, *run_line(tiny_artifact.path, "one.npy"))
     assert "gone.npz: no such file" in fails(2, *run_line(tiny_artifact.path, "gone.npz"))
+
+
+def test_arrays_that_cannot_be_decoded(fails, tiny_artifact, tmp_path):
+    np.savez_compressed(tmp_path / "z.npz", x=np.arange(256, dtype="float32").reshape(4, 64))
+    whole = (tmp_path / "z.npz").read_bytes()
+    start = whole.index(b"x.npy") + len(b"x.npy")
+    (tmp_path / "data.npz").write_bytes(whole[: start + 40] + b"\xff" * 60 + whole[start + 100 :])
+    method = bytearray(whole)
+    for at in (whole.index(b"PK\3\4") + 8, whole.index(b"PK\1\2") + 10):
+        method[at] = 99  # a compression method that is none
+    (tmp_path / "method.npz").write_bytes(method)
+    for name in ("data.npz", "method.npz"):
+        assert f"{name}: not a readable .npz" in fails(2, *run_line(tiny_artifact.path, name))
+
+
+def test_an_array_of_more_bytes_than_there_is_memory(fails, tiny_artifact, tmp_path):
+    header = io.BytesIO()
+    claims = {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 3)}
+    np.lib.format.write_array_header_1_0(header, claims)
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("x.npy", header.getvalue())
+    line = fails(2, *run_line(tiny_artifact.path, "huge.npz"))
+    assert "huge.npz: its arrays do not fit into memory" in line
 
 
 def test_an_output_that_cannot_be_written(fails, tiny_artifact, arrays, tmp_path):
