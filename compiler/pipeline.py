@@ -107,6 +107,9 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
     """Lower a canonical, channels-last graph to fused PrimFuncs."""
     flops = _layer_flops(mod)
     lowerings = {name: lower for family in families() for name, lower in family.lowerings.items()}
+    with target.tvm():
+        # Scans have no legalisation, only this.
+        mod = relax.backend.DispatchSortScan()(mod)
     lowered = lower_operators(mod, lowerings, target)
     fused = tvm.transform.Sequential(
         [

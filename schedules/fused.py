@@ -186,7 +186,13 @@ class Emission:
             """An operand bound to a variable: an activation's polynomial reads its argument dozens of times."""
             key = (buffer.__chandle__(), *(i.__chandle__() for i in at))
             if key not in bound:  # with what the handles point to, so that they stay those objects'
-                bound[key] = (T.bind(fetch(buffer, at)), buffer, at)
+                value = fetch(buffer, at)
+                # TVM's simplifier fails on a bound vector of truth values.
+                bound[key] = (
+                    T.bind(value) if "float" in str(value.ty.dtype) else value,
+                    buffer,
+                    at,
+                )
             return bound[key][0]
 
         def fetch(buffer, at):

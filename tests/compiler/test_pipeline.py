@@ -88,6 +88,45 @@ def test_every_tier_computes_what_the_graph_says(residual, rng, host_tiers):
         )
 
 
+def _after_dense(tail):
+    """`tail(bb, dense(x))` as a module; 12 columns are no multiple of most vectors."""
+    register()
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((3, 8), "float32"))
+    weight = np.random.default_rng(0).standard_normal((12, 8)).astype("float32")
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = bb.emit(dense(x, relax.const(weight), name="head"))
+            y = bb.emit_output(tail(bb, y))
+        bb.emit_func_output(y)
+    return bb.finalize()
+
+
+def _masked(bb, y):
+    inside = bb.emit(relax.op.logical_not(bb.emit(relax.op.greater(y, relax.const(0.5)))))
+    return relax.op.where(inside, y, bb.emit(relax.op.negative(y)))
+
+
+@pytest.mark.parametrize(
+    "tail, dtype",
+    [
+        (lambda _bb, y: relax.op.greater(y, relax.const(0.0)), "bool"),
+        (_masked, "float32"),
+        (lambda _bb, y: relax.op.cumsum(y, 1), "float32"),
+    ],
+    ids=["truth values", "masked", "cumulative sum"],
+)
+def test_what_follows_a_layer(tail, dtype, rng, host_tiers):
+    mod = _after_dense(tail)
+    x = rng.standard_normal((3, 8)).astype("float32")
+    wanted = evaluate(mod, [x])[0]
+    specs = [TensorSpec("x", (3, 8), "float32")], [TensorSpec("y", (3, 12), dtype)]
+    for target in host_tiers:
+        found = from_variant(compiled(mod, target), *specs, target)(x)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6, err_msg=target.name)
+
+
 def test_winograd_can_be_forbidden():
     target = NAMED["avx512"]
     register()
