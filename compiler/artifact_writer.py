@@ -231,6 +231,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     except SafetensorError as error:  # its I/O errors come wrapped
         match = re.search(r"os error (\d+)", str(error))
         raise OSError(int(match[1]) if match else 5, str(error)) from None
+    # safetensors makes files that only their owner may read; the others follow the umask.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _write_reference(path: Path, references: Sequence[ReferenceRun]) -> None:

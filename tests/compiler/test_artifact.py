@@ -51,6 +51,11 @@ def test_what_is_written_is_what_is_read(tiny_artifact, tiny):
             np.testing.assert_array_equal(weights[key], constant)
 
 
+def test_whoever_may_read_one_file_may_read_all(tiny_artifact):
+    readable = {p.name: oct(p.stat().st_mode & 0o444) for p in tiny_artifact.path.iterdir()}
+    assert len(set(readable.values())) == 1, readable
+
+
 def test_constants_of_both_variants_are_stored_once(tiny_artifact):
     dense, compressed = (tiny_artifact.variant(n).constants for n in ("dense", "compressed"))
     assert dense[1] == compressed[1] and dense[0] != compressed[0]
