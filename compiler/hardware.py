@@ -129,15 +129,26 @@ def measure_peak(target: CpuTarget, seconds: float = 0.5) -> Rate:
 
 
 @functools.cache
-def measure_bandwidth(target: CpuTarget, seconds: float = 0.5, megabytes: int = 128) -> Rate:
-    """Streaming read rate in GB/s from memory: per thread `megabytes`, which should exceed the last
-    cache, gone through in pieces so short that some are read without an interruption."""
+def measure_bandwidth(
+    target: CpuTarget, seconds: float = 0.5, size: int = 128 << 20, pieces: int = 16
+) -> Rate:
+    """Streaming read rate in GB/s of `size` bytes per thread, from wherever so many bytes live: by
+    default from memory, in pieces so short that some are read without an interruption."""
     from schedules.machine_probes import read_probe
 
-    pieces = 16
-    elements = megabytes * (1 << 20) // 4 // pieces
+    unit = 8 * target.lanes
+    elements = size // 4 // pieces // unit * unit
     count = target.threads * elements
     return _measure(read_probe(target, elements), target, count, 4 * count, seconds, pieces)
+
+
+@functools.cache
+def roofline_bandwidths(target: CpuTarget) -> tuple[float, float]:
+    """GB/s out of the second-level cache, and out of what lies behind it: the fastest that a kernel
+    whose data fit the former, or do not, can be fed in a network that keeps its activations in
+    caches."""
+    near = measure_bandwidth(target, 0.2, target.l2_bytes // 2, 1).best
+    return near, min(near, measure_bandwidth(target, 0.2, 4 * target.l2_bytes, 1).best)
 
 
 def _measure(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,9 +30,8 @@ _MAX_ARGUMENTS = 8
 class KernelRow:
     """One kernel call. `us` median; `gflops` of the dense operations of its layers,
     `useful_gflops` of those with a nonzero weight. `roofline`: the time that its useful
-    operations at peak, or its bytes at the memory's rate, would take at least, over `us`; beyond
-    1 where data came from a cache or Winograd needs fewer operations, None where neither is
-    known."""
+    operations at peak, or its bytes at the rate of the caches, would take at least, over `us`;
+    beyond 1 where Winograd needs fewer operations, None where neither is known."""
 
     index: int
     function: str
@@ -63,8 +62,8 @@ class VariantProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """Kernel rows by variant and layer rows (see `compiler.layer_rows`). `peak_gflops` and
-    `bandwidth_gbs` as measured now; `callback_us` what was subtracted, by the number of
+    """Kernel rows by variant and layer rows (see `compiler.layer_rows`). `peak_gflops`,
+    `bandwidth_gbs` (of memory) and `cache_gbs` (second level, behind it) as measured now; `callback_us` what was subtracted, by the number of
     arguments."""
 
     variants: Mapping[str, VariantProfile]
@@ -72,6 +71,7 @@ class Profile:
     threads: int
     peak_gflops: float
     bandwidth_gbs: float
+    cache_gbs: tuple[float, float]
     callback_us: tuple[float, ...]
     layers: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -216,26 +216,40 @@ def profile_artifact(
     seconds: float = 5.0,
 ) -> Profile:
     """Profile every variant of an artifact on `inputs`, in alternating runs."""
-    from compiler.hardware import measure_bandwidth, measure_peak
+    from compiler.hardware import measure_bandwidth, measure_peak, roofline_bandwidths
 
     environment = describe_environment(threads)
     models = load_variants(artifact, list(artifact.variants), threads)
     machine = artifact.target.with_threads(threads)
     peak, bandwidth = measure_peak(machine).best, measure_bandwidth(machine).best
+    near, far = roofline_bandwidths(machine)
+
+    def least_us(flops: float, size: int) -> float:
+        rate = near if size <= machine.l2_bytes else far
+        return max(flops / peak, size / rate) / 1e3  # 1e9 per second are 1e3 per us
+
     times, done = kernel_times(models, inputs, runs, seconds)
     totals = total_us(models, inputs, seconds / 2)
     useful = useful_shares(artifact.layers)
     variants = {
         name: VariantProfile(
             name,
-            _rows(model, times[name], useful if name != "dense" else {}, peak, bandwidth),
+            _rows(model, times[name], useful if name != "dense" else {}, least_us),
             totals[name],
         )
         for name, model in models.items()
     }
     layers = layer_rows(artifact, {name: v.layer_us() for name, v in variants.items()})
     return Profile(
-        variants, done, threads, peak, bandwidth, callback_overhead(), layers, environment
+        variants,
+        done,
+        threads,
+        peak,
+        bandwidth,
+        (near, far),
+        callback_overhead(),
+        layers,
+        environment,
     )
 
 
@@ -269,14 +283,13 @@ def _rows(
     model: LoadedModel,
     times: Sequence[float],
     useful: Mapping[str, float],
-    peak: float,
-    bandwidth: float,
+    least_us: Callable[[float, int], float],
 ) -> tuple[KernelRow, ...]:
     rows = []
     for index, (call, us) in enumerate(zip(model.kernels, times)):
         shares = [useful.get(layer, 1.0) for layer in call.layers]
         flops = call.flops * (sum(shares) / len(shares) if shares else 1.0)
-        best = max(flops / peak, call.bytes / bandwidth) / 1e3  # 1e9 per second are 1e3 per us
+        best = least_us(flops, call.bytes)
         measured = (us, call.flops, flops, call.bytes)
         rates = (call.flops / us / 1e3, flops / us / 1e3) if us else (0.0, 0.0)
         roofline = best / us if us and best else None

@@ -140,7 +140,8 @@ def profile(found: Profile) -> list:
         ]
     parts.append(
         Text(
-            f"roofline: {found.peak_gflops:.0f} GFLOP/s, {found.bandwidth_gbs:.1f} GB/s measured, "
+            f"roofline: {found.peak_gflops:.0f} GFLOP/s, caches {found.cache_gbs[0]:.0f} and "
+            f"{found.cache_gbs[1]:.0f} GB/s (memory {found.bandwidth_gbs:.1f}) measured, "
             f"{found.threads} "
             f"thread{'s' * (found.threads > 1)}; medians of {found.runs} runs, timer's "
             f"{found.callback_us[3]:.1f} us per kernel subtracted"

@@ -306,13 +306,16 @@ def test_a_kernel_of_two_layers_is_shared_between_them():
     assert _by_layer([(("a", "b"), 10.0), (("a",), 2.0), ((), 99.0)]) == {"a": 7.0, "b": 5.0}
 
 
-def test_profile_of_an_artifact(tiny_artifact, x):
+def test_profile_of_an_artifact(tiny_artifact, x, monkeypatch):
+    # These kernels are so short that on a busy machine nothing may be left of them.
+    monkeypatch.setattr("compiler.profile.callback_overhead", lambda: (0.0,) * 9)
     found = profile_artifact(tiny_artifact, x, runs=5, seconds=0.2)
     dense = found.variants["dense"]
     assert [k.layers for k in dense.kernels] == [("fc1",), ("fc2",)]
     assert all(k.roofline > 0 for k in dense.kernels)
     assert dense.kernels[0].gflops == pytest.approx(2 * 4 * 64 * 32 / dense.kernels[0].us / 1e3)
     assert dense.total_us > 0 and found.peak_gflops > 1 and found.bandwidth_gbs > 0.1
+    assert found.cache_gbs[0] >= found.cache_gbs[1] > 0.1
     json.dumps(found.to_json())
 
 

@@ -184,7 +184,9 @@ def test_the_profile_shows_kernels_and_layers():
     )
     glue = KernelRow(1, "transpose", "generic", (), 3.0, 0, 0, 100, 0, 0, None)
     variant = VariantProfile("dense", (kernel, glue), 110.0)
-    text = shown(report.profile(Profile({"dense": variant}, 9, 1, 60.0, 8.0, (2.0,) * 9, ROWS)))
+    text = shown(
+        report.profile(Profile({"dense": variant}, 9, 1, 60.0, 8.0, (40.0, 20.0), (2.0,) * 9, ROWS))
+    )
     assert "kernels 0.103 ms, whole run 0.110 ms, between kernels 7 us" in text
     assert "transpose" in text and "97.1%" in text and "40%" in text
     assert all(len(line) <= 100 for line in text.splitlines())
