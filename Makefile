@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make setup | demo | test | lint. Everything lives in .venv; a stamp file keeps setup from running twice.
+# make setup | demo | test | test-slow | lint. Everything lives in .venv; a stamp file keeps setup from running twice.
 # PYTHON=...    the interpreter to use (3.10 or later); by default the first that works of the list below
 # PIP_ARGS=...  further arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 
@@ -10,7 +10,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-slow lint format clean
 
 setup: $(STAMP)
 
@@ -42,7 +42,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint
-	TVM_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TVM_NUM_THREADS=1 $(BIN)/python -m pytest --skip-slow $(PYTEST_ARGS)
+
+# The long matrix: every network x front end x grain, and the deepest architectures.
+test-slow: $(STAMP)
+	TVM_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist .demo .pytest_cache .ruff_cache *.egg-info

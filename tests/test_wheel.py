@@ -48,7 +48,6 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
     """Its dependencies come from this environment by a .pth file; the package itself must come from
     the wheel."""

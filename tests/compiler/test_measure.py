@@ -225,7 +225,6 @@ def test_torch_does_not_pretend_to_run_onnx(onnx_artifact):
         bench(onnx_artifact, against=["torch"], duration=0)
 
 
-@pytest.mark.slow
 @pytest.mark.peers
 def test_a_module_in_memory_is_run_by_torch_and_exported_for_the_others(tiny, tiny_artifact):
     torch = pytest.importorskip("torch")
