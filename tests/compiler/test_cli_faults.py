@@ -158,7 +158,7 @@ def test_an_input_shape_that_does_not_fit(fails, small_onnx, shape):
         (["--recipe", "sparse", "--density", "0"], "--density: density"),
         (["--recipe", "sparse", "--density", "1.01"], "--density: density"),
         (["--recipe", "sparse", "--density", "nan"], "--density: density"),
-        (["--recipe", "sparse", "--grain", "out:3"], "--grain: grain"),
+        (["--recipe", "sparse", "--grain", "out:3"], "--grain: unknown grain"),
         (["--recipe", "sparse", "--prune"], "--prune: pruning needs to know the density"),
         (["--winograd", "sometimes"], "'sometimes' is not one of"),
         (["--json", "nowhere/report.json"], "no such directory"),
