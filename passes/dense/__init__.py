@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from passes import layers
+from passes import layers, numpy_images, numpy_nn
 from passes.dense import (
     activation,
     attention,
@@ -12,7 +12,6 @@ from passes.dense import (
     matmul,
     normalization,
     pooling,
-    reference,
 )
 from passes.family import Family
 
@@ -28,5 +27,5 @@ FAMILY = Family(
         **broadcast.LOWERINGS,
         **normalization.LOWERINGS,
     },
-    references={layers.CONV2D: reference.conv2d, layers.DENSE: reference.dense},
+    references={layers.CONV2D: numpy_images.conv2d, layers.DENSE: numpy_nn.dense},
 )

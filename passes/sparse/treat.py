@@ -6,6 +6,7 @@ rewrite: kerf.conv2d(x, w), w with zeros  ->  kerf.sparse_conv2d(x, w, grain)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,7 +38,8 @@ def parse_grain(value: object) -> str:
 
 def parse_density(value: object) -> float:
     """A density in (0, 1]. Raises ValueError."""
-    density = float(value)  # type: ignore[arg-type]
+    # true is a number to Python and would mean 1
+    density = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], not {value}")
     return density

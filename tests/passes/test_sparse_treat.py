@@ -14,7 +14,7 @@ from passes.sparse.cost import estimate
 from passes.sparse.format import found
 from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE
 from passes.sparse.prune import prune
-from passes.sparse.treat import choose_grain, layer_problem
+from passes.sparse.treat import choose_grain, layer_problem, parse_density
 from schedules.errors import Declined
 from schedules.target import NAMED
 
@@ -145,3 +145,10 @@ def test_parameters_are_parsed_or_refused():
 def test_found_describes_what_treat_decides_by(rng):
     weight = sparse(rng, (64, 64), "out:4")
     assert found(weight)["grain"] == choose_grain(weight, None)
+
+
+@pytest.mark.parametrize("value", [0, 1.01, -0.5, float("nan"), True, False])
+def test_a_density_is_a_number_above_zero_and_at_most_one(value):
+    with pytest.raises(ValueError, match="density must be in"):
+        parse_density(value)
+    assert parse_density("0.25") == 0.25 and parse_density(1) == 1.0
