@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from passes.layers import attrs_of, const_array, shape_of
+from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 from schedules.target import CpuTarget
 
@@ -17,6 +19,33 @@ from schedules.target import CpuTarget
 Lowering = Callable[[relax.BlockBuilder, relax.Call, CpuTarget], relax.Expr]
 # (attributes, *arguments as numpy arrays) -> result: slow, obviously right, any float dtype.
 Reference = Callable[..., np.ndarray]
+# (graph, names of its variables or inputs) -> per calibration sample the values of these, by name.
+Observe = Callable[[tvm.IRModule, Sequence[str]], Iterator[Mapping[str, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a family may know beyond the graph.
+
+    `observe` runs a graph on the user's calibration data; it is None where the user gave none.
+    """
+
+    target: CpuTarget
+    observe: Observe | None = None
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a family made of a whole graph.
+
+    `decisions` has exactly one entry for each layer asked of the family, taken or declined.
+    `reference` is what `treated` must compute, as a graph that can be evaluated in numpy: None where
+    the family changed no values, so that what the graph computed before still holds.
+    """
+
+    treated: tvm.IRModule
+    decisions: Sequence[Decision]
+    reference: tvm.IRModule | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,11 @@ class Family:
 
     `prune(weight, **parameters)` returns the weight the treatment would have (only called when the user asked for it);
     `treat(layer, parameters, target)` returns the family's own call for that layer, or why it declines.
-    `found(weight)` describes what the weight already is, for `inspect` and the report.
+    A family whose operators span several layers, or depend on what lies between them, has
+    `rewrite(graph, treatments, context)` instead of `treat`; it sees the canonical graph, NCHW, with
+    the treatments asked of this family only.
+    `found(weight)` describes what the weight already is, `found_in(graph)` what the canonical graph
+    shows of layers, by name: both for `inspect` and the report.
     """
 
     name: str
@@ -68,5 +101,7 @@ class Family:
     )  # name -> parse(value), raising ValueError
     prune: Callable[..., np.ndarray] | None = None
     treat: Callable[[Layer, Mapping, CpuTarget], relax.Call | Declined] | None = None
+    rewrite: Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten] | None = None
     found: Callable[[np.ndarray], Mapping] | None = None
+    found_in: Callable[[tvm.IRModule], Mapping[str, Mapping]] | None = None
     samples: Callable[[], Sequence] = tuple

@@ -3,24 +3,25 @@
 
     rewrite: kerf.conv2d(x, w, name="l")  ->  kerf.sparse_conv2d(x, ..., name="l")   if the family takes layer l
 
-Where the user asked for pruning, a layer's weight is pruned first, and only if its family takes it then.
+Families that look at one layer at a time (`Family.treat`) come first, then those that rewrite the graph
+(`Family.rewrite`), in the order of `families()`. Where the user asked for pruning, a layer's weight is pruned first, and
+only if its family takes it then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
 from tvm.relax import PyExprMutator, expr_functor
 
 from passes import families, family_named
-from passes.family import Layer
+from passes.family import Context, Family, Layer
 from passes.layers import CONV2D, DENSE, is_call, is_const
 from passes.treatment import Decision, Treatment
-from schedules.errors import Declined
-from schedules.target import CpuTarget
+from schedules.errors import Declined, KerfError
 
 
 def is_layer(call) -> bool:
@@ -63,15 +64,26 @@ def describe_weight(weight) -> dict:
     return found
 
 
+def describe_graph(mod: tvm.IRModule) -> dict[str, dict]:
+    """What every family sees in a canonical graph, merged, by layer."""
+    found: dict[str, dict] = {}
+    for each in families():
+        if each.found_in is not None:
+            for layer, facts in each.found_in(mod).items():
+                found.setdefault(layer, {}).update(facts)
+    return found
+
+
 @dataclass(frozen=True)
 class Treated:
     """What treating made of a graph.
 
-    `pruned` has the weights that pruning leaves and dense operators: what `treated` must compute. Both are the graph
-    given where nothing was changed. `decisions` has one entry per layer, in program order.
+    `reference` is what `treated` must compute, as a graph that numpy can evaluate: for families that change no values the
+    dense graph with the weights that pruning leaves. Both are the graph given where nothing was changed. `decisions` has
+    one entry per layer, in program order.
     """
 
-    pruned: tvm.IRModule
+    reference: tvm.IRModule
     treated: tvm.IRModule
     decisions: list[Decision]
 
@@ -81,42 +93,108 @@ class Treated:
 
 
 def treat_layers(
-    mod: tvm.IRModule, treatments: Mapping[str, Treatment], target: CpuTarget
+    mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
 ) -> Treated:
     """Treat every layer as asked. A layer that its family declines keeps its operator and its weight."""
+    shown = describe_graph(mod)
+    found = _treat_each(mod, treatments, context)
+    for family in families():
+        asked = {n: t for n, t in treatments.items() if t.family == family.name}
+        if family.rewrite is not None and asked:
+            found = _rewrite_graph(found, family, asked, context)
+    return replace(
+        found,
+        decisions=[
+            replace(d, found={**d.found, **shown.get(d.layer, {})}) for d in found.decisions
+        ],
+    )
+
+
+def _treat_each(
+    mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
+) -> Treated:
+    """The families that take one layer at a time."""
     decisions: list[Decision] = []
+    taken: dict[str, relax.Call] = {}
 
     def prune(call: relax.Call) -> relax.Expr:
         layer = Layer(call)
         treatment = treatments.get(layer.name, Treatment())
+        treat = family_named(treatment.family).treat
+        if treat is None:
+            decisions.append(_decision(layer, treatment, treated=False))
+            return call
         candidate = _pruned(layer, treatment) if treatment.prune else call
-        outcome = _treat(candidate, treatment, target)
-        declined = outcome.reason if isinstance(outcome, Declined) else None
-        kept = call if declined else candidate
+        outcome = treat(Layer(candidate), treatment.parameters, context.target)
+        if isinstance(outcome, Declined):
+            decisions.append(_decision(layer, treatment, treated=False, declined=outcome.reason))
+            return call
+        taken[layer.name] = outcome
         decisions.append(
-            Decision(
-                layer=layer.name,
-                operator=layer.operator,
-                weight_shape=tuple(layer.weight.shape),
-                asked=treatment.family,
-                treatment="dense" if declined else treatment.family,
-                declined=declined,
-                found=describe_weight(Layer(kept).weight),
-                parameters=dict(treatment.parameters),
-                pruned=kept is not call,
-            )
+            _decision(Layer(candidate), treatment, treated=True, pruned=candidate is not call)
         )
-        return kept
-
-    pruned = rewrite_layers(mod, prune)
-    taken = iter(decisions)  # both rewrites see the layers in program order
+        return candidate
 
     def treat(call: relax.Call) -> relax.Expr:
-        if next(taken).treatment == "dense":
+        outcome = taken.get(Layer(call).name)
+        if outcome is None:
             return call
-        return _treat(call, treatments[Layer(call).name], target)
+        args = [call.args[0], *outcome.args[1:]]
+        return relax.Call(outcome.op, args, outcome.attrs, outcome.ty_args)
 
-    return Treated(pruned, rewrite_layers(pruned, treat), decisions)
+    reference = rewrite_layers(mod, prune)
+    return Treated(reference, rewrite_layers(reference, treat), decisions)
+
+
+def _decision(layer: Layer, treatment: Treatment, *, treated: bool, declined=None, pruned=False):
+    return Decision(
+        layer=layer.name,
+        operator=layer.operator,
+        weight_shape=tuple(layer.weight.shape),
+        asked=treatment.family,
+        treatment=treatment.family if treated else "dense",
+        declined=declined,
+        found=describe_weight(layer.weight),
+        parameters=dict(treatment.parameters),
+        pruned=pruned,
+    )
+
+
+def _rewrite_graph(
+    before: Treated, family: Family, asked: Mapping[str, Treatment], context: Context
+) -> Treated:
+    """One family's rewriting. Only layers that it takes keep a pruned weight, so it may have to look twice."""
+    keep = {name for name, treatment in asked.items() if treatment.prune}
+    while True:
+        pruned = {name: asked[name] for name in keep}
+        done = family.rewrite(_prune_layers(before.treated, pruned), asked, context)
+        missing = set(asked) ^ {d.layer for d in done.decisions}
+        if missing:
+            raise KerfError(
+                f"the family {family.name!r} did not decide", found=", ".join(sorted(missing))
+            )
+        refused = {d.layer for d in done.decisions if d.treatment == "dense"} & keep
+        if not refused:
+            break
+        keep -= refused
+    reference = done.reference
+    if reference is None:
+        reference = _prune_layers(before.reference, pruned)
+    own = {d.layer: replace(d, pruned=d.pruned or d.layer in keep) for d in done.decisions}
+    decisions = [own.get(d.layer, d) for d in before.decisions]
+    return Treated(reference, done.treated, decisions)
+
+
+def _prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm.IRModule:
+    """`mod` with the weights of these layers pruned as their treatments say."""
+    if not treatments:
+        return mod
+
+    def prune(call: relax.Call) -> relax.Expr:
+        layer = Layer(call)
+        return _pruned(layer, treatments[layer.name]) if layer.name in treatments else call
+
+    return rewrite_layers(mod, prune)
 
 
 def _pruned(layer: Layer, treatment: Treatment) -> relax.Call:
@@ -125,8 +203,3 @@ def _pruned(layer: Layer, treatment: Treatment) -> relax.Call:
     return relax.Call(
         call.op, [call.args[0], relax.const(weight)], call.attrs, call.ty_args, ret_ty=call.ty
     )
-
-
-def _treat(call: relax.Call, treatment: Treatment, target: CpuTarget) -> relax.Expr | Declined:
-    treat = family_named(treatment.family).treat
-    return call if treat is None else treat(Layer(call), treatment.parameters, target)

@@ -18,7 +18,12 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Decision:
-    """One layer's fate. `declined` is the reason why it runs dense although something else was asked for, else None."""
+    """One layer's fate.
+
+    `declined` is the reason why it runs dense although something else was asked for, else None.
+    `unit` names the layers that stand or fall together because one operator computes them (a
+    multilayer perceptron, the branches of a quadratic neuron); None: the layer alone.
+    """
 
     layer: str
     operator: str
@@ -29,3 +34,4 @@ class Decision:
     found: Mapping[str, object] = field(default_factory=dict)
     parameters: Mapping[str, object] = field(default_factory=dict)
     pruned: bool = False
+    unit: str | None = None

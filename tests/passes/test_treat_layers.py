@@ -9,6 +9,7 @@ from tvm import relax
 
 from passes import family_named
 from passes.evaluate import evaluate
+from passes.family import Context
 from passes.layers import conv2d, dense
 from passes.sparse.operators import SPARSE_CONV2D
 from passes.treat_layers import layers_of, treat_layers
@@ -16,7 +17,7 @@ from passes.treatment import Treatment
 from schedules.errors import RecipeError
 from schedules.target import NAMED
 
-TARGET = NAMED["avx512"]
+CONTEXT = Context(NAMED["avx512"])
 PRUNE = Treatment("sparse", {"grain": "out:4", "density": 0.1}, prune=True)
 
 
@@ -43,15 +44,15 @@ def operators(mod) -> list[str]:
 
 
 def test_takes_the_layers_that_pay_and_leaves_the_others_their_weights(network):
-    found = treat_layers(network, dict.fromkeys(("stem", "a", "b", "head"), PRUNE), TARGET)
+    found = treat_layers(network, dict.fromkeys(("stem", "a", "b", "head"), PRUNE), CONTEXT)
     by_name = {d.layer: d for d in found.decisions}
     assert [d.layer for d in found.decisions] == ["stem", "a", "b", "head"]
     assert {n: d.treatment for n, d in by_name.items()} == {
         "stem": "dense", "a": "sparse", "b": "sparse", "head": "dense",
     }  # fmt: skip
     assert operators(found.treated) == ["kerf.conv2d", SPARSE_CONV2D, SPARSE_CONV2D, "kerf.dense"]
-    assert operators(found.pruned) == operators(network)
-    for before, after in zip(layers_of(network), layers_of(found.pruned)):
+    assert operators(found.reference) == operators(network)
+    for before, after in zip(layers_of(network), layers_of(found.reference)):
         taken = by_name[before.name].treatment == "sparse"
         assert np.array_equal(before.weight, after.weight) is not taken
         assert (after.weight == 0).mean() == pytest.approx(0.9 if taken else 0.0, abs=0.01)
@@ -60,10 +61,10 @@ def test_takes_the_layers_that_pay_and_leaves_the_others_their_weights(network):
 
 
 def test_the_treated_graph_computes_what_the_pruned_one_does(network, rng):
-    found = treat_layers(network, {"a": PRUNE}, TARGET)
+    found = treat_layers(network, {"a": PRUNE}, CONTEXT)
     x = [rng.standard_normal((1, 3, 28, 28)).astype("float32")]
     references = family_named("sparse").references
-    wanted = evaluate(found.pruned, x)[0]
+    wanted = evaluate(found.reference, x)[0]
     np.testing.assert_allclose(
         evaluate(found.treated, x, references=references)[0], wanted, rtol=1e-12, atol=1e-12
     )
@@ -71,14 +72,14 @@ def test_the_treated_graph_computes_what_the_pruned_one_does(network, rng):
 
 
 def test_nothing_asked_nothing_changed(network):
-    found = treat_layers(network, {}, TARGET)
+    found = treat_layers(network, {}, CONTEXT)
     assert not found.changes_anything
     assert operators(found.treated) == operators(network)
     assert all(d.treatment == "dense" and d.declined is None for d in found.decisions)
 
 
 def test_without_pruning_a_layer_without_zeros_declines(network):
-    found = treat_layers(network, {"a": Treatment("sparse", {"grain": "element"})}, TARGET)
+    found = treat_layers(network, {"a": Treatment("sparse", {"grain": "element"})}, CONTEXT)
     (declined,) = [d.declined for d in found.decisions if d.layer == "a"]
     assert "zero" in declined
     assert not found.changes_anything
