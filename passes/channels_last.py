@@ -22,7 +22,15 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.layers import attrs_of, const_array, is_call, is_const, operator_call, shape_of
+from passes.layers import (
+    attrs_of,
+    const_array,
+    is_call,
+    is_const,
+    is_elementwise,
+    operator_call,
+    shape_of,
+)
 from passes.numpy_operators import BINARY, UNARY
 from passes.rewriting import (
     Graph,
@@ -114,6 +122,8 @@ class _Planner:
     def _handler(self, call: relax.Call):
         name = call.op.name
         if name.startswith("kerf."):
+            if is_elementwise(call):
+                return self._elementwise
             return self._convolution if attrs_of(call).get("layout") == "NCHW" else None
         if name in _ELEMENTWISE:
             return self._elementwise

@@ -20,6 +20,8 @@ from tvm.ir.expr import GenericConst
 CONV2D = "kerf.conv2d"
 DENSE = "kerf.dense"
 
+ELEMENTWISE = "kerf.elementwise"  # attribute of operators, see `register_operator`
+
 
 def shape_of(expr) -> tuple[int, ...]:
     """The static shape of a Relax tensor expression."""
@@ -35,10 +37,21 @@ def const_array(expr):
     return expr.value.numpy()
 
 
-def register_operator(name: str, infer: Callable[[relax.Call], relax.TensorType]) -> None:
-    """Make `name` a pure Relax operator whose type is `infer(call)`. Call once per process and name."""
+def register_operator(
+    name: str, infer: Callable[[relax.Call], relax.TensorType], *, elementwise: bool = False
+) -> None:
+    """Make `name` a pure Relax operator whose type is `infer(call)`. Call once per process and name.
+
+    An `elementwise` operator computes each element from those at the same place: it takes its operands in any layout.
+    """
     tvm.ir.register_op_attr(name, "FInferType", lambda call, _ctx: infer(call))
     tvm.ir.register_op_attr(name, "FPurity", True)
+    tvm.ir.register_op_attr(name, ELEMENTWISE, elementwise)
+
+
+def is_elementwise(call: relax.Call) -> bool:
+    """Whether a call is of an operator registered as elementwise."""
+    return bool(call.op.has_attr(ELEMENTWISE) and call.op.get_attr(ELEMENTWISE))
 
 
 def operator_call(name: str, args: Sequence[relax.Expr], /, **attrs) -> relax.Call:
@@ -60,6 +73,16 @@ def attrs_of(call: relax.Call) -> dict:
         return value.value if hasattr(value, "value") else value
 
     return {str(k): plain(v) for k, v in call.attrs.items()}
+
+
+def layers_computed_by(call: relax.Call) -> tuple[str, ...]:
+    """The layers whose work a `kerf.*` call does: its attribute `layers`, else its `name`; none for any other call."""
+    if not (isinstance(call.op, tvm.ir.Op) and call.op.name.startswith("kerf.")):
+        return ()
+    attrs = attrs_of(call)
+    return (
+        tuple(attrs["layers"]) if "layers" in attrs else (attrs["name"],) if "name" in attrs else ()
+    )
 
 
 def is_call(expr, name: str) -> bool:

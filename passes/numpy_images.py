@@ -171,7 +171,8 @@ def _pool2d(reduce_max: bool):
         kernel, strides, dilation = ints(attrs.pool_size), ints(attrs.strides), ints(attrs.dilation)
         padding, ceil = _padding(attrs.padding, 2), bool(attrs.ceil_mode)
         if reduce_max:
-            y = _windows(x, kernel, strides, dilation, -np.inf, padding, ceil).max((4, 5))
+            lowest = np.iinfo(x.dtype).min if np.issubdtype(x.dtype, np.integer) else -np.inf
+            y = _windows(x, kernel, strides, dilation, lowest, padding, ceil).max((4, 5))
         else:
             total = _windows(x, kernel, strides, dilation, 0, padding, ceil).sum((4, 5))
             ones = np.ones((1, 1, *x.shape[2:]), x.dtype)
