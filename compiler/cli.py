@@ -46,6 +46,25 @@ class _Shape(click.ParamType):
         return name, shape
 
 
+class _Parameter(click.ParamType):
+    """KEY=VALUE; the value as in TOML, or a word"""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        from compiler.recipe import tomllib
+
+        key, equals, text = value.partition("=")
+        if not key.isidentifier() or not equals or not text:
+            self.fail(f"{value!r} is not KEY=VALUE, for example observer=percentile", param, ctx)
+        try:
+            return key, tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return key, text
+
+
 _model = click.argument("model", type=click.Path(path_type=Path))
 _artifact = click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
 _shapes = click.option(
@@ -90,9 +109,26 @@ def inspect(model, inputs, batch, json_path):
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
-@click.option("--recipe", default="dense", show_default=True, help="dense, sparse, or a TOML file.")
+@click.option(
+    "--recipe",
+    default="dense",
+    show_default=True,
+    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse), or a TOML file.",
+)
 @click.option("--density", type=float, help="Share of weights to keep, in (0, 1].")
-@click.option("--grain", help="element, out:4, out:8 or out:16.")
+@click.option("--grain", help="Grain of the zeros, for example element or out:4.")
+@click.option(
+    "--set",
+    "parameters",
+    type=_Parameter(),
+    multiple=True,
+    help="Another parameter of the recipe's treatment; may be repeated.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE|DIR|random",
+    help="Samples of the inputs, for recipes that measure activations: .npz, or a directory.",
+)
 @click.option(
     "--prune", is_flag=True, default=None, help="Let Kerf set the smallest weights to zero."
 )
@@ -114,8 +150,8 @@ def inspect(model, inputs, batch, json_path):
 @_json
 @click.option("--force", is_flag=True, help="Replace an existing OUT.")
 def build(
-    model, output, recipe, density, grain, prune, winograd, target, inputs, batch, threads, choose,
-    records, json_path, force,
+    model, output, recipe, density, grain, parameters, calibration, prune, winograd, target, inputs,
+    batch, threads, choose, records, json_path, force,
 ):  # fmt: skip
     """Compile MODEL, verify it against the original, and write the artifact."""
     from compiler.recipe import load_recipe, validate
@@ -124,7 +160,8 @@ def build(
     _check_model(model)
     _check_json(json_path)
     cpu = parse_target(target, threads)
-    chosen = load_recipe(recipe, density=density, grain=grain, prune=prune, winograd=winograd)
+    given = {"density": density, "grain": grain, **dict(parameters)}
+    chosen = load_recipe(recipe, prune=prune, winograd=winograd, **given)
     validate(chosen)
     from compiler import driver
 
@@ -139,6 +176,7 @@ def build(
         force=force,
         choose=choose,
         records=records,
+        calibration=calibration,
         progress=_progress,
     )
     _write_json(json_path, dict(built.manifest))

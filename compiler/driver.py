@@ -26,7 +26,9 @@ from schedules.target import CpuTarget, detect_host, parse_target
 if TYPE_CHECKING:
     import tvm
 
+    from compiler.calibration import Calibration
     from compiler.pipeline import Graphs
+    from passes.family import Context
 
 Progress = Callable[[str], None]
 
@@ -39,6 +41,16 @@ class BuildOptions:
     target: CpuTarget
     threads: int = 1
     choose: str = "measured"
+    calibration: Calibration | None = None
+
+    @property
+    def context(self) -> Context:
+        """What the families may know beyond the graph."""
+        from compiler.observe import Observer
+        from passes.family import Context
+
+        observe = Observer(self.calibration, self.target) if self.calibration else None
+        return Context(self.target, observe)
 
 
 def build(
@@ -53,10 +65,14 @@ def build(
     threads: int = 1,
     choose: str = "measured",
     records: str | Path | None = None,
+    calibration=None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Import, compress, compile, verify and write a model; returns the artifact.
+
+    `calibration` are samples of the inputs for the families that measure activations: a `.npz` file, a directory, an
+    iterable, or "random" (see `compiler.calibration`).
 
     Without `output` the artifact lives in a temporary directory for as long as the returned object does. Raises
     `KerfError`; nothing is written unless verification passes.
@@ -84,6 +100,10 @@ def build(
 
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
+    if calibration is not None:
+        from compiler.calibration import load_calibration
+
+        options = replace(options, calibration=load_calibration(calibration, imported.inputs))
     say("simplifying the graph")
     original, treatments = prepare(imported.mod, options)
     variants, graphs, decisions = compile_variants(original, treatments, imported, options, say)
@@ -107,6 +127,7 @@ def build(
             "kind": imported.source_kind,
             "path": str(source) if isinstance(source, (str, Path)) else "",
             "notes": list(imported.notes),
+            "calibration": dict(options.calibration.description) if options.calibration else None,
         },
         references=proof.references,
         force=force,
@@ -147,35 +168,35 @@ def compile_variants(
 
     say("compiling the dense variant")
     dense = compile_one("dense", original)
-    found = treat_layers(original, treatments, options.target)
+    context = options.context
+    found = treat_layers(original, treatments, context)
+    decisions = found.decisions
+    if found.changes_anything:
+        say("compiling the compressed variant")
+        compressed = compile_one("compressed", found.treated)
+        if options.choose == "asked" or options.target.missing_on_host():
+            return [dense, compressed], Graphs(original, found.reference), decisions
+        say("timing every layer, dense beside compressed")
+        slower = slower_layers(dense, compressed, decisions, imported, options)
+        if slower:
+            kept = {n: t for n, t in treatments.items() if n not in slower}
+            found = treat_layers(original, kept, context)
+            decisions = [revert(old, new, slower) for old, new in zip(decisions, found.decisions)]
+            if found.changes_anything:
+                say(f"compiling again with {len(slower)} layers dense")
+                compressed = compile_one("compressed", found.treated)
     if not found.changes_anything:
-        return [dense], Graphs(original, original), found.decisions
-    say("compiling the compressed variant")
-    compressed = compile_one("compressed", found.treated)
-    if options.choose == "asked" or options.target.missing_on_host():
-        return [dense, compressed], Graphs(original, found.pruned), found.decisions
-    say("timing every layer, dense beside compressed")
-    slower = slower_layers(dense, compressed, found.decisions, imported, options)
-    if not slower:
-        return [dense, compressed], Graphs(original, found.pruned), found.decisions
-    kept = treat_layers(
-        original, {n: t for n, t in treatments.items() if n not in slower}, options.target
-    )
-    decisions = [revert(old, new, slower) for old, new in zip(found.decisions, kept.decisions)]
-    if not kept.changes_anything:
         return [dense], Graphs(original, original), decisions
-    say(f"compiling again with {len(slower)} layers dense")
-    return (
-        [dense, compile_one("compressed", kept.treated)],
-        Graphs(original, kept.pruned),
-        decisions,
-    )
+    return [dense, compressed], Graphs(original, found.reference), decisions
 
 
 def slower_layers(
     dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions
 ) -> dict[str, str]:
-    """The compressed layers that are not faster than their dense kernels here, each with the reason to show."""
+    """The compressed layers that are not faster than their dense kernels here, each with the reason to show.
+
+    Layers of one unit (see `Decision.unit`) stand or fall together.
+    """
     from compiler.profile import layer_us
     from compiler.runtime import from_variant
     from compiler.verify import random_inputs
@@ -185,25 +206,28 @@ def slower_layers(
         for v in (dense, compressed)
     }
     times = layer_us(models, random_inputs(imported.inputs, seed=0))
-    slower = {}
+    units: dict[str, list[Decision]] = {}
     for decision in decisions:
-        name = decision.layer
-        if (
-            decision.treatment == "dense"
-            or name not in times["dense"]
-            or name not in times["compressed"]
-        ):
-            continue
-        before, after = times["dense"][name], times["compressed"][name]
-        if after >= before:
-            slower[name] = f"{decision.treatment} took {after:.0f} us, dense {before:.0f} us"
+        if decision.treatment != "dense":
+            units.setdefault(decision.unit or decision.layer, []).append(decision)
+    slower = {}
+    for unit, members in units.items():
+        names = [d.layer for d in members]
+        before, after = (
+            sum(times[variant].get(name, 0.0) for name in names)
+            for variant in ("dense", "compressed")
+        )
+        if before and after and after >= before:
+            whole = f" ({unit} as a whole)" if len(names) > 1 else ""
+            reason = f"{members[0].treatment} took {after:.0f} us{whole}, dense {before:.0f} us"
+            slower.update(dict.fromkeys(names, reason))
     return slower
 
 
 def revert(old: Decision, new: Decision, slower: Mapping[str, str]) -> Decision:
-    """The decision after timing: the old one, or dense as it is now, with the times as the reason."""
+    """The decision after timing: as it is now; for what was slower, dense with the times as the reason."""
     if old.layer not in slower:
-        return old
+        return new
     return replace(new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -79,6 +79,8 @@ def inspect_model(source, *, example=None, inputs=None, batch: int | None = None
     except UnsupportedModel as error:
         return Inspection(name, "", unsupported=str(error))
     layers, others = _walk(imported.mod)
+    shown = _shown(imported.mod)
+    layers = [replace(x, found={**x.found, **shown.get(x.name, {})}) for x in layers]
     return Inspection(
         model=name or type(source).__name__,
         kind=str(imported.source_kind),
@@ -87,6 +89,14 @@ def inspect_model(source, *, example=None, inputs=None, batch: int | None = None
         layers=tuple(layers),
         other_operators=others,
     )
+
+
+def _shown(mod) -> dict[str, dict]:
+    """What the families see in the graph as they meet it."""
+    from compiler.pipeline import canonicalize
+    from passes.treat_layers import describe_graph
+
+    return describe_graph(canonicalize(mod))
 
 
 def _walk(mod) -> tuple[list[LayerInfo], dict[str, int]]:

@@ -14,7 +14,15 @@ from tvm import relax
 from compiler.artifact import CompiledVariant, KernelCall
 from passes import families
 from passes.hoist_constants import Hoisted, hoist_constants
-from passes.layers import CONV2D, attrs_of, is_call, multiply_accumulates, operator_call, shape_of
+from passes.layers import (
+    CONV2D,
+    attrs_of,
+    is_call,
+    layers_computed_by,
+    multiply_accumulates,
+    operator_call,
+    shape_of,
+)
 from passes.lower import lower_operators
 from schedules.dispatch import Kernel, schedule_module
 from schedules.target import CpuTarget
@@ -24,22 +32,22 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Graphs:
-    """The canonical graph as imported, and with the weights that pruning leaves: what each variant must compute."""
+    """What each variant must compute: the canonical graph as imported, and `Treated.reference`."""
 
     original: tvm.IRModule
-    pruned: tvm.IRModule
+    reference: tvm.IRModule
 
 
 @dataclass(frozen=True)
 class FusedGraph:
     """A graph fused into PrimFuncs, before and independent of any schedule.
 
-    `mod` holds unscheduled PrimFuncs and `main`; `layer_of` the layer of each packed constant by handle;
+    `mod` holds unscheduled PrimFuncs and `main`; `layers_of` the layers of each packed constant by handle;
     `flops` the dense operations of each layer (2 per multiply-accumulate).
     """
 
     mod: tvm.IRModule
-    layer_of: dict[int, str]
+    layers_of: dict[int, tuple[str, ...]]
     flops: dict[str, int]
 
 
@@ -119,7 +127,7 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
             relax.transform.DeadCodeElimination(),
         ]
     )(lowered.mod)
-    return FusedGraph(fused, lowered.layer_of, flops)
+    return FusedGraph(fused, lowered.layers_of, flops)
 
 
 def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVariant:
@@ -138,7 +146,7 @@ def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVa
         name=name,
         executable=executable,
         constants=hoisted.constants,
-        constant_names=_constant_names(hoisted, graph.layer_of),
+        constant_names=_constant_names(hoisted, graph.layers_of),
         kernels=_kernel_calls(lowered["main"], hoisted, graph, kernels),
         unscheduled=unscheduled,
     )
@@ -149,26 +157,26 @@ def _copy(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def _layer_flops(mod: tvm.IRModule) -> dict[str, int]:
+    """Dense operations by layer; those of an operator that computes several layers in equal shares."""
     flops = {}
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             call = binding.value
-            if (
-                isinstance(call, relax.Call)
-                and isinstance(call.op, tvm.ir.Op)
-                and call.op.name.startswith("kerf.")
-            ):
+            layers = layers_computed_by(call) if isinstance(call, relax.Call) else ()
+            if layers:
                 attrs = attrs_of(call)
-                flops[attrs["name"]] = attrs.get("flops") or 2 * multiply_accumulates(call)
+                total = attrs["flops"] if "flops" in attrs else 2 * multiply_accumulates(call)
+                flops.update({layer: total // len(layers) for layer in layers})
     return flops
 
 
-def _constant_names(hoisted: Hoisted, layer_of: dict[int, str]) -> list[str]:
-    """`layer/0`, `layer/1`, ... for a layer's packed arrays; `shared/n` for what belongs to no layer."""
+def _constant_names(hoisted: Hoisted, layers_of: dict[int, tuple[str, ...]]) -> list[str]:
+    """`layer/0`, `layer/1`, ... for a layer's packed arrays (the first layer's, where one operator computes several);
+    `shared/n` for what belongs to no layer."""
     counts: dict[str, int] = {}
     names = []
     for handle in hoisted.handles:
-        owner = layer_of.get(handle, "shared")
+        owner = layers_of.get(handle, ("shared",))[0]
         names.append(f"{owner}/{counts.get(owner, 0)}")
         counts[owner] = counts.get(owner, 0) + 1
     return names
@@ -190,7 +198,7 @@ def _kernel_calls(
                 continue
             indices = [index_of.get(a.__chandle__()) for a in value.args]
             handles = [hoisted.handles[i] for i in indices if i is not None]
-            layers = list(dict.fromkeys(graph.layer_of[h] for h in handles if h in graph.layer_of))
+            layers = list(dict.fromkeys(n for h in handles for n in graph.layers_of.get(h, ())))
             kernel = kernels[value.op.name_hint]
             calls.append(
                 KernelCall(

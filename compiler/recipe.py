@@ -32,7 +32,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BUILT_IN = ("dense", "sparse")
+# The families by name: `passes.families()`, which loads TVM, has the same.
+BUILT_IN = ("dense", "sparse", "int8", "binary", "quadratic", "activation_sparse")
 WINOGRAD = ("auto", "never")
 _TOP_LEVEL_KEYS = ("winograd", "rule")
 _RULE_KEYS = ("match", "treatment", "prune")
@@ -84,16 +85,15 @@ class Recipe:
 
 
 def built_in(name: str, **parameters) -> Recipe:
-    """`dense`: nothing is compressed. `sparse`: every layer whose zeros pay runs sparse."""
+    """`dense`: nothing is compressed. Any other family's name: every layer that this family takes, the others dense."""
     prune = bool(parameters.pop("prune", False))
     if name == "dense":
-        for key in ("density", "grain"):
-            if key in parameters:
-                raise RecipeError(
-                    f"the recipe 'dense' takes no {key}",
-                    where=f"--{key}",
-                    todo="Give --recipe sparse",
-                )
+        for key in parameters:
+            raise RecipeError(
+                f"the recipe 'dense' takes no {key}",
+                where=f"--{key}",
+                todo="Give --recipe sparse",
+            )
         if prune:
             raise RecipeError(
                 "the recipe 'dense' prunes nothing", where="--prune", todo="Give --recipe sparse"
@@ -107,18 +107,17 @@ def built_in(name: str, **parameters) -> Recipe:
 def load_recipe(
     source: str | Path | Recipe,
     *,
-    density: float | None = None,
-    grain: str | None = None,
     prune: bool | None = None,
     winograd: str | None = None,
+    **parameters,
 ) -> Recipe:
     """A built-in recipe by name, a TOML file, or a `Recipe` as it is; options given here come from
     the command line.
 
-    `density` and `grain` are parameters of a built-in recipe only; `prune` and `winograd` apply to
-    any. Raises RecipeError, naming file and line.
+    `parameters` (None: not given) are those of a built-in recipe's treatment; `prune` and
+    `winograd` apply to any recipe. Raises RecipeError, naming file and line.
     """
-    given = {k: v for k, v in (("density", density), ("grain", grain)) if v is not None}
+    given = {k: v for k, v in parameters.items() if v is not None}
     if isinstance(source, str) and source in BUILT_IN:
         recipe = built_in(source, prune=prune, **given)
     elif given:

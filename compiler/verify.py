@@ -56,13 +56,13 @@ def verify_build(
     target: CpuTarget,
     threads: int = 1,
 ) -> Verification:
-    """Verify compiled variants: "dense" computes `graphs.original`, any other `graphs.pruned`.
+    """Verify compiled variants: "dense" computes `graphs.original`, any other `graphs.reference`.
 
     Raises VerificationError naming the first diverging kernel. For a target that this machine
     cannot run, only the graph is compared with the original model.
     """
     inputs = sample_inputs(imported.inputs, seed=SEED, runs=RUNS, ranges=index_ranges(imported.mod))
-    by_name = {v.name: graphs.original if v.name == "dense" else graphs.pruned for v in variants}
+    by_name = {v.name: graphs.original if v.name == "dense" else graphs.reference for v in variants}
     references = evaluate_references(inputs, imported, by_name)
     lengths = sum_lengths(graphs.original)
     if target.missing_on_host():

@@ -17,16 +17,16 @@ from tvm.relax import PyExprMutator, expr_functor
 
 from passes.family import Lowering
 from passes.hoist_constants import handle_of
-from passes.layers import attrs_of, is_const
+from passes.layers import is_const, layers_computed_by
 from schedules.target import CpuTarget
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """The lowered module, and the layer that each packed constant belongs to, by `handle_of(constant)`."""
+    """The lowered module, and the layers that each packed constant belongs to, by `handle_of(constant)`."""
 
     mod: tvm.IRModule
-    layer_of: dict[int, str]
+    layers_of: dict[int, tuple[str, ...]]
 
 
 @expr_functor.mutator
@@ -34,7 +34,7 @@ class _Lowerer(PyExprMutator):
     def __init__(self, mod: tvm.IRModule, lowerings: Mapping[str, Lowering], target: CpuTarget):
         super().__init__(mod)
         self.lowerings, self.target = lowerings, target
-        self.layer_of: dict[int, str] = {}
+        self.layers_of: dict[int, tuple[str, ...]] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -44,26 +44,26 @@ class _Lowerer(PyExprMutator):
         lowered = lowering(self.builder_, call, self.target)
         if lowered is None:
             return call
-        if call.op.name.startswith("kerf."):
-            self._claim(lowered, attrs_of(call)["name"], list(call.args))
+        if layers_computed_by(call):
+            self._claim(lowered, layers_computed_by(call), list(call.args))
         return lowered
 
-    def _claim(self, expr: relax.Expr, layer: str, outside: list) -> None:
-        """Every constant under `expr`, through what the lowering emitted, belongs to `layer`."""
+    def _claim(self, expr: relax.Expr, layers: tuple[str, ...], outside: list) -> None:
+        """Every constant under `expr`, through what the lowering emitted, belongs to `layers`."""
         if any(expr.same_as(a) for a in outside):
             return
         if is_const(expr):
-            self.layer_of[handle_of(expr)] = layer
+            self.layers_of[handle_of(expr)] = layers
         elif isinstance(expr, relax.Tuple):
             for field in expr.fields:
-                self._claim(field, layer, outside)
+                self._claim(field, layers, outside)
         elif isinstance(expr, relax.Call):
             for arg in expr.args:
-                self._claim(arg, layer, outside)
+                self._claim(arg, layers, outside)
         elif isinstance(expr, relax.Var):
             bound = self.lookup_binding(expr)
             if isinstance(bound, relax.Call):
-                self._claim(bound, layer, outside)
+                self._claim(bound, layers, outside)
 
 
 def lower_operators(
@@ -76,7 +76,7 @@ def lower_operators(
             lowerer.builder_.update_func(
                 gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func))
             )
-    return Lowered(relax.transform.LegalizeOps()(lowerer.builder_.get()), lowerer.layer_of)
+    return Lowered(relax.transform.LegalizeOps()(lowerer.builder_.get()), lowerer.layers_of)
 
 
 def call_te(bb: relax.BlockBuilder, define, *args, hint: str) -> relax.Expr:

@@ -239,7 +239,14 @@ class Graph:
         return _assemble(func, kept, result)
 
 
-def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Function:
+def with_result(func: relax.Function, result: relax.Expr) -> relax.Function:
+    """`func` returning `result`, an expression over its variables, instead."""
+    return _assemble(func, [(b.var, b.value) for b in bindings_of(func)], result, result.ty)
+
+
+def _assemble(
+    func: relax.Function, kept: list, result: relax.Expr, result_type=None
+) -> relax.Function:
     """A function from its bindings; outputs become ordinary variables, which may leave the dataflow
     block.
     """
@@ -277,7 +284,11 @@ def _assemble(func: relax.Function, kept: list, result: relax.Expr) -> relax.Fun
     blocks = [relax.DataflowBlock(bindings)] if bindings else []
     body = relax.SeqExpr(blocks, result)
     return relax.Function(
-        list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs
+        list(func.params),
+        body,
+        func.ret_ty if result_type is None else result_type,
+        is_pure=func.is_pure,
+        attrs=func.attrs,
     )
 
 
