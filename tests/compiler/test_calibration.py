@@ -102,8 +102,8 @@ def test_observed_values_are_those_of_the_graph(rng):
     seen = list(observe(mod, ["relu", "x", "conv"]))
     assert len(seen) == 3
     for sample, array in zip(seen, data):
-        wanted = {}
-        evaluate(mod, [array], observe=lambda name, value: wanted.update({name: value}))
+        wanted: dict[str, np.ndarray] = {}
+        evaluate(mod, [array], observe=wanted.__setitem__)
         np.testing.assert_array_equal(sample["x"], array)
         for name in ("relu", "conv"):
             np.testing.assert_allclose(sample[name], wanted[name], rtol=1e-5, atol=1e-5)
