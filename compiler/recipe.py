@@ -267,12 +267,11 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
         raise RecipeError(
             f"the treatment {family.name!r} prunes nothing", where=rule.place("prune")
         )
-    if rule.prune and "density" in family.parameters and "density" not in parsed:
-        raise RecipeError(
-            "pruning needs to know the density to reach",
-            where=rule.place("prune"),
-            todo="Add density, for example 0.1",
-        )
+    if family.check is not None:
+        try:
+            family.check(parsed, rule.prune)
+        except ValueError as error:
+            raise RecipeError(str(error), where=rule.place("prune")) from None
     return Treatment(family.name, parsed, rule.prune)
 
 

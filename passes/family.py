@@ -84,6 +84,7 @@ class Family:
     """One family of operators.
 
     `prune(weight, **parameters)` returns the weight the treatment would have (only called when the user asked for it);
+    `check(parameters, prune)` raises ValueError for parameters that contradict one another, before any work is done.
     `treat(layer, parameters, target)` returns the family's own call for that layer, or why it declines.
     A family whose operators span several layers, or depend on what lies between them, has
     `rewrite(graph, treatments, context)` instead of `treat`; it sees the canonical graph, NCHW, with
@@ -100,6 +101,7 @@ class Family:
         default_factory=dict
     )  # name -> parse(value), raising ValueError
     prune: Callable[..., np.ndarray] | None = None
+    check: Callable[[Mapping[str, object], bool], None] | None = None
     treat: Callable[[Layer, Mapping, CpuTarget], relax.Call | Declined] | None = None
     rewrite: Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten] | None = None
     found: Callable[[np.ndarray], Mapping] | None = None

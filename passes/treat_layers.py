@@ -21,7 +21,7 @@ from passes import families, family_named
 from passes.family import Context, Family, Layer
 from passes.layers import CONV2D, DENSE, is_call, is_const
 from passes.treatment import Decision, Treatment
-from schedules.errors import Declined, KerfError
+from schedules.errors import Declined, KerfError, UserError
 
 
 def is_layer(call) -> bool:
@@ -198,7 +198,10 @@ def _prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm
 
 
 def _pruned(layer: Layer, treatment: Treatment) -> relax.Call:
-    weight = family_named(treatment.family).prune(layer.weight, **treatment.parameters)
+    try:
+        weight = family_named(treatment.family).prune(layer.weight, **treatment.parameters)
+    except ValueError as error:
+        raise UserError("cannot be pruned", where=f"layer {layer.name}", found=str(error)) from None
     call = layer.call
     return relax.Call(
         call.op, [call.args[0], relax.const(weight)], call.attrs, call.ty_args, ret_ty=call.ty

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from passes.family import Family
-from passes.sparse.format import found
+from passes.sparse.detect import found
 from passes.sparse.lowering import lower_sparse
 from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, register
-from passes.sparse.prune import prune
+from passes.sparse.prune import check, prune
 from passes.sparse.reference import sparse_conv2d, sparse_dense
 from passes.sparse.samples import samples
 from passes.sparse.treat import PARAMETERS, treat
@@ -19,6 +19,7 @@ FAMILY = Family(
     references={SPARSE_CONV2D: sparse_conv2d, SPARSE_DENSE: sparse_dense},
     parameters=PARAMETERS,
     prune=prune,
+    check=check,
     treat=treat,
     found=found,
     samples=samples,

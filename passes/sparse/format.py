@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats of weight sparsity: which weights share one pattern (the grain), what is stored, what the kernel reads.
+"""The formats that the sparse kernels read: which output channels share one pattern, and the arrays packed for a kernel.
 
 A weight [O, I/groups, R, S] (or [O, K]) is seen as a matrix: one row per output channel, one column per
-(input channel, tap). A grain says how many neighbouring rows share their non-zero columns: `element` one, `out:B` B of
-them. A block that has one non-zero is stored whole; the zeros inside are its fill.
+(input channel, tap). A format says how many neighbouring rows share their non-zero columns: `element` one, `out:B` B of
+them. Every other grain (`passes/sparse/grains.py`) runs as one of these. A block that has one non-zero is stored whole; the zeros inside are its fill.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from passes.sparse.grains import Grain
 from schedules.sparse_planes import parts_of
 
 ELEMENT = "element"
@@ -26,18 +27,10 @@ def block_of(grain: str) -> int:
     return 1 if grain == ELEMENT else int(grain.split(":")[1])
 
 
-def is_nonzero(weight: np.ndarray) -> np.ndarray:
-    """Where a weight counts: -0 is zero; NaN and infinity are not."""
-    return weight != 0
-
-
 def block_pattern(weight: np.ndarray, block: int) -> np.ndarray:
     """bool [ceil(O / block), K]: whether any weight of the block is non-zero; K = I/groups * R * S in the weight's order."""
-    rows = weight.reshape(weight.shape[0], -1)
-    count = -(-rows.shape[0] // block)
-    padded = np.zeros((count * block, rows.shape[1]), dtype=bool)
-    padded[: rows.shape[0]] = is_nonzero(rows)
-    return padded.reshape(count, block, -1).any(axis=1)
+    pattern = Grain((block, 1, 1, 1)).pattern(weight)
+    return pattern.reshape(len(pattern), -1)
 
 
 def grain_densities(weight: np.ndarray) -> dict[str, float]:
@@ -54,18 +47,6 @@ def best_grain(weight: np.ndarray) -> str:
     densities = grain_densities(weight)
     limit = densities[ELEMENT] * _TOLERATED_FILL
     return next((g for g in reversed(GRAINS) if densities[g] <= limit), ELEMENT)
-
-
-def found(weight: np.ndarray) -> dict:
-    """What a weight is: `density`, number of `zeros`, density per grain, and the coarsest grain its zeros support."""
-    densities = grain_densities(weight)
-    zeros = int(weight.size - np.count_nonzero(weight))
-    return {
-        "density": densities[ELEMENT],
-        "zeros": zeros,
-        "grain_density": densities,
-        "grain": best_grain(weight) if zeros else None,
-    }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from passes.family import Layer
 from passes.layers import conv2d_output_hw
 from passes.sparse.cost import estimate
 from passes.sparse.format import GRAINS, best_grain, block_of, block_pattern, grain_densities
+from passes.sparse.grains import Grain
 from passes.sparse.operators import sparse_call
 from schedules.errors import Declined
 from schedules.sparse_planes import Problem
@@ -31,9 +32,7 @@ _FEWEST_PIXELS = 2
 
 def parse_grain(value: object) -> str:
     """A grain's name. Raises ValueError."""
-    grain = str(value)
-    block_of(grain)
-    return grain
+    return Grain.parse(value).name
 
 
 def parse_density(value: object) -> float:
@@ -68,6 +67,7 @@ def layer_problem(layer: Layer, grain: str) -> Problem:
 def choose_grain(weight: np.ndarray, asked: str | None) -> str | Declined:
     """The grain to store: the one asked for if the zeros support it as well as any finer one, else the best they support."""
     best = best_grain(weight)
+    asked = None if asked is None else Grain.parse(asked).runs_as()
     if asked is None or GRAINS.index(best) >= GRAINS.index(asked):
         return best
     densities = grain_densities(weight)

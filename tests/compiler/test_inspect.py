@@ -29,7 +29,7 @@ def found() -> Inspection:
     torch.manual_seed(0)
     model = Small().eval()
     with torch.no_grad():
-        model.conv.weight[4:] = 0  # a whole vector of four output channels, everywhere
+        model.conv.weight[4:] = 0  # half of the filters
     return inspect_model(model, example=(torch.zeros(2, 4, 9, 9),))
 
 
@@ -50,7 +50,7 @@ def test_layers_have_their_names_shapes_and_costs(found):
 def test_zeros_are_found_with_their_grain(found):
     conv, depthwise, _ = found.layers
     assert conv.zeros == 0.5
-    assert conv.found["grain"] == "out:4"
+    assert conv.found["grain"] == "filter"
     assert depthwise.zeros == 0.0
     assert depthwise.found["grain"] is None
     assert found.zeros == pytest.approx(144 / found.parameters)
@@ -66,5 +66,5 @@ def test_the_table_and_the_json_say_the_same(found):
     for layer in document["layers"]:
         assert layer["name"] in text
     assert "3 layers" in text and document["totals"]["parameters"] == found.parameters
-    assert "50.0%" in text and "grain out:4" in text
+    assert "50.0%" in text and "grain filter" in text
     assert "groups 8" in text and "/2" in text

@@ -11,7 +11,6 @@ from passes.sparse.format import (
     best_grain,
     block_of,
     block_pattern,
-    found,
     grain_densities,
     index_dtype,
     pack,
@@ -86,18 +85,8 @@ def test_stored_bytes_count_every_array():
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-def test_the_coarsest_grain_is_found(rng, grain):
-    weight = pruned(rng, (64, 32, 3, 3), grain, 0.1)
-    assert best_grain(weight) == grain
-    described = found(weight)
-    assert described["grain"] == grain
-    assert described["density"] == pytest.approx(0.1, abs=0.01)
-    assert described["zeros"] == weight.size - np.count_nonzero(weight)
-
-
-def test_a_dense_weight_has_no_grain(rng):
-    described = found(rng.standard_normal((16, 8, 3, 3)).astype(np.float32))
-    assert described["grain"] is None and described["zeros"] == 0 and described["density"] == 1
+def test_the_coarsest_format_is_chosen(rng, grain):
+    assert best_grain(pruned(rng, (64, 32, 3, 3), grain, 0.1)) == grain
 
 
 def test_misaligned_blocks_are_not_taken_for_a_coarse_grain(rng):
@@ -119,7 +108,7 @@ def test_prune_keeps_the_most_salient_grains(rng, grain):
     block = block_of(grain)
     kept = block_pattern(result, block)
     assert kept.sum() == round(0.25 * kept.size)
-    scores = saliency(weight, block)
+    scores = saliency(weight, grain).reshape(kept.shape)
     assert scores[kept].min() >= scores[~kept].max()
     np.testing.assert_array_equal(result[result != 0], weight[result != 0])
 

@@ -11,7 +11,7 @@ from passes import layers
 from passes.family import Layer
 from passes.sparse import FAMILY
 from passes.sparse.cost import estimate
-from passes.sparse.format import found
+from passes.sparse.detect import found
 from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE
 from passes.sparse.prune import prune
 from passes.sparse.treat import choose_grain, layer_problem, parse_density
