@@ -48,7 +48,7 @@ TO_FIRST = (0, 3, 1, 2)
 # Where each NCHW axis lies in NHWC.
 _AXIS = {0: 0, 1: 3, 2: 1, 3: 2}
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     [f"relax.{name}" for name in (*UNARY, *BINARY)]
     + [
         f"relax.{name}"
@@ -125,7 +125,7 @@ class _Planner:
             if is_elementwise(call):
                 return self._elementwise
             return self._convolution if attrs_of(call).get("layout") == "NCHW" else None
-        if name in _ELEMENTWISE:
+        if name in ELEMENTWISE:
             return self._elementwise
         if name in _REDUCTIONS:
             return self._reduction
