@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe may say of int8 layers."""
+
+from __future__ import annotations
+
+from passes.quantized.operators import GRAINS
+from passes.quantized.ranges import OBSERVERS
+
+DEFAULTS = {"observer": "mse", "percentile": 99.99, "per_channel": True, "symmetric": False}
+
+
+def _observer(value: object) -> str:
+    if value not in OBSERVERS:
+        raise ValueError(f"unknown observer {value!r}; known are {', '.join(OBSERVERS)}")
+    return str(value)
+
+
+def _percentile(value: object) -> float:
+    number = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+    if not 50 < number <= 100:
+        raise ValueError(f"percentile must be above 50 and at most 100, not {value}")
+    return number
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"true or false, not {value!r}")
+    return value
+
+
+def _density(value: object) -> float:
+    number = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+    if not 0 < number <= 1:
+        raise ValueError(f"density must be in (0, 1], not {value}")
+    return number
+
+
+def _grain(value: object) -> str:
+    if value not in GRAINS:
+        raise ValueError(f"unknown grain {value!r} for int8; known are {', '.join(GRAINS)}")
+    return str(value)
+
+
+PARAMETERS = {
+    "observer": _observer,
+    "percentile": _percentile,
+    "per_channel": _switch,
+    "symmetric": _switch,
+    "density": _density,
+    "grain": _grain,
+}
