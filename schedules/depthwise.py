@@ -63,7 +63,9 @@ class Taps:
 
 
 class ChannelTiles:
-    """Emission of a window reduced per channel. A subclass says how: `start`, `combine`, `finish`."""
+    """Emission of a window reduced per channel. A subclass says how: `dtype` (of the registers), `start`, `combine`, `finish`."""
+
+    dtype = "float32"
 
     def __init__(self, kernel: Emission, problem: Problem, point: Point):
         self.kernel, self.problem, self.point = kernel, problem, point
@@ -109,10 +111,11 @@ class ChannelTiles:
         problem, mr = self.problem, self.point.mr
         # Nothing is packed here, so a vector may not reach past the last channel: it has as many lanes as are stored.
         widths = [stored for _, stored in vectors(width, self.point.lanes)]
-        registers = [[T.alloc_buffer((lanes,), "float32") for lanes in widths] for _ in range(mr)]
+        registers = [[T.alloc_buffer((lanes,), self.dtype) for lanes in widths] for _ in range(mr)]
+        start = tirx.const(self.start(), self.dtype)
         for pixel in registers:
             for lanes, register in zip(widths, pixel):
-                T.buffer_store(register, splat(T.float32(self.start()), lanes), [span(0, lanes)])
+                T.buffer_store(register, splat(start, lanes), [span(0, lanes)])
         with T.serial(taps.first, taps.last) as r:
             ih = oh * problem.stride[0] + r * problem.dilation[0] - problem.padding[0]
             for offset, users in sorted(self._columns(taps.edge).items()):

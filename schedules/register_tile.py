@@ -18,9 +18,10 @@ from schedules.contraction import (
     panels_per_group,
 )
 from schedules.fused import Emission
+from schedules.terms import FloatTerms, QuadTerms
 from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, unravel, vectors
 
-_LINE = 16  # float32 values in a cache line
+_LINE = 16  # elements of 4 bytes in a cache line
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,21 @@ class _Chunk:
 
 
 class Contraction:
-    """One kernel being emitted. `shape` is the output's: [N, OH, OW, O] or, flat, any [..., O]."""
+    """One kernel being emitted. `shape` is the output's: [N, OH, OW, O] or, flat, any [..., O]. The problem counts its
+    inputs in the elements of `terms`."""
 
     def __init__(
-        self, kernel: Emission, shape: tuple[int, ...], problem: Problem, point: Point, threads: int
+        self,
+        kernel: Emission,
+        shape: tuple[int, ...],
+        problem: Problem,
+        point: Point,
+        threads: int,
+        terms: FloatTerms | QuadTerms | None = None,
     ):
         self.kernel, self.shape, self.problem, self.point = kernel, shape, problem, point
-        self.x, self.w = kernel.inputs
-        self.x_lead = tuple(int(d) for d in self.x.shape)[:-1]
+        self.terms = terms = FloatTerms(kernel) if terms is None else terms
+        self.x_lead = tuple(int(d) for d in terms.x.shape)[:-1]
         self.parallel = threads > 1
         self.row = RowTiles(problem, point.mr, problem.row)
         self.tiles = self.row.count * problem.rows
@@ -109,7 +117,7 @@ class Contraction:
                 packed_shape(self.problem, self.point)[0] if self.point.order == "chunks" else 1
             )
             self.partial = T.alloc_buffer(
-                (panels, self.tiles, self.point.mr, self.point.panel), "float32"
+                (panels, self.tiles, self.point.mr, self.point.panel), self.terms.dtype
             )
             if count == 2:
                 body(_Chunk(0, chunk, True, False))
@@ -178,7 +186,7 @@ class Contraction:
         mr, lanes = self.point.mr, self.point.lanes
         # Scratch on the stack, which LLVM keeps in registers, has to be small arrays of scope "global".
         banks = [
-            [[T.alloc_buffer((width,), "float32") for width, _ in panel.widths] for _ in range(mr)]
+            [[self._register(width) for width, _ in panel.widths] for _ in range(mr)]
             for _ in range(self.point.sums)
         ]
         self._start(banks, pixels, panel, chunk)
@@ -205,6 +213,9 @@ class Contraction:
                         [*self._slot(panel, pixels), p, span(v * lanes, width)],
                     )
 
+    def _register(self, width: int):
+        return T.alloc_buffer((width,), self.terms.dtype)
+
     def _slot(self, panel: _Panel, pixels: _Pixels) -> tuple:
         """Where a tile's partial sums are kept between chunks."""
         return (panel.index if self.point.order == "chunks" else 0, pixels.tile)
@@ -218,10 +229,12 @@ class Contraction:
             for b, bank in enumerate(banks):
                 for p, registers in enumerate(bank):
                     for v, ((width, _), register) in enumerate(zip(panel.widths, registers)):
-                        value = splat(T.float32(0), width)
+                        value = splat(tirx.const(0, self.terms.dtype), width)
                         if resume and b == 0:
                             value = self.partial[(*slot, p, span(v * self.point.lanes, width))]
                         T.buffer_store(register, value, [span(0, width)])
+            if self.terms.starts is not None and not resume:
+                self._add_starts(banks[0], pixels, panel)
 
         if isinstance(chunk.first, bool):
             fill(not chunk.first)
@@ -231,6 +244,36 @@ class Contraction:
                 fill(False)
             with T.Else():
                 fill(True)
+
+    def _add_starts(self, bank: list, pixels: _Pixels, panel: _Panel) -> None:
+        """Add to every sum what the taps inside the image start it with."""
+        starts, lanes = self.terms.starts, self.point.lanes
+        everyone = list(range(self.point.mr))
+
+        def add(register, held, r, s, v: int, width: int) -> None:
+            value = starts[panel.index, r, s, span(v * lanes, width)]
+            T.buffer_store(register, held + value, [span(0, width)])
+
+        whole = not any(self.problem.padding)  # every tap is inside: their sum is stored
+        if pixels.edge is not None:
+            with T.serial(*kernel_rows(self.problem, pixels.oh)) as r:
+                for s in range(self.problem.s):
+                    for p in self.row.taps_inside(pixels.edge, s):
+                        for v, (width, _) in enumerate(panel.widths):
+                            add(bank[p][v], bank[p][v][span(0, width)], r, s, v, width)
+            return
+        for v, (width, _) in enumerate(panel.widths):  # the same for all pixels of the tile
+            if whole:
+                for p in everyone:
+                    add(bank[p][v], bank[p][v][span(0, width)], 0, 0, v, width)
+                continue
+            total = self._register(width)
+            T.buffer_store(total, splat(tirx.const(0, self.terms.dtype), width), [span(0, width)])
+            rows = T.serial(*kernel_rows(self.problem, pixels.oh))
+            with rows as r, T.serial(0, self.problem.s) as s:
+                add(total, total[span(0, width)], r, s, v, width)
+            for p in everyone:
+                T.buffer_store(bank[p][v], total[span(0, width)], [span(0, width)])
 
     def _sum(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
         """Add the terms of `chunk`, kernel rows inside the image only."""
@@ -266,14 +309,14 @@ class Contraction:
                     if valid := self.row.taps_inside(pixels.edge, s):
                         # Keeps LLVM from sharing pixels between unrolled taps, which would spill the sums.
                         _prefetch(
-                            self.x[
+                            self.terms.pixel_byte(
                                 (
                                     pixels.image,
                                     ih,
                                     (pixels.base + valid[0]) * sw + s * dw - left,
                                     first,
                                 )
-                            ]
+                            )
                         )
                         tap(s, valid)
             elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
@@ -311,11 +354,13 @@ class Contraction:
 
         def term(k, bank: list) -> None:
             for p in valid:
-                x = self.x[tuple(x_index(p, k))]
+                pixel = self.terms.pixel(tuple(x_index(p, k)))
                 for v, (width, _) in enumerate(panel.widths):
                     register, lane = bank[p][v], span(0, width)
-                    w = self.w[(panel.index, *w_index(k), span(v * point.lanes, width))]
-                    T.buffer_store(register, register[lane] + splat(x, width) * w, [lane])
+                    at = (panel.index, *w_index(k), v * point.lanes)
+                    T.buffer_store(
+                        register, self.terms.add(register[lane], pixel, at, width), [lane]
+                    )
 
         unroll = min(point.unroll, steps)
         with T.serial(0, steps // unroll) as i:
@@ -342,7 +387,8 @@ class Contraction:
         share = -(-steps * self.point.panel // self.tiles)
         per_step = -(-self.point.panel // self.tiles)
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            _prefetch(self.w[(*at, pixels.tile * share + k * per_step + line * _LINE)])
+            offset = pixels.tile * share + k * per_step + line * _LINE
+            _prefetch(self.terms.weight_byte((*at, offset)))
 
     def _prefetch_pixels(self, panel: _Panel, pixels: _Pixels, steps: int, k) -> None:
         """This iteration's share of the next tile's pixels, which lie one after the other."""
@@ -350,7 +396,8 @@ class Contraction:
         per_step = -(-self.point.mr * self.problem.c // (panels * steps))
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
             offset = (panel.number * steps + k) * per_step + line * _LINE
-            _prefetch(self.x[(*unravel(pixels.base + self.point.mr, self.x_lead), offset)])
+            ahead = unravel(pixels.base + self.point.mr, self.x_lead)
+            _prefetch(self.terms.pixel_byte((*ahead, offset)))
 
     def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
         """The lines that this tile will write, so that they are there when it is done."""

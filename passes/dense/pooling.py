@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tvm
 from tvm import relax, te, tirx
 
 from passes.family import Lowering
@@ -39,7 +38,7 @@ def _inside(problem: Problem, i, j):
     return tirx.all(i >= top, i < problem.h + top, j >= left, j < problem.w + left)
 
 
-def _windows(problem: Problem, x, outside: float):
+def windows(problem: Problem, x, outside):
     """x with `outside` around it, and the value a reduction over (r, s) sees at output (n, i, j, c)."""
     (sh, sw), (dh, dw), (top, left, bottom, right) = (
         problem.stride,
@@ -50,7 +49,7 @@ def _windows(problem: Problem, x, outside: float):
     padded = te.compute(
         shape,
         lambda n, i, j, c: te.if_then_else(
-            _inside(problem, i, j), x[n, i - top, j - left, c], tirx.const(outside, "float32")
+            _inside(problem, i, j), x[n, i - top, j - left, c], outside
         ),
         name="pad",
     )
@@ -60,11 +59,10 @@ def _windows(problem: Problem, x, outside: float):
 def define_max_pool(problem: Problem, point: pooling.Point):
     """te function x [N, H, W, C] -> [N, OH, OW, C]."""
     notes = annotations("pooling", problem=problem.to_dict(), point=point.to_dict(), kind="max")
-    lowest = lambda dtype: tvm.tirx.const(pooling.LOWEST, dtype)  # noqa: E731
-    largest = te.comm_reducer(pooling.larger, lowest, name="max")
+    largest = te.comm_reducer(pooling.larger, pooling.lowest, name="max")
 
     def max_pool(x):
-        value = _windows(problem, x, pooling.LOWEST)
+        value = windows(problem, x, pooling.lowest(str(x.dtype)))
         r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
         return te.compute(
             (problem.n, problem.oh, problem.ow, problem.c),
@@ -88,7 +86,7 @@ def define_average_pool(problem: Problem, point: pooling.Point, counting: str):
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
 
     def average_pool(x):
-        value = _windows(problem, x, 0.0)
+        value = windows(problem, x, tirx.const(0.0, "float32"))
         r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
         total = te.compute(
             shape, lambda n, i, j, c: te.sum(value(n, i, j, c, r, s), axis=[r, s]), name="total"
@@ -132,11 +130,12 @@ def _hint(kind: str, problem: Problem) -> str:
 def lower_max_pool(
     bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
 ) -> relax.Expr | None:
-    """Pooling of NHWC float32 images; TVM's legalisation takes others."""
-    problem = problem_of(call)
-    if problem is None or str(call.ty.dtype) != "float32":
+    """Pooling of NHWC float32 and uint8 images; TVM's legalisation takes others."""
+    problem, dtype = problem_of(call), str(call.ty.dtype)
+    if problem is None or dtype not in ("float32", "uint8"):
         return None
-    define = define_max_pool(problem, pooling.default_point(problem, target))
+    lanes = target.lanes if dtype == "float32" else 4 * target.lanes
+    define = define_max_pool(problem, pooling.default_point(problem, target, lanes))
     return call_te(bb, define, call.args[0], hint=_hint("max", problem))
 
 

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lower the integer layer operators: pack the weight, fold the zero point into what a sum starts with.
+
+    rewrite: kerf.int8_conv2d(x, w)  ->  call_tir(int8_conv, (x, packed w[, starts]))
+
+Pixels outside the image count 0, so a sum over the taps inside starts at -zero_point * (the sum of their weights). Channels
+are padded to a multiple of 4 per group where they are none, in a pass of its own over x.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from tvm import relax, te, tirx
+
+from passes.dense.conv2d import problem_of
+from passes.family import Lowering
+from passes.layers import attrs_of, const_array, shape_of
+from passes.lower import call_te
+from passes.quantized.lowering_elementwise import (
+    lower_dequantize,
+    lower_dequantize_add,
+    lower_quantize,
+)
+from passes.quantized.lowering_pooling import lower_average_pool
+from passes.quantized.operators import (
+    DEQUANTIZE,
+    DEQUANTIZE_ADD,
+    INT8_AVERAGE_POOL,
+    INT8_CONV2D,
+    INT8_DENSE,
+    QUANTIZE,
+)
+from schedules import contraction, int8_contraction
+from schedules.fused import annotations
+from schedules.int8_contraction import QUAD, Point, Problem
+from schedules.spaces import point_for
+from schedules.target import CpuTarget
+from schedules.terms import reads_signed_pixels
+
+
+def pad_channels(weight: np.ndarray) -> np.ndarray:
+    """[O, C/groups, R, S] with zeros up to a multiple of 4 channels."""
+    missing = -weight.shape[1] % QUAD
+    return np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+
+def _panels(values: np.ndarray, problem: Problem, point: Point) -> np.ndarray:
+    """[O, ...] -> [panels of all groups, channels of a panel, ...], zeros where a group's last panel has no channel."""
+    count = contraction.panels_per_group(problem, point)
+    full = np.zeros((problem.groups, count * point.panel, *values.shape[1:]), values.dtype)
+    full[:, : problem.group_outputs] = values.reshape(problem.groups, -1, *values.shape[1:])
+    return full.reshape(problem.groups * count, point.panel, *values.shape[1:])
+
+
+def pack_weights(weight: np.ndarray, problem: Problem, point: Point) -> np.ndarray:
+    """int8 [O, C/groups, R, S], channels a multiple of 4 -> `int8_contraction.packed_shape`."""
+    panels = _panels(weight, problem, point)
+    quads = panels.reshape(*panels.shape[:2], -1, QUAD, *weight.shape[2:])
+    packed = quads.transpose(0, 4, 5, 2, 1, 3)
+    return np.ascontiguousarray(packed).reshape(int8_contraction.packed_shape(problem, point))
+
+
+def pack_starts(weight: np.ndarray, offset: int, problem: Problem, point: Point) -> np.ndarray:
+    """int32 `int8_contraction.starts_shape`: -offset * (sum of a tap's weights, or of all where nothing is padded)."""
+    taps = -offset * weight.astype(np.int64).sum(axis=1)
+    if not any(problem.padding):
+        taps = taps.sum(axis=(1, 2), keepdims=True)
+    panels = _panels(taps.astype(np.int32), problem, point)
+    return np.ascontiguousarray(panels.transpose(0, 2, 3, 1))
+
+
+def define_pad_channels(shape: tuple[int, ...], groups: int):
+    """te function x [..., C] -> [..., groups * (C / groups rounded up to a multiple of 4)], zeros in the gaps."""
+    given = shape[-1] // groups
+    padded = -(-given // QUAD) * QUAD
+
+    def pad(x):
+        def value(*at):
+            group, within = (0, at[-1]) if groups == 1 else (at[-1] // padded, at[-1] % padded)
+            zero = tirx.const(0, "uint8")
+            return te.if_then_else(within < given, x[(*at[:-1], group * given + within)], zero)
+
+        return te.compute((*shape[:-1], groups * padded), value, name="pad_channels")
+
+    return pad
+
+
+def _inside(problem: Problem, h, w):
+    return tirx.all(h >= 0, h < problem.h, w >= 0, w < problem.w)
+
+
+def define(shape: tuple[int, ...], problem: Problem, point: Point, shift: int):
+    """te function (x, packed w[, starts]) -> int32 of `shape`, [N, OH, OW, O] or [..., O] of a matrix product.
+
+    `shift` is subtracted from every pixel inside the image.
+    """
+    notes = annotations("int8_contraction", problem=problem.to_dict(), point=point.to_dict())
+    (sh, sw), (dh, dw), (top, left, _, _) = problem.stride, problem.dilation, problem.padding
+    inputs, outputs = problem.group_inputs, problem.group_outputs
+    panels = contraction.panels_per_group(problem, point)
+    image = len(shape) == 4 and not (problem.flat and problem.h == 1 and problem.n == 1)
+
+    def place(o):
+        """(panel, channel within it, first input) of output channel o."""
+        group, within = (0, o) if problem.groups == 1 else (o // outputs, o % outputs)
+        return group * panels + within // point.panel, within % point.panel, group * inputs
+
+    def corner(at):
+        return at[1] * sh - top, at[2] * sw - left
+
+    def int8(x, w, *starts):
+        r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
+        k = te.reduce_axis((0, inputs), "k")
+
+        def term(*at):
+            panel, lane, first = place(at[-1])
+            if not image:
+                pixel = x[(*at[:-1], first + k)].astype("int32") - shift
+                weight = w[panel, 0, 0, k // QUAD, lane * QUAD + k % QUAD]
+                return te.sum(pixel * weight.astype("int32"), axis=[k])
+            h, v = corner(at)
+            h, v = h + r * dh, v + s * dw
+            pixel = x[at[0], h, v, first + k].astype("int32") - shift
+            if any(problem.padding):
+                pixel = te.if_then_else(_inside(problem, h, v), pixel, tirx.const(0, "int32"))
+            weight = w[panel, r, s, k // QUAD, lane * QUAD + k % QUAD]
+            return te.sum(pixel * weight.astype("int32"), axis=[r, s, k])
+
+        if not starts:
+            return te.compute(shape, term, name="int8_sum", attrs=notes)
+        total = te.compute(shape, term, name="int8_sum")
+        if not any(problem.padding):
+            start = lambda *at: starts[0][place(at[-1])[0], 0, 0, place(at[-1])[1]]  # noqa: E731
+        else:
+            i, j = te.reduce_axis((0, problem.r), "i"), te.reduce_axis((0, problem.s), "j")
+
+            def tap(*at):
+                panel, lane, _ = place(at[-1])
+                h, v = corner(at)
+                within = _inside(problem, h + i * dh, v + j * dw)
+                zero = tirx.const(0, "int32")
+                return te.sum(te.if_then_else(within, starts[0][panel, i, j, lane], zero), [i, j])
+
+            start = te.compute(shape, tap, name="start")
+        return te.compute(shape, lambda *at: total(*at) + start(*at), name="int8", attrs=notes)
+
+    return int8
+
+
+def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
+    """`kerf.int8_conv2d` (channels last) and `kerf.int8_dense`."""
+    attrs, x, weight = attrs_of(call), call.args[0], const_array(call.args[1])
+    if weight.ndim == 2:
+        rows = math.prod(shape_of(x)[:-1])
+        problem, weight = Problem(1, 1, rows, *reversed(weight.shape)), weight[:, :, None, None]
+        hint = f"int8_dense_{rows}_{problem.c}_{problem.o}"
+    else:
+        problem = problem_of(call)
+        grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
+        hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}_{problem.o}{grouped}"
+    if problem.group_inputs % QUAD:
+        padded = define_pad_channels(shape_of(x), problem.groups)
+        x = bb.emit(bb.call_te(padded, x, primfunc_name_hint="pad_channels"))
+        weight = pad_channels(weight)
+        problem = replace(problem, c=shape_of(x)[-1])
+    shift = 128 if reads_signed_pixels(target) else 0
+    offset = attrs["zero_point"] - shift
+    point = point_for(int8_contraction, problem, target)
+    packed = [relax.const(pack_weights(weight, problem, point))]
+    if offset:
+        packed.append(relax.const(pack_starts(weight, offset, problem, point)))
+    kernel = define(shape_of(call), problem, point, shift)
+    return call_te(bb, kernel, x, *packed, hint=hint)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    INT8_CONV2D: lower_layer,
+    INT8_DENSE: lower_layer,
+    INT8_AVERAGE_POOL: lower_average_pool,
+    QUANTIZE: lower_quantize,
+    DEQUANTIZE: lower_dequantize,
+    DEQUANTIZE_ADD: lower_dequantize_add,
+}

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lower what turns sums into bytes and back: elementwise te definitions that fuse into the layer before them.
+
+rewrite: kerf.quantize(x)  ->  call_tir(quantize, (x,))
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import relax, te, tirx
+
+from passes.layers import attrs_of, shape_of
+from schedules.target import CpuTarget
+
+
+def _float(value: float):
+    return tirx.const(float(np.float32(value)), "float32")
+
+
+def quantized(x, scale: float, zero_point: int):
+    """uint8 of a float32 expression. Saturating before rounding is the same, since the bounds are whole steps, and lets
+    the conversion to integers be one instruction."""
+    reciprocal = float(np.float32(1 / scale))
+    steps = x if reciprocal == 1 else x * _float(reciprocal)
+    steps = tirx.Select(tirx.isnan(steps), _float(0), steps)
+    steps = tirx.max(tirx.min(steps, _float(255 - zero_point)), _float(-zero_point))
+    nearest = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", steps)
+    return (nearest + zero_point).astype("uint8")
+
+
+def steps_of(x, zero_point: int):
+    """float32 x - zero_point of a uint8 expression, exact."""
+    return (x.astype("int32") - zero_point).astype("float32")
+
+
+def lower_quantize(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
+    attrs, shape = attrs_of(call), shape_of(call)
+
+    def quantize(x):
+        return te.compute(
+            shape, lambda *i: quantized(x(*i), attrs["scale"], attrs["zero_point"]), name="quantize"
+        )
+
+    return bb.call_te(quantize, call.args[0], primfunc_name_hint="quantize")
+
+
+def lower_dequantize(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
+    attrs, shape = attrs_of(call), shape_of(call)
+
+    def dequantize(x):
+        return te.compute(
+            shape,
+            lambda *i: steps_of(x(*i), attrs["zero_point"]) * _float(attrs["scale"]),
+            name="dequantize",
+        )
+
+    return bb.call_te(dequantize, call.args[0], primfunc_name_hint="dequantize")
+
+
+def lower_dequantize_add(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr:
+    """The product and the sum are one fused multiply-add, asked for by name: LLVM would otherwise choose where to fuse."""
+    attrs, shape = attrs_of(call), shape_of(call)
+
+    def dequantize_add(y, x):
+        def value(*i):
+            steps = steps_of(x(*i), attrs["zero_point"])
+            scale = _float(attrs["scale"])
+            return tirx.call_llvm_pure_intrin("float32", "llvm.fma", steps, scale, y(*i))
+
+        return te.compute(shape, value, name="dequantize_add")
+
+    return bb.call_te(dequantize_add, *call.args, primfunc_name_hint="dequantize_add")
