@@ -14,8 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.ir.expr import GenericConst
+
+from schedules import errors
 
 CONV2D = "kerf.conv2d"
 DENSE = "kerf.dense"
@@ -141,9 +144,12 @@ def infer_dense(call: relax.Call) -> relax.TensorType:
 
 @functools.cache
 def register() -> None:
-    """Register the layer operators; idempotent, called on first use, never at import."""
+    """Register the layer operators and our errors; idempotent, called on first use, never at import."""
     register_operator(CONV2D, infer_conv2d)
     register_operator(DENSE, infer_dense)
+    # Raised inside a pass, an error goes through TVM, which would make a RuntimeError of what it does not know.
+    for error in errors.classes():
+        tvm_ffi.error.register_error(error.__name__, error)
 
 
 def multiply_accumulates(call: relax.Call) -> int:

@@ -65,6 +65,14 @@ class MeasurementError(KerfError):
     """A timing could not be taken honestly."""
 
 
+def classes() -> list[type[KerfError]]:
+    """KerfError and every class derived from it."""
+    found: list[type[KerfError]] = [KerfError]
+    for each in found:
+        found += each.__subclasses__()
+    return found
+
+
 @dataclass(frozen=True)
 class Declined:
     """A treatment or kernel that does not apply here. `reason` is shown to the user as it stands."""

@@ -5,9 +5,9 @@ import tvm
 from tvm import relax
 from tvm.script import relax as R
 
-from passes.layers import is_call, shape_of
+from passes.layers import is_call, register, shape_of
 from passes.rewriting import bindings_of, rewrite_function, rewrite_module
-from schedules.errors import KerfError
+from schedules.errors import KerfError, UserError
 
 op = relax.op
 
@@ -117,3 +117,15 @@ def test_what_a_rewrite_reads_as_well_is_not_read_once(build):
 
     apply(build([(3,)], body), bypass)
     assert counts[0] is False
+
+
+def test_an_error_inside_a_pass_stays_what_it_was(build):
+    register()
+
+    @tvm.transform.module_pass(opt_level=0, name="kerf.Refuse")
+    class Refuse:
+        def transform_module(self, _mod, _context):
+            raise UserError("no such thing", where="layer", todo="Leave it out")
+
+    with pytest.raises(UserError, match=r"^layer: no such thing\. Leave it out$"):
+        tvm.transform.Sequential([Refuse()])(build([(3,)], lambda _b, x: op.abs(x)))
