@@ -19,6 +19,10 @@ Tolerance of (a), per output, on the largest difference: the larger of
                  transforms for F(4x4, 3x3) amplify the error of a product by that much
 
 Integer outputs must be equal wherever the float32 evaluation agrees with the float64 one.
+
+A graph that rounds to steps in between (int8) is cut there: `compiler.jumps` compares every tensor of steps on its own,
+element by element, and both evaluations continue with the kernels' steps. What is said above then holds from one cut to
+the next, and for the outputs, as it stands.
 """
 
 from __future__ import annotations
@@ -59,9 +63,24 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Tensors of steps compared by `compiler.jumps`: how many, their elements, and of those that differ how many lie at a
+    tie, where rounding decides, and how many are `wrong`."""
+
+    tensors: int = 0
+    elements: int = 0
+    ties: int = 0
+    wrong: int = 0
+
+    def __add__(self, other: Steps) -> Steps:
+        return Steps(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values())))
+
+
+@dataclass(frozen=True)
 class KernelCheck:
     """Question (a) for one variant. `float32_error` is E and `bound` the second term, both of the
-    worst output."""
+    worst output; `steps` what was compared inside the network, None where nothing is rounded to
+    steps."""
 
     max_abs: float
     max_rel: float
@@ -70,6 +89,7 @@ class KernelCheck:
     bound: float
     winograd_kernels: int
     passed: bool
+    steps: Steps | None = None
 
     def to_json(self) -> dict:
         return {k: _finite(v) for k, v in asdict(self).items()}
@@ -173,12 +193,18 @@ def rounding_terms(lengths: Mapping[str, int], kernels: Sequence[KernelCall]) ->
     return sum(factor.get(layer, 1.0) ** 2 * length for layer, length in lengths.items()) or 1.0
 
 
+def rounding_tolerance(float32_error: float, scale: float, terms: float) -> float:
+    """The tolerance of the module's docstring: E, s and n in this order."""
+    return max(SLACK * float32_error, scale * UNIT * math.sqrt(terms))
+
+
 def check_kernels(
     found: Sequence[Arrays],
     exact: Sequence[Arrays],
     float32: Sequence[Arrays],
     terms: float,
     kernels: Sequence[KernelCall] = (),
+    steps: Steps | None = None,
 ) -> KernelCheck:
     """Question (a): `found` by the kernels, `exact` in float64, `float32` by plain float32."""
     rows = []
@@ -194,7 +220,8 @@ def check_kernels(
     # The worst is the one closest to, or furthest over, its tolerance.
     worst = max(rows, key=lambda r: (not r[5], r[0] / r[2] if r[2] else r[0]))
     winograd = sum(k.loops == "winograd" for k in kernels)
-    return KernelCheck(*worst[:5], winograd, all(r[5] for r in rows))
+    passed = all(r[5] for r in rows) and not (steps and steps.wrong)
+    return KernelCheck(*worst[:5], winograd, passed, steps)
 
 
 def verify(
@@ -203,10 +230,12 @@ def verify(
     *,
     lengths: Mapping[str, int],
     kernels: Mapping[str, Sequence[KernelCall]],
+    steps: Mapping[str, Steps] | None = None,
 ) -> Verification:
     """Both questions for every variant in `run`, callables on arrays such as `LoadedModel`.
 
-    `lengths` gives the length of each layer's sums. Nothing is raised: see `require_passed`.
+    `lengths` gives the length of each layer's sums, `steps` what `compiler.jumps` found inside a
+    variant. Nothing is raised: see `require_passed`.
     """
     original = [r.outputs for r in references]
     checks, distances = {}, {}
@@ -214,7 +243,9 @@ def verify(
         found = [as_arrays(call(*r.inputs)) for r in references]
         exact, float32 = [r.exact[name] for r in references], [r.float32[name] for r in references]
         used = kernels.get(name, ())
-        checks[name] = check_kernels(found, exact, float32, rounding_terms(lengths, used), used)
+        checks[name] = check_kernels(
+            found, exact, float32, rounding_terms(lengths, used), used, (steps or {}).get(name)
+        )
         distances[name] = compare(found, original)
     graph = check_graph(references, lengths)
     return Verification(len(references), checks, distances, graph, tuple(references))
@@ -252,9 +283,17 @@ def require_passed(found: Verification, culprit: Callable[[str], str] | None = N
             raise VerificationError(
                 f"the {name} variant does not compute what its graph says",
                 where=culprit(name) if culprit else "",
-                **_excess(check),
+                **(_excess(check) if not (check.steps and check.steps.wrong) else _wrong(check)),
                 todo="This is a bug in Kerf; leaving the layer dense in the recipe may avoid it",
             )
+
+
+def _wrong(check: KernelCheck) -> dict[str, str]:
+    steps = check.steps
+    return {
+        "found": f"{steps.wrong} of {steps.elements} values rounded to another step than theirs",
+        "wanted": "none but at ties",
+    }
 
 
 def _excess(check: KernelCheck) -> dict[str, str]:

@@ -23,6 +23,9 @@ from compiler.comparison import AMPLIFICATION, SLACK, UNIT, difference, magnitud
 from compiler.runtime import LoadedModel
 from schedules.fused import leaf_blocks
 
+# Steps may differ by one where the value before rounding lies at a tie: a share of about 255 * 2^-23 per operation.
+_TIES = 1e-3
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -93,6 +96,8 @@ class _Definitions:
         for number, i in enumerate(outputs):
             wanted, got = copies[i].numpy(), tensors[i].numpy()
             error, limit = difference(got, wanted), self._tolerance(call, wanted, loops)
+            if wanted.dtype == np.uint8 and np.mean(got != wanted) <= _TIES:
+                limit = 1.0
             if not error <= limit:
                 layers = tuple(call.layers) if call else ()
                 return [Divergence(index, name, layers, loops, number, error, limit)]

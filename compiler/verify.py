@@ -17,6 +17,7 @@ import numpy as np
 
 from compiler.artifact import Artifact, CompiledVariant, ReferenceRun, read_references
 from compiler.comparison import (
+    Steps,
     Verification,
     as_arrays,
     check_graph,
@@ -27,6 +28,7 @@ from compiler.comparison import (
     verify,
 )
 from compiler.divergence import find_first_divergence
+from compiler.jumps import Replay, jumping_operators, jumps_in, replayed, written_tensors
 from compiler.runtime import LoadedModel, from_variant, load_variants
 from compiler.samples import index_ranges, sample_inputs
 from schedules.errors import UserError, VerificationError
@@ -63,9 +65,9 @@ def verify_build(
     """
     inputs = sample_inputs(imported.inputs, seed=SEED, runs=RUNS, ranges=index_ranges(imported.mod))
     by_name = {v.name: graphs.original if v.name == "dense" else graphs.reference for v in variants}
-    references = evaluate_references(inputs, imported, by_name)
     lengths = sum_lengths(graphs.original)
     if target.missing_on_host():
+        references, _ = evaluate_references(inputs, imported, by_name, {})
         found = Verification(RUNS, {}, {}, check_graph(references, lengths), references)
         require_passed(found)
         return found
@@ -73,8 +75,13 @@ def verify_build(
         v.name: from_variant(v, imported.inputs, imported.outputs, target, threads)
         for v in variants
     }
+    references, steps = evaluate_references(inputs, imported, by_name, models)
     found = verify(
-        models, references, lengths=lengths, kernels={v.name: v.kernels for v in variants}
+        models,
+        references,
+        lengths=lengths,
+        kernels={v.name: v.kernels for v in variants},
+        steps=steps,
     )
     definitions = {v.name: v.unscheduled for v in variants}
 
@@ -87,29 +94,72 @@ def verify_build(
 
 
 def evaluate_references(
-    inputs: Sequence[Sequence[np.ndarray]], imported: Imported, graphs: Mapping[str, tvm.IRModule]
-) -> list[ReferenceRun]:
-    """What the original framework and numpy, in both precisions, make of `inputs`."""
-    from passes import families
-    from passes.evaluate import evaluate
-
-    families_own = {name: f for family in families() for name, f in family.references.items()}
-    references = []
+    inputs: Sequence[Sequence[np.ndarray]],
+    imported: Imported,
+    graphs: Mapping[str, tvm.IRModule],
+    models: Mapping[str, LoadedModel],
+) -> tuple[list[ReferenceRun], dict[str, Steps]]:
+    """What the original framework and numpy, in both precisions, make of `inputs`; and for graphs
+    that round to steps how those of the variant in `models` compare (see `compiler.jumps`)."""
+    jumping = jumping_operators()
+    jumps = {name: jumps_in(graph, jumping) for name, graph in graphs.items()}
+    references: list[ReferenceRun] = []
+    steps = {name: Steps() for name in graphs if jumps[name] and name in models}
     for arrays in inputs:
         known: dict[int, dict[str, list[np.ndarray]]] = {}  # variants may share one graph
-        for graph in graphs.values():
+        found = {}
+        for name, graph in graphs.items():
+            if name in steps:
+                found[name], judged = _evaluate_jumping(graph, arrays, models[name], jumping)
+                steps[name] += judged
+                continue
             if id(graph) not in known:
-                known[id(graph)] = {
-                    dtype: evaluate(graph, arrays, dtype=dtype, references=families_own)
-                    for dtype in ("float64", "float32")
-                }
+                known[id(graph)] = _evaluate_both(graph, arrays)
+            found[name] = known[id(graph)]
         exact, float32 = (
-            {name: known[id(graph)][dtype] for name, graph in graphs.items()}
-            for dtype in ("float64", "float32")
+            {name: found[name][dtype] for name in graphs} for dtype in ("float64", "float32")
         )
         outputs = [np.asarray(o) for o in imported.reference(arrays)]
         references.append(ReferenceRun(arrays, outputs, exact, float32))
-    return references
+    return references, steps
+
+
+def _evaluate_both(graph: tvm.IRModule, arrays: Sequence[np.ndarray]) -> dict:
+    from passes.evaluate import evaluate
+
+    return {
+        dtype: evaluate(graph, arrays, dtype=dtype, references=_references())
+        for dtype in ("float64", "float32")
+    }
+
+
+def _evaluate_jumping(
+    graph: tvm.IRModule, arrays: Sequence[np.ndarray], model: LoadedModel, jumping: frozenset[str]
+) -> tuple[dict, Steps]:
+    """As `_evaluate_both`, but from one rounding to steps to the next, on the kernels' own steps."""
+    from passes.evaluate import evaluate
+
+    replay = Replay(written_tensors(model, arrays), _float_terms(graph))
+    results = {}
+    for dtype, wrap in (("float64", replay.exact), ("float32", replay.plain)):
+        own = replayed(_references(), jumping, wrap)
+        results[dtype] = evaluate(graph, arrays, dtype=dtype, references=own)
+    return results, sum(replay.steps, Steps())
+
+
+def _references() -> dict:
+    from passes import families
+
+    return {name: f for family in families() for name, f in family.references.items()}
+
+
+# Float operations from an exact integer sum to its rounding: conversion, multiplication, residual, activation.
+_EPILOGUE_TERMS = 16.0
+
+
+def _float_terms(graph: tvm.IRModule) -> float:
+    """`rounding_terms` of the layers that sum floats; integer sums are exact."""
+    return sum(sum_lengths(graph).values()) + _EPILOGUE_TERMS
 
 
 def sum_lengths(mod: tvm.IRModule) -> dict[str, int]:
@@ -155,13 +205,24 @@ def _verify_on(
     found = {name: [list(model.run(inputs).values())] for name, model in models.items()}
     arrays = [np.asarray(inputs[spec.name]) for spec in artifact.inputs]
     original = [as_arrays(original_model(artifact).reference(arrays))]
-    pruned = any(row.get("pruned") for row in artifact.layers)
     checks = {}
     for name, outputs in found.items():
-        if name == "dense" or not pruned:
+        if name == "dense" or _computes_the_original(artifact, name, lengths):
             terms = 4 * rounding_terms(lengths, kernels[name])
             checks[name] = check_kernels(outputs, original, original, terms, kernels[name])
     return Verification(1, checks, {name: compare(o, original) for name, o in found.items()})
+
+
+def _computes_the_original(artifact: Artifact, name: str, lengths: Mapping[str, int]) -> bool:
+    """Whether a variant's graph is the original's function, up to rounding: pruning and quantization make it another."""
+    if any(row.get("pruned") for row in artifact.layers):
+        return False
+    references = read_references(artifact)
+    if not all({"dense", name} <= set(r.exact) for r in references):
+        return True
+    dense, own = ([r.exact[n] for r in references] for n in ("dense", name))
+    plain = [r.float32["dense"] for r in references]
+    return check_kernels(own, dense, plain, rounding_terms(lengths, ())).passed
 
 
 def original_model(artifact: Artifact) -> Imported:

@@ -91,6 +91,8 @@ class Family:
     the treatments asked of this family only.
     `found(weight)` describes what the weight already is, `found_in(graph)` what the canonical graph
     shows of layers, by name: both for `inspect` and the report.
+    `jumps` names the operators that round to steps, element by element and rising with their first argument: a kernel may
+    be a step off where the value lies at a tie, which verification has to know (`compiler/jumps.py`).
     """
 
     name: str
@@ -107,3 +109,4 @@ class Family:
     found: Callable[[np.ndarray], Mapping] | None = None
     found_in: Callable[[tvm.IRModule], Mapping[str, Mapping]] | None = None
     samples: Callable[[], Sequence] = tuple
+    jumps: Sequence[str] = ()

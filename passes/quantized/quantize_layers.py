@@ -29,7 +29,7 @@ from passes.quantized.plan_bytes import (
     window_mean,
 )
 from passes.quantized.ranges import STEPS, Affine
-from passes.rewriting import Graph, bindings_of, constant, rewrite_module, scalar
+from passes.rewriting import Graph, bindings_of, constant, rewrite_module, scalar, variables
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Rewriter:
                 self._hold(param, param)
         for binding in bindings_of(self.func):
             self._visit(binding.var, binding.value)
-        return self.graph.finish(self.func)
+        return sink_residuals(self.graph.finish(self.func))
 
     def _visit(self, var: relax.Var, value: relax.Expr) -> None:
         if var in self.plan.layers:
@@ -257,6 +257,44 @@ class _Rewriter:
         made = relax.op.multiply(pooled, _over(np.asarray(of.scale), unit))
         shape = shape_of(value)
         return made if len(shape) == 4 else relax.op.reshape(made, shape)
+
+
+def sink_residuals(func: relax.Function) -> relax.Function:
+    """`func` with the bytes that are only added to something computed right before they are.
+
+    Of two kernels that end in one addition, operator fusion gives it to the one that comes first: that must be the one
+    whose float values are added, or these would have to be stored.
+    """
+    bindings = bindings_of(func)
+    readers: dict[relax.Var, list[int]] = {}
+    for i, binding in enumerate(bindings):
+        for var in variables(binding.value):
+            readers.setdefault(var, []).append(i)
+    outputs = set(variables(func.body.body))
+    before: dict[int, list[relax.VarBinding]] = {}
+    moved = set()
+    for i, binding in enumerate(bindings):
+        at = readers.get(binding.var, [])
+        residual = [
+            is_call(bindings[j].value, operators.DEQUANTIZE_ADD)
+            and bindings[j].value.args[1].same_as(binding.var)
+            for j in at
+        ]
+        if is_call(binding.value, operators.QUANTIZE) and at and all(residual):
+            if binding.var not in outputs:
+                before.setdefault(at[0], []).append(binding)
+                moved.add(i)
+    if not moved:
+        return func
+    order = []
+    for i, binding in enumerate(bindings):
+        order += before.get(i, [])
+        if i not in moved:
+            order.append(binding)
+    body = relax.SeqExpr([relax.DataflowBlock(order)], func.body.body)
+    return relax.Function(
+        list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs
+    )
 
 
 def _over(array: np.ndarray, unit: float) -> relax.Expr:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify networks that jump: where a float is rounded to a step, the last bit of a sum decides which one.
+
+A kernel and its float64 evaluation may then differ by a whole step, and the layers behind make of it what they will, so
+that outputs alone prove nothing: a tolerance wide enough for flipped steps would be wide enough for bugs. The tensors
+behind a jump therefore come from the kernels themselves, and each is compared on its own:
+
+    1. the compiled program runs once, and every tensor of steps that its kernels write is kept
+    2. the graph is evaluated in numpy; where it rounds to steps, each element must be what rounding the float64 value
+       gives, or what it gives after moving that value by no more than the float tolerance: a flip is allowed at a tie,
+       by one step, and nowhere else
+    3. the evaluation goes on with the kernels' steps, so that what follows is judged on the inputs it really had
+
+Between jumps everything is continuous, and `compiler.comparison`'s tolerance holds: the outputs need no wider one. Sums of
+steps are exact integers, so only the handful of float operations before a rounding count.
+
+Which operators jump the families say (`Family.jumps`): elementwise, rising with their first argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import tvm
+
+from compiler.comparison import Steps, magnitude, rounding_tolerance
+from compiler.runtime import LoadedModel
+from passes.layers import is_call
+from passes.rewriting import bindings_of
+
+Reference = Callable[..., np.ndarray]
+_TO_FIRST = (0, 3, 1, 2)
+
+
+def jumping_operators() -> frozenset[str]:
+    """Names of the operators that round to steps, of all families."""
+    from passes import families
+
+    return frozenset(name for family in families() for name in family.jumps)
+
+
+def jumps_in(mod: tvm.IRModule, names: frozenset[str]) -> bool:
+    return any(is_call(b.value, name) for b in bindings_of(mod["main"]) for name in names)
+
+
+def written_tensors(model: LoadedModel, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Copies of the integer tensors that kernels write in one run, in call order."""
+    kept: list[np.ndarray] = []
+
+    def watch(_function, name, before, _result, *arguments):
+        if not before and name in model.kernel_names:
+            tensors = [a for a in arguments if isinstance(a, tvm.runtime.Tensor)]
+            if tensors and str(tensors[-1].dtype).startswith(("uint", "int")):
+                kept.append(tensors[-1].numpy().copy())
+        return 0
+
+    tensors = model.bind(inputs)
+    with model.instrumented(watch):
+        model.invoke(tensors)
+    return kept
+
+
+@dataclass
+class Replay:
+    """References of jumping operators that continue with the kernels' tensors, for two evaluations of one graph: in
+    float64 first, which finds the tensor of each jump, then in float32, which shows how far rounding may move a value.
+
+    `terms` as in `compiler.comparison.rounding_terms`, of what is still summed in floats.
+    """
+
+    written: Sequence[np.ndarray]
+    terms: float
+    _taken: list[np.ndarray | None] = field(default_factory=list)
+    _exact: list[tuple[Reference, dict, np.ndarray]] = field(default_factory=list)
+    _next: int = 0
+    steps: list[Steps] = field(default_factory=list)
+
+    def exact(self, reference: Reference) -> Reference:
+        """Of an operator, in the float64 evaluation."""
+
+        def step(attrs: dict, x: np.ndarray, *rest: np.ndarray) -> np.ndarray:
+            wanted = reference(attrs, x, *rest)
+            found = closest(self.written, wanted)
+            self._taken.append(found)
+            self._exact.append((lambda at: reference(attrs, at, *rest), attrs, x))
+            return wanted if found is None else found
+
+        return step
+
+    def plain(self, _reference: Reference) -> Reference:
+        """Of an operator, in the float32 evaluation that follows."""
+
+        def step(_attrs: dict, x: np.ndarray, *_rest: np.ndarray) -> np.ndarray:
+            again, _, exact = self._exact[self._next]
+            found = self._taken[self._next]
+            self._exact[self._next] = (again, {}, np.empty(0))  # activations are large
+            self._next += 1
+            wanted = again(exact)
+            self.steps.append(_judge(again, exact, x, found, wanted, self.terms))
+            return wanted if found is None else found
+
+        return step
+
+
+def _judge(
+    again: Reference,
+    exact: np.ndarray,
+    plain: np.ndarray,
+    found: np.ndarray | None,
+    wanted: np.ndarray,
+    terms: float,
+) -> Steps:
+    """How one tensor of steps compares: `exact` and `plain` are the values before rounding in both precisions."""
+    if found is None:
+        return Steps(1, wanted.size, 0, wanted.size)
+    differ = found != wanted
+    if not differ.any():
+        return Steps(1, wanted.size, 0, 0)
+    error = np.abs(plain.astype("float64") - exact)
+    moved = rounding_tolerance(
+        float(error[np.isfinite(error)].max(initial=0.0)), magnitude(exact), terms
+    )
+    low, high = again(exact - moved), again(exact + moved)
+    wrong = int(np.count_nonzero((found < low) | (found > high)))
+    return Steps(1, wanted.size, int(np.count_nonzero(differ)) - wrong, wrong)
+
+
+def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | None:
+    """The tensor, in `wanted`'s layout, that differs from it in the fewest elements; None if none is of its kind.
+
+    Kernels hold images channels last, and their names say nothing about the graph's variables; what a tensor holds does.
+    """
+    best, fewest = None, wanted.size + 1
+    for tensor in written:
+        if tensor.dtype != wanted.dtype:
+            continue
+        for candidate in _layouts(tensor, wanted.shape):
+            differing = int(np.count_nonzero(candidate != wanted))
+            if differing < fewest:
+                best, fewest = candidate, differing
+    return best
+
+
+def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end), flattened."""
+    found = []
+    if tensor.ndim == 4 and len(shape) == 4:
+        moved = tensor.transpose(_TO_FIRST)
+        if moved.shape[::2] == shape[::2] and moved.shape[3] == shape[3]:
+            if moved.shape[1] >= shape[1]:
+                found.append(moved[:, : shape[1]])
+    if tensor.size == math.prod(shape) and (tensor.shape == shape or not found):
+        found.append(tensor.reshape(shape))
+    return found
+
+
+def replayed(
+    references: Mapping[str, Reference], names: frozenset[str], wrap: Callable
+) -> dict[str, Reference]:
+    """`references` with those of jumping operators wrapped."""
+    return {n: wrap(r) if n in names else r for n, r in references.items()}

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Int8: activations as unsigned bytes, weights as signed ones, sums in 32 bits; calibration, rewriting and lowering."""
+
+from __future__ import annotations
+
+from passes.family import Family
+from passes.quantized.lowering import LOWERINGS
+from passes.quantized.operators import (
+    DEQUANTIZE,
+    DEQUANTIZE_ADD,
+    INT8_AVERAGE_POOL,
+    INT8_CONV2D,
+    INT8_DENSE,
+    QUANTIZE,
+    register,
+)
+from passes.quantized.parameters import PARAMETERS
+from passes.quantized.reference import (
+    dequantize,
+    dequantize_add,
+    int8_average_pool,
+    int8_conv2d,
+    int8_dense,
+    quantize,
+)
+from passes.quantized.treat_graph import prune, rewrite
+
+FAMILY = Family(
+    name="int8",
+    register=register,
+    lowerings=LOWERINGS,
+    references={
+        INT8_CONV2D: int8_conv2d,
+        INT8_DENSE: int8_dense,
+        INT8_AVERAGE_POOL: int8_average_pool,
+        QUANTIZE: quantize,
+        DEQUANTIZE: dequantize,
+        DEQUANTIZE_ADD: dequantize_add,
+    },
+    parameters=PARAMETERS,
+    prune=prune,
+    rewrite=rewrite,
+    jumps=(QUANTIZE,),
+)
