@@ -6,9 +6,9 @@ from __future__ import annotations
 
 def families() -> tuple:
     """Every family of operators, dense first. Adding one: its folder and its line here."""
-    from passes import dense, quantized, sparse
+    from passes import activation_sparse, dense, quantized, sparse
 
-    return (dense.FAMILY, sparse.FAMILY, quantized.FAMILY)
+    return (dense.FAMILY, sparse.FAMILY, quantized.FAMILY, activation_sparse.FAMILY)
 
 
 def family_named(name: str):

@@ -34,11 +34,11 @@ from schedules.vector_math import lanes_of
 from schedules.windows import Problem, loop, span, splat, unravel, vectors
 
 # Room behind a list: the zeros that close it.
-_SLACK = 32
+SLACK = 32
 # Share of the second-level cache for the weights of one block; the next one is fetched beside it.
 _BLOCK = 0.1
 _LINE = 16  # float32 values in a cache line
-_SIDE_BY_SIDE = 8
+SIDE_BY_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def default_point(
 ) -> Point:
     """Blocks by cache size. `density` is the one expected, `crossover` that above which `dense` is to run."""
     if problem.row == 1:
-        return Point("rows", _SIDE_BY_SIDE)
+        return Point("rows", SIDE_BY_SIDE)
     blocks = -(-4 * problem.c * dense.panel // int(_BLOCK * target.l2_bytes))
     chunk = -(-problem.c // blocks // 16) * 16
     sums = 2 if 2 * dense.nv <= target.registers * 3 // 4 else 1
@@ -289,44 +289,53 @@ def add_rows(lists: Lists, count, sums, columns: int, take: int, load: Callable,
 
 
 def _emit_rows(kernel: Emission, shape, problem: Problem, point: Point, target: CpuTarget) -> None:
-    """One row of x. Threads take parts of the columns."""
+    """One row of x."""
     x, w = kernel.inputs
-    lanes = target.lanes
     flat = T.decl_buffer((problem.c,), "float32", data=x.data)
-    lists = Lists.allocate(1, problem.c + _SLACK)
+    lists = Lists.allocate(1, problem.c + SLACK)
     count = T.alloc_buffer((1,), "int32")
     start_lists(lists, count)
     compact(flat, 0, 0, problem.c, lists, count, target)
     close_list(lists, 0, count, point.sums)
-    entries = T.Bind(count[0])
-    every = -(-problem.o // lanes)
+    store_row_sums(
+        kernel, shape, lists, T.Bind(count[0]), problem.o, point.sums,
+        lambda k, c: w[k, span(c, target.lanes)], target,
+    )  # fmt: skip
+
+
+def store_row_sums(
+    kernel: Emission, shape, lists: Lists, entries, outputs: int, take: int, load: Callable,
+    target: CpuTarget,
+) -> None:  # fmt: skip
+    """Store the sum of the listed rows as the kernel's one row of results. Threads take parts of its columns."""
+    lanes = target.lanes
+    every = -(-outputs // lanes)
     parts = min(target.threads, every)
     per_part = every // parts * lanes
+    lead = [0] * (len(shape) - 1)
 
     def part(first, columns: int) -> None:
         padded = -(-columns // lanes) * lanes
         sums = T.alloc_buffer((padded,), "float32")
-        add_rows(
-            lists,
-            entries,
-            sums,
-            padded,
-            point.sums,
-            lambda k, c: w[k, span(first + c, lanes)],
-            lanes,
-        )
-        lead = [0] * (len(shape) - 1)
-        with T.serial(0, columns // lanes) as i:
-            at = span(i * lanes, lanes)
-            kernel.store(sums[at], [*lead, span(first + i * lanes, lanes)])
+        add_rows(lists, entries, sums, padded, take, lambda k, c: load(k, first + c), lanes)
+        if columns // lanes:
+            with T.serial(0, columns // lanes) as i:
+                at = span(i * lanes, lanes)
+                kernel.store(sums[at], [*lead, span(first + i * lanes, lanes)])
         if rest := columns % lanes:
             begin = columns - rest
             kernel.store(sums[span(begin, rest)], [*lead, span(first + begin, rest)])
 
-    if parts > 1:
-        with loop(parts - 1, True) as p:
-            part(p * per_part, per_part)
-    part((parts - 1) * per_part, problem.o - (parts - 1) * per_part)
+    last = (parts - 1) * per_part
+    if parts == 1:
+        part(0, outputs)
+        return
+    with loop(parts, True) as p:
+        with T.If(p < parts - 1):
+            with T.Then():
+                part(p * per_part, per_part)
+            with T.Else():
+                part(last, outputs - last)
 
 
 class _Tiles:
@@ -355,7 +364,7 @@ class _Tiles:
             dense.emit()
             return
         # The row of x that passes the limit is still written.
-        room = min(self.limit + problem.c, whole + padding) + self.chunks * point.sums + _SLACK
+        room = min(self.limit + problem.c, whole + padding) + self.chunks * point.sums + SLACK
         self.lists = Lists.allocate(self.rows * self.chunks, room)
         count = T.alloc_buffer((1,), "int32")
         self._compact(count)

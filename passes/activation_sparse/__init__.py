@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation sparsity: dense layers that skip the zeros which ReLU-like activations leave in their input."""
+
+from __future__ import annotations
+
+from passes.activation_sparse import reference
+from passes.activation_sparse.lowering import lower_dense, lower_gated
+from passes.activation_sparse.operators import DENSE, GATED, register
+from passes.activation_sparse.rewrite import PARAMETERS, found_in, rewrite
+from passes.family import Family
+
+FAMILY = Family(
+    name="activation_sparse",
+    register=register,
+    lowerings={DENSE: lower_dense, GATED: lower_gated},
+    references={DENSE: reference.sparse_dense, GATED: reference.sparse_gated},
+    parameters=PARAMETERS,
+    rewrite=rewrite,
+    found_in=found_in,
+)

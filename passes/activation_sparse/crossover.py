@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The density of activations above which a dense kernel is faster, measured on this machine or estimated for another."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import replace
+
+import numpy as np
+import tvm
+from tvm import te
+
+from passes.dense.conv2d import pack_weights
+from passes.dense.matmul import define_dense
+from schedules import contraction, gathered_rows
+from schedules.dispatch import schedule_function
+from schedules.spaces import point_for
+from schedules.target import CpuTarget
+
+_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+_RUNS = 7
+# The kernel goes over to dense a little before they are level: a wrong guess then costs less.
+_MARGIN = 0.95
+# (rows, density) of the crossover for machines that cannot be measured here: AVX-512, 3072 -> 768.
+_ESTIMATES = ((8, 0.3), (64, 0.15), (1 << 30, 0.25))
+
+
+def crossover(rows: int, inputs: int, outputs: int, target: CpuTarget) -> float:
+    """The density in [0, 1] up to which gathering rows is the faster way."""
+    if rows == 1:
+        return 1.0  # one row of activations reads what it needs: never slower, see gathered_rows
+    if target.missing_on_host():
+        return next(density for most, density in _ESTIMATES if rows <= most)
+    return _measure(rows, inputs, outputs, target.with_threads(1))
+
+
+@functools.lru_cache(maxsize=64)
+def _measure(rows: int, inputs: int, outputs: int, target: CpuTarget) -> float:
+    """The first density whose interpolated time passes that of the dense kernel; runs alternate."""
+    problem = gathered_rows.dense_problem(rows, inputs, outputs)
+    dense = point_for(contraction, problem, target)
+    shape = (rows, inputs)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
+    packed = pack_weights(weight[:, :, None, None], problem, dense)
+    kernels = [(_compile(define_dense(shape, problem, dense), shape, packed, target), packed)]
+    inputs_at = []
+    for density in _DENSITIES:
+        point = gathered_rows.default_point(problem, target, density, 1.0, dense)
+        point = replace(point, limit=rows * inputs)
+        kernels.append(
+            (_compile(gathered_rows.define(shape, problem, point), shape, packed, target), packed)
+        )
+        hidden = rng.standard_normal(shape, dtype=np.float32) * (rng.random(shape) < density)
+        inputs_at.append(tvm.runtime.tensor(hidden))
+    times = _times(kernels, inputs_at, (rows, outputs))
+    ratios = [t / times[0] for t in times[1:]]
+    return _MARGIN * first_above(_DENSITIES, ratios)
+
+
+def _compile(define, shape, packed: np.ndarray, target: CpuTarget):
+    arguments = [
+        te.placeholder(s, "float32", name=n) for n, s in (("x", shape), ("w", packed.shape))
+    ]
+    func = te.create_prim_func([*arguments, define(*arguments)])
+    func, _ = schedule_function("crossover", func, target)
+    mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(mod, target.tvm())["main"]
+
+
+def _times(kernels: list, inputs_at: list, shape: tuple[int, int]) -> list[float]:
+    """Median seconds of each kernel on its own input; the first, which is dense, on the last of them."""
+    out = tvm.runtime.tensor(np.zeros(shape, np.float32))
+    weights = tvm.runtime.tensor(kernels[0][1])
+    given = [inputs_at[-1], *inputs_at]
+    samples: list[list[float]] = [[] for _ in kernels]
+    for run in range(_RUNS + 1):
+        for (kernel, _), x, kept in zip(kernels, given, samples):
+            start = time.perf_counter()
+            kernel(x, weights, out)
+            if run:
+                kept.append(time.perf_counter() - start)
+    return [float(np.median(kept)) for kept in samples]
+
+
+def first_above(densities, ratios) -> float:
+    """Where `ratios` over `densities`, joined by straight lines, first pass 1; the ends where they never or always do."""
+    previous = (0.0, 0.0)
+    for density, ratio in zip(densities, ratios):
+        if ratio >= 1:
+            if previous[0] == 0.0:
+                return 0.0
+            share = (1 - previous[1]) / (ratio - previous[1])
+            return previous[0] + share * (density - previous[0])
+        previous = (density, ratio)
+    density, ratio = previous
+    return min(1.0, density / ratio)
