@@ -95,7 +95,7 @@ _ALIAS_ROWS = 8  # as many as fit into one set
 _SHORT_RUN = 32  # steps of the sum in one kernel row
 
 
-def _step_cycles(mr: int, nv: int, sums: int) -> float:
+def step_cycles(mr: int, nv: int, sums: int) -> float:
     """Cycles per step of the sum: two FMA and two load ports, latency 4, weights from the second-level cache.
 
     The last two terms are measured (Cascade Lake, tiles from 28x1 to 4x6): each broadcast and each vector of weights
@@ -110,7 +110,7 @@ def estimated_cycles(problem: Problem, lanes: int, mr: int, nv: int, sums: int) 
     total = 0.0
     for first in range(0, count, nv):
         part = min(nv, count - first)
-        total += problem.steps * _step_cycles(mr, part, sums) + 2 * mr * part + 12
+        total += problem.steps * step_cycles(mr, part, sums) + 2 * mr * part + 12
     return total * -(-problem.row // mr)
 
 
@@ -172,7 +172,12 @@ def _order(problem: Problem, panels: int, chunk: int, target: CpuTarget) -> tupl
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The tile with the least estimated time, and the order that moves the least memory."""
-    mr, nv, sums = _tile(problem, target)
+    return point_of_tile(problem, _tile(problem, target), target)
+
+
+def point_of_tile(problem: Problem, tile: tuple[int, int, int], target: CpuTarget) -> Point:
+    """The point of a tile (mr, nv, sums): the order that moves the least memory, unrolling, prefetching."""
+    mr, nv, sums = tile
     panels = problem.groups * -(-len(vectors(problem.group_outputs, target.lanes)) // nv)
     chunk = _chunk(problem, nv * target.lanes, target)
     order, block = _order(problem, panels, chunk, target)

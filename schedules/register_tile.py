@@ -76,6 +76,7 @@ class Contraction:
         self.row = RowTiles(problem, point.mr, problem.row)
         self.tiles = self.row.count * problem.rows
         self.chunk = point.chunk if 0 < point.chunk < problem.group_inputs else problem.group_inputs
+        self.panel_weights = point.panel * terms.branches  # of one step of the sum
 
     # ---- loops
 
@@ -117,7 +118,7 @@ class Contraction:
                 packed_shape(self.problem, self.point)[0] if self.point.order == "chunks" else 1
             )
             self.partial = T.alloc_buffer(
-                (panels, self.tiles, self.point.mr, self.point.panel), self.terms.dtype
+                (panels, self.tiles, self.point.mr, self.panel_weights), self.terms.dtype
             )
             if count == 2:
                 body(_Chunk(0, chunk, True, False))
@@ -185,8 +186,9 @@ class Contraction:
     def _tile(self, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
         mr, lanes = self.point.mr, self.point.lanes
         # Scratch on the stack, which LLVM keeps in registers, has to be small arrays of scope "global".
+        sums = self._sums(panel)
         banks = [
-            [[self._register(width) for width, _ in panel.widths] for _ in range(mr)]
+            [[self._register(width) for width in sums] for _ in range(mr)]
             for _ in range(self.point.sums)
         ]
         self._start(banks, pixels, panel, chunk)
@@ -194,24 +196,27 @@ class Contraction:
             self._prefetch_output(pixels, panel)
         if self.point.prefetch & PARTIAL and self.point.order == "chunks":
             for p in range(mr):
-                for v in range(len(panel.widths)):
+                for v in range(len(sums)):
                     _prefetch(self.partial[panel.index, pixels.tile + 1, p, v * lanes])
         self._sum(banks, pixels, panel, chunk)
         for p in range(mr):
             lead = [pixels.image, pixels.oh, pixels.base + p]
             at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else lead
-            for v, (width, stored) in enumerate(panel.widths):
-                parts = [bank[p][v][span(0, stored if chunk.last else width)] for bank in banks]
-                while len(parts) > 1:
-                    parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
-                if chunk.last:
-                    self.kernel.store(parts[0], [*at, span(panel.first_output + v * lanes, stored)])
-                else:
-                    T.buffer_store(
-                        self.partial,
-                        parts[0],
-                        [*self._slot(panel, pixels), p, span(v * lanes, width)],
-                    )
+            if not chunk.last:
+                for v, width in enumerate(sums):
+                    where = [*self._slot(panel, pixels), p, span(v * lanes, width)]
+                    T.buffer_store(self.partial, _total(banks, p, v, width), where)
+                continue
+            each = self.terms.branches
+            for v, (_, stored) in enumerate(panel.widths):
+                first = panel.first_output + v * lanes
+                parts = [_total(banks, p, v * each + b, stored) for b in range(each)]
+                value = self.terms.combine(parts, first, stored)
+                self.kernel.store(value, [*at, span(first, stored)])
+
+    def _sums(self, panel: _Panel) -> list[int]:
+        """Lanes of the vectors of sums that a tile keeps of each pixel: the branches of an output next to one another."""
+        return [width for width, _ in panel.widths for _ in range(self.terms.branches)]
 
     def _register(self, width: int):
         return T.alloc_buffer((width,), self.terms.dtype)
@@ -228,7 +233,7 @@ class Contraction:
         def fill(resume: bool) -> None:
             for b, bank in enumerate(banks):
                 for p, registers in enumerate(bank):
-                    for v, ((width, _), register) in enumerate(zip(panel.widths, registers)):
+                    for v, (width, register) in enumerate(zip(self._sums(panel), registers)):
                         value = splat(tirx.const(0, self.terms.dtype), width)
                         if resume and b == 0:
                             value = self.partial[(*slot, p, span(v * self.point.lanes, width))]
@@ -355,7 +360,7 @@ class Contraction:
         def term(k, bank: list) -> None:
             for p in valid:
                 pixel = self.terms.pixel(tuple(x_index(p, k)))
-                for v, (width, _) in enumerate(panel.widths):
+                for v, width in enumerate(self._sums(panel)):
                     register, lane = bank[p][v], span(0, width)
                     at = (panel.index, *w_index(k), v * point.lanes)
                     T.buffer_store(
@@ -384,8 +389,8 @@ class Contraction:
             at = (panel.index + 1, *w_index(first))
         else:
             at = (panel.index, *w_index(steps))
-        share = -(-steps * self.point.panel // self.tiles)
-        per_step = -(-self.point.panel // self.tiles)
+        share = -(-steps * self.panel_weights // self.tiles)
+        per_step = -(-self.panel_weights // self.tiles)
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
             offset = pixels.tile * share + k * per_step + line * _LINE
             _prefetch(self.terms.weight_byte((*at, offset)))
@@ -411,6 +416,14 @@ class Contraction:
                 _prefetch(
                     self.kernel.output[(*at, panel.first_output + v * self.point.lanes)], write=True
                 )
+
+
+def _total(banks: list, pixel: int, vector: int, width: int):
+    """The sum of a pixel's vector over the banks, its first `width` lanes."""
+    parts = [bank[pixel][vector][span(0, width)] for bank in banks]
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
 
 
 def _prefetch(value, write: bool = False) -> None:

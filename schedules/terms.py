@@ -2,7 +2,8 @@
 """What one term of a contraction's sum is: a float32 product, or the dot product of four uint8 and four int8.
 
 A contraction counts its inputs in elements of 4 bytes. An element is a float32 channel, or a quad of four neighbouring
-channels whose int8 weights lie side by side for every output channel. `Terms` is all that a register tile knows of them.
+channels whose int8 weights lie side by side for every output channel. `Terms` is all that a register tile knows of them,
+and of what becomes of the sums: an output may need several (`branches`), whose weights lie vector beside vector.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class FloatTerms:
 
     dtype = "float32"
     starts = None  # sums begin at zero
+    branches = 1  # sums per output
 
     def __init__(self, kernel: Emission):
         self.x, self.w = kernel.inputs
@@ -40,6 +42,10 @@ class FloatTerms:
         """As `pixel_byte`, of the weights."""
         return self.w[at]
 
+    def combine(self, sums: list, first, width: int):
+        """The outputs of channels [first, first + width) from the vectors of their sums, one per branch."""
+        return sums[0]
+
 
 class QuadTerms:
     """uint8 times int8, summed in int32: the last index of x and of the weights counts quads of bytes.
@@ -49,6 +55,7 @@ class QuadTerms:
     """
 
     dtype = "int32"
+    branches = 1
 
     def __init__(self, kernel: Emission, target: CpuTarget):
         self.x, self.w, *rest = kernel.inputs
@@ -69,6 +76,9 @@ class QuadTerms:
 
     def weight_byte(self, at: tuple):
         return self.w[(*at[:-1], at[-1] * 4)]
+
+    def combine(self, sums: list, first, width: int):
+        return sums[0]
 
 
 def reads_signed_pixels(target: CpuTarget) -> bool:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lower `kerf.quadratic_conv2d` and `kerf.quadratic_dense`: weights stacked by branch, sums combined in the last stage.
+
+rewrite: kerf.quadratic_conv2d(x, w_r, w_g, w_b, shifts)  ->  call_tir(quadratic, (x, packed w, shifts))
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from tvm import relax, te
+
+from passes.dense.conv2d import pad_image
+from passes.layers import attrs_of, shape_of
+from passes.lower import call_te
+from passes.quadratic.operators import QUADRATIC_CONV2D, shifts_of, weights_of
+from schedules import contraction, quadratic_contraction
+from schedules.errors import ScheduleError
+from schedules.fused import annotations
+from schedules.quadratic_contraction import LOOPS, SQUARED, Point, Problem, combine
+from schedules.spaces import point_for
+from schedules.target import CpuTarget
+
+
+def problem_of(call: relax.Call) -> Problem:
+    """The problem of a quadratic call; convolutions in NHWC layout, else ScheduleError."""
+    attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
+    if call.op.name != QUADRATIC_CONV2D:
+        return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0], form=attrs["form"])
+    if attrs["layout"] != "NHWC":
+        raise ScheduleError(
+            "convolution not channels last", where=attrs["name"], found=attrs["layout"], wanted="NHWC"
+        )  # fmt: skip
+    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
+    return Problem(*x, w[0], *w[2:], stride, padding, dilation, attrs["groups"], form=attrs["form"])
+
+
+def pack_weights(weights: dict[str, np.ndarray], problem: Problem, point: Point) -> np.ndarray:
+    """[O, C/groups, R, S] per branch -> `quadratic_contraction.packed_shape`, zeros where there is no channel."""
+    groups, outputs, lanes = problem.groups, problem.group_outputs, point.lanes
+    count = contraction.panels_per_group(problem, point) * point.nv
+    shape = (problem.group_inputs, problem.r, problem.s)
+    full = np.zeros((groups, count * lanes, len(problem.form), *shape), np.float32)
+    for i, branch in enumerate(problem.form):
+        full[:, :outputs, i] = weights[branch].reshape(groups, outputs, *shape)
+    # groups, panel, vector, lane, branch, c, r, s -> groups, panel, r, s, c, vector, branch, lane
+    split = full.reshape(groups, -1, point.nv, lanes, len(problem.form), *shape)
+    return np.ascontiguousarray(split.transpose(0, 1, 6, 7, 5, 2, 4, 3)).reshape(
+        quadratic_contraction.packed_shape(problem, point)
+    )
+
+
+def define_quadratic(shape: tuple[int, ...], problem: Problem, point: Point):
+    """te function (x, packed w, shifts if any) -> the neurons; `shape` is x's: [N, H, W, C], or [..., K] if flat."""
+    notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
+    (sh, sw), (dh, dw), lanes = problem.stride, problem.dilation, point.lanes
+    panels, outputs = contraction.panels_per_group(problem, point), problem.group_outputs
+    branches = len(problem.form)
+    dense = len(shape) != 4 or problem.flat
+    out = (*shape[:-1], problem.o) if dense else (problem.n, problem.oh, problem.ow, problem.o)
+
+    def define(x, w, *shifts):
+        padded = x if dense else pad_image(x, problem)
+
+        def branch_sum(index: int, branch: str):
+            r = te.reduce_axis((0, problem.r), "r")
+            s = te.reduce_axis((0, problem.s), "s")
+            k = te.reduce_axis((0, problem.group_inputs), "k")
+
+            def value(*i):
+                *lead, o = i
+                group, within = (0, o) if problem.groups == 1 else (o // outputs, o % outputs)
+                channel = group * problem.group_inputs + k
+                if dense:
+                    pixel = padded[(*lead, channel)]
+                else:
+                    n, oh, ow = lead
+                    pixel = padded[n, oh * sh + r * dh, ow * sw + s * dw, channel]
+                vector, lane = within // lanes, within % lanes
+                at = (vector % point.nv * branches + index) * lanes + lane
+                weight = w[group * panels + vector // point.nv, r, s, k, at]
+                return te.sum(
+                    (pixel * pixel if branch == SQUARED else pixel) * weight, axis=[r, s, k]
+                )
+
+            return te.compute(out, value, name=f"branch_{branch}")
+
+        sums = [branch_sum(i, branch) for i, branch in enumerate(problem.form)]
+
+        def neuron(*i):
+            return combine(
+                problem.form, [b(*i) for b in sums], shifts[0] if shifts else None, i[-1]
+            )
+
+        return te.compute(out, neuron, name="quadratic", attrs=notes)
+
+    return define
+
+
+def lower_quadratic(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
+    """Both operators; activations channels last."""
+    problem = problem_of(call)
+    return lower_at(bb, call, problem, point_for(quadratic_contraction, problem, target))
+
+
+def lower_at(
+    bb: relax.BlockBuilder, call: relax.Call, problem: Problem, point: Point
+) -> relax.Expr:
+    """The direct kernel at a point."""
+    weights = {b: w.reshape(*w.shape, *[1] * (4 - w.ndim)) for b, w in weights_of(call).items()}
+    args = [call.args[0], relax.const(pack_weights(weights, problem, point))]
+    if (shifts := shifts_of(call)) is not None:
+        args.append(relax.const(shifts))
+    kind = f"{problem.r}x{problem.s}" if call.op.name == QUADRATIC_CONV2D else "dense"
+    size = f"{problem.oh}x{problem.ow}_{problem.c}_{problem.o}"
+    define = define_quadratic(shape_of(call.args[0]), problem, point)
+    return call_te(bb, define, *args, hint=f"quadratic_{problem.form}_{kind}_{size}")
