@@ -6,6 +6,9 @@
              matmul(x, const w) with w [K, O]        ->  kerf.dense(x, w.T)
              matmul(x, permute_dims(const w [O, K])) ->  kerf.dense(x, w)
 
+A weight that the model stores as integers also gets what they are multiplied by: `weight_scale`, one number or one per
+output.
+
 Requires float32, NCHW / OIHW (NCW / OIW). Ensures that every such operator with a constant weight is a named one; a
 weight that is computed, batched or the left operand of a product stays with its Relax operator.
 """
@@ -13,6 +16,7 @@ weight that is computed, batched or the left operand of a product stays with its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import tvm
@@ -21,6 +25,14 @@ from tvm.relax import PyExprMutator, expr_functor
 
 from passes import layers
 from passes.layers import const_array, is_call, is_const, shape_of
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight is a multiple of `scale`: one number, or one for each index along `axis`."""
+
+    scale: np.ndarray
+    axis: int | None = None
 
 
 class _Names:
@@ -42,9 +54,14 @@ class _Names:
 
 @expr_functor.mutator
 class _Namer(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, names: Mapping[relax.Expr, str]):
+    def __init__(
+        self,
+        mod: tvm.IRModule,
+        names: Mapping[relax.Expr, str],
+        grids: Mapping[relax.Expr, Grid],
+    ):
         super().__init__(mod)
-        self.names = _Names(names)
+        self.names, self.grids = _Names(names), grids
         self.derived: dict[tuple, relax.Expr] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
@@ -75,6 +92,15 @@ class _Namer(PyExprMutator):
             )
         return self.derived[weight, change]
 
+    def _with_grid(self, layer: relax.Call, weight: relax.Expr, output_axis: int) -> relax.Call:
+        """The layer with its weight's scales, where these are one for all or one per output."""
+        grid = self.grids.get(weight)
+        if grid is None or grid.axis not in (None, output_axis):
+            return layer
+        scales = [float(s) for s in grid.scale]
+        attrs = {**layers.attrs_of(layer), "weight_scale": scales}
+        return layers.operator_call(layer.op.name, list(layer.args), **attrs)
+
     def _conv2d(self, call: relax.Call) -> relax.Expr:
         x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
         if not (
@@ -83,10 +109,11 @@ class _Namer(PyExprMutator):
             and _is_float32(call)
         ):
             return call
-        return layers.conv2d(
+        layer = layers.conv2d(
             x, weight, name=self.names.of(weight, "conv2d"), strides=_ints(attrs.strides), padding=_sides(attrs.padding),
             dilation=_ints(attrs.dilation), groups=attrs.groups,
         )  # fmt: skip
+        return self._with_grid(layer, weight, output_axis=0)
 
     def _conv1d(self, call: relax.Call) -> relax.Expr:
         x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
@@ -104,6 +131,7 @@ class _Namer(PyExprMutator):
             high, self._derive(weight, "height"), name=self.names.of(weight, "conv1d"), strides=(1, *_ints(attrs.strides)),
             padding=(0, left, 0, right), dilation=(1, *_ints(attrs.dilation)), groups=attrs.groups,
         )  # fmt: skip
+        result = self._with_grid(result, weight, output_axis=0)
         return relax.op.reshape(self.builder_.emit(result), shape_of(call))
 
     def _matmul(self, call: relax.Call) -> relax.Expr:
@@ -113,11 +141,13 @@ class _Namer(PyExprMutator):
         if is_call(weight, "relax.permute_dims"):
             stored = self._resolve(weight.args[0])
             if _is_weight(stored, 2) and _is_transposition(weight):
-                return layers.dense(x, stored, name=self.names.of(stored, "dense"))
+                layer = layers.dense(x, stored, name=self.names.of(stored, "dense"))
+                return self._with_grid(layer, stored, output_axis=0)
         if _is_weight(weight, 2):
-            return layers.dense(
+            layer = layers.dense(
                 x, self._derive(weight, "transpose"), name=self.names.of(weight, "dense")
             )
+            return self._with_grid(layer, weight, output_axis=1)
         return call
 
 
@@ -145,13 +175,18 @@ def _sides(padding) -> list[int]:
 
 @tvm.transform.module_pass(opt_level=0, name="kerf.NameLayers")
 class NameLayers:
-    """`names` maps weight constants (by identity) to layer names; a weight that is not there is `dense_1`, `conv2d_2`, ..."""
+    """`names` maps weight constants (by identity) to layer names; a weight that is not there is `dense_1`, `conv2d_2`, ...;
+    `grids` those to their scales that the model stores as integers."""
 
-    def __init__(self, names: Mapping[relax.Expr, str] | None = None):
-        self.names = names or {}
+    def __init__(
+        self,
+        names: Mapping[relax.Expr, str] | None = None,
+        grids: Mapping[relax.Expr, Grid] | None = None,
+    ):
+        self.names, self.grids = names or {}, grids or {}
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        namer = _Namer(mod, self.names)
+        namer = _Namer(mod, self.names, self.grids)
         for gv, func in mod.functions_items():
             if isinstance(func, relax.Function):
                 namer.builder_.update_func(

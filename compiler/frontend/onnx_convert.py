@@ -11,15 +11,21 @@ import onnx
 from onnx import helper
 from tvm import relax
 
-from compiler.frontend import onnx_layer_ops, onnx_ops, onnx_shape_ops
+from compiler.frontend import onnx_layer_ops, onnx_ops, onnx_quantization, onnx_shape_ops
 from compiler.frontend.names import is_anonymous
 from compiler.frontend.onnx_graph import OnnxGraph, scope_of
 from compiler.frontend.support import Refused, constant, dtype_of, first_line
 from passes.layers import is_const, shape_of
+from passes.name_layers import Grid
 from schedules.errors import UnsupportedModel
 
 _LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
-_TABLES = (onnx_ops.CONVERTERS, onnx_layer_ops.CONVERTERS, onnx_shape_ops.CONVERTERS)
+_TABLES = (
+    onnx_ops.CONVERTERS,
+    onnx_layer_ops.CONVERTERS,
+    onnx_shape_ops.CONVERTERS,
+    onnx_quantization.CONVERTERS,
+)
 
 
 def converter_of(node: onnx.NodeProto) -> Callable | None:
@@ -46,12 +52,15 @@ def unsupported(graph: OnnxGraph) -> list[str]:
 
 
 class Converter:
-    """Converts nodes in order; `env` maps values to Relax expressions, `names` weights to layer names."""
+    """Converts nodes in order; `env` maps values to Relax expressions, `names` weights to layer names, `grids` weights to
+    the scales they are stored with, `unsigned` int8 tensors to what they are as uint8."""
 
     def __init__(self, builder: relax.BlockBuilder, graph: OnnxGraph):
         self.builder, self.graph = builder, graph
         self.env: dict[str, relax.Expr] = {}
         self.names: dict[relax.Expr, str] = {}
+        self.grids: dict[relax.Expr, Grid] = {}
+        self.unsigned: dict[relax.Expr, relax.Expr] = {}
         self.node = onnx.NodeProto()
         self.attributes: dict[str, Any] = {}
 
@@ -98,6 +107,8 @@ class Converter:
         self.names.setdefault(
             weight, given if not is_anonymous(given) else scope_of(node) or node.output[0]
         )
+        if node.input[1] in self.graph.grids:
+            self.grids[weight] = self.graph.grids[node.input[1]]
 
     def _check(self, name: str, expr: relax.Expr, at: str) -> None:
         found, wanted = (shape_of(expr), dtype_of(expr)), self.graph.types.get(name)

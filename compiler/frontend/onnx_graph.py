@@ -18,8 +18,10 @@ from onnx.reference import ReferenceEvaluator
 
 from compiler.frontend import Shape
 from compiler.frontend.names import is_anonymous, layer_name, node_name
+from compiler.frontend.onnx_quantization import fold_dequantize, fold_transpose, take_apart
 from compiler.frontend.onnx_recurrent import EXPANSIONS
 from compiler.frontend.support import first_line
+from passes.name_layers import Grid
 from schedules.errors import ModelError, UnsupportedModel
 
 _RANDOM = (
@@ -38,7 +40,8 @@ _SHAPE_ELEMENTS = 256
 
 @dataclass
 class OnnxGraph:
-    """`types` maps every value to (shape, numpy dtype); `names` maps constants to what the model calls them."""
+    """`types` maps every value to (shape, numpy dtype); `names` maps constants to what the model calls them; `grids` weights
+    that the model stores as integers to their scales."""
 
     where: str
     opsets: list
@@ -48,6 +51,7 @@ class OnnxGraph:
     constants: dict[str, np.ndarray]
     names: dict[str, str] = field(default_factory=dict)
     types: dict[str, tuple[Shape, np.dtype]] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
@@ -67,7 +71,7 @@ def prepare(
     graph = OnnxGraph(
         where,
         list(model.opset_import),
-        list(model.graph.node),
+        take_apart(model.graph.node, constants),
         inputs,
         [o.name for o in model.graph.output],
         constants,
@@ -206,6 +210,8 @@ def _fold_node(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
     if node.op_type == "Identity" and inputs[0] in graph.constants:
         _store(graph, node, [graph.constants[inputs[0]]], inputs)
         return True
+    if fold_dequantize(graph, node, _evaluate):
+        return True
     has_branches = any(
         a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute
     )
@@ -223,6 +229,7 @@ def _fold_node(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
     ):
         return False
     _store(graph, node, results, inputs)
+    fold_transpose(graph, node)
     return True
 
 

@@ -15,6 +15,7 @@ from tvm import relax
 from compiler.frontend import Imported, Shape, TensorSpec
 from compiler.frontend.onnx_convert import Converter, unsupported
 from compiler.frontend.onnx_graph import OnnxGraph, prepare
+from compiler.frontend.onnx_quantization import unsupported_types, zero_points
 from compiler.frontend.support import first_line, main_function
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel
@@ -102,8 +103,17 @@ def _check_tensors(graph: OnnxGraph) -> None:
                 wanted=", ".join(_DTYPES),
                 todo="Export the model in float32.",
             )
+    if refused := unsupported_types(graph):
+        raise UnsupportedModel(
+            "activations are quantized to a type without a kernel",
+            where=graph.where,
+            found="; ".join(refused[:4]),
+            wanted="int8 or uint8",
+            todo="Quantize activations to 8 bits.",
+        )
+    unread = zero_points(graph)
     for name, array in graph.constants.items():
-        if array.dtype.name not in _DTYPES:
+        if array.dtype.name not in _DTYPES and name not in unread:
             raise UnsupportedModel(
                 f"weight {name} is {array.dtype.name}",
                 where=graph.where,
@@ -133,7 +143,7 @@ def _convert(graph: OnnxGraph) -> tvm.IRModule:
             results = [converter.value(name) for name in graph.outputs]
             output = builder.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
         builder.emit_func_output(output)
-    return NameLayers(converter.names)(builder.finalize())
+    return NameLayers(converter.names, converter.grids)(builder.finalize())
 
 
 def _results(mod: tvm.IRModule) -> list:
