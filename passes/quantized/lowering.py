@@ -163,7 +163,11 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}_{problem.o}{grouped}"
     if problem.group_inputs % QUAD:
         padded = define_pad_channels(shape_of(x), problem.groups)
-        x = bb.emit(bb.call_te(padded, x, primfunc_name_hint="pad_channels"))
+        # Injective to TVM (2): with more channels than its input, it must not become an epilogue.
+        widened = bb.call_te(
+            padded, x, primfunc_name_hint="pad_channels", primfunc_attrs={"op_pattern": 2}
+        )
+        x = bb.emit(widened)
         weight = pad_channels(weight)
         problem = replace(problem, c=shape_of(x)[-1])
     shift = 128 if reads_signed_pixels(target) else 0
