@@ -60,14 +60,16 @@ class CompiledVariant:
     """A compiled variant in memory: the VM entry is `main(*inputs, constants)`, the constants in
     one tuple.
 
-    `unscheduled` holds the fused PrimFuncs before scheduling, by the functions' names; what the
-    kernels must compute.
+    `index` tells which constants say where values are rather than what they are: the overhead of a
+    sparse format. `unscheduled` holds the fused PrimFuncs before scheduling, by the functions'
+    names; what the kernels must compute.
     """
 
     name: str
     executable: Any
     constants: Sequence[np.ndarray]
     constant_names: Sequence[str]
+    index: Sequence[bool]
     kernels: Sequence[KernelCall]
     unscheduled: Any = None
 

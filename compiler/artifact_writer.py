@@ -254,25 +254,24 @@ def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None
         variant.executable.export_library(str(path), fcompile=linker)
 
 
-def is_index(array: np.ndarray) -> bool:
-    """Whether a packed constant says where values are rather than what they are: the overhead of a
-    sparse format. Unsigned and 32-bit integers do; signed bytes are weights."""
-    return array.dtype.kind == "u" or (array.dtype.kind == "i" and array.dtype.itemsize >= 4)
-
-
 def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Path) -> dict:
     distinct = dict(zip(keys, variant.constants))
     weights = sum(a.nbytes for a in distinct.values())
-    index = sum(a.nbytes for a in distinct.values() if is_index(a))
+    index = {k for k, is_index in zip(keys, variant.index) if is_index}
     code = (work / library).stat().st_size
     return {
         "library": library,
         "constants": keys,
         "constant_names": list(variant.constant_names),
         "constant_bytes": [a.nbytes for a in variant.constants],
-        "index": [is_index(a) for a in variant.constants],
+        "index": list(variant.index),
         "kernels": [asdict(k) for k in variant.kernels],
-        "bytes": {"library": code, "weights": weights, "index": index, "total": code + weights},
+        "bytes": {
+            "library": code,
+            "weights": weights,
+            "index": sum(distinct[key].nbytes for key in index),
+            "total": code + weights,
+        },
     }
 
 

@@ -42,12 +42,14 @@ class Graphs:
 class FusedGraph:
     """A graph fused into PrimFuncs, before and independent of any schedule.
 
-    `mod` holds unscheduled PrimFuncs and `main`; `layers_of` the layers of each packed constant by handle;
+    `mod` holds unscheduled PrimFuncs and `main`; `layers_of` the layers of each packed constant by handle, `indices` the
+    handles of those that say where values are;
     `flops` the dense operations of each layer (2 per multiply-accumulate).
     """
 
     mod: tvm.IRModule
     layers_of: dict[int, tuple[str, ...]]
+    indices: frozenset[int]
     flops: dict[str, int]
 
 
@@ -127,7 +129,7 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
             relax.transform.DeadCodeElimination(),
         ]
     )(lowered.mod)
-    return FusedGraph(fused, lowered.layers_of, flops)
+    return FusedGraph(fused, lowered.layers_of, lowered.indices, flops)
 
 
 def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVariant:
@@ -147,6 +149,7 @@ def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVa
         executable=executable,
         constants=hoisted.constants,
         constant_names=_constant_names(hoisted, graph.layers_of),
+        index=[handle in graph.indices for handle in hoisted.handles],
         kernels=_kernel_calls(lowered["main"], hoisted, graph, kernels),
         unscheduled=unscheduled,
     )

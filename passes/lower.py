@@ -8,7 +8,7 @@ Requires channels-last layout and constants folded. Ensures that no `kerf.*` ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -20,13 +20,17 @@ from passes.hoist_constants import handle_of
 from passes.layers import is_const, layers_computed_by
 from schedules.target import CpuTarget
 
+_INDICES = "kerf.indices"  # attribute of a PrimFunc: which of its parameters are
+
 
 @dataclass(frozen=True)
 class Lowered:
-    """The lowered module, and the layers that each packed constant belongs to, by `handle_of(constant)`."""
+    """The lowered module, the layers that each packed constant belongs to, by `handle_of(constant)`, and the handles of
+    those that say where values are, not what they are."""
 
     mod: tvm.IRModule
     layers_of: dict[int, tuple[str, ...]]
+    indices: frozenset[int]
 
 
 @expr_functor.mutator
@@ -35,6 +39,7 @@ class _Lowerer(PyExprMutator):
         super().__init__(mod)
         self.lowerings, self.target = lowerings, target
         self.layers_of: dict[int, tuple[str, ...]] = {}
+        self.indices: set[int] = set()
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -58,12 +63,21 @@ class _Lowerer(PyExprMutator):
             for field in expr.fields:
                 self._claim(field, layers, outside)
         elif isinstance(expr, relax.Call):
+            self.indices.update(handle_of(arg) for arg in self._index_arguments(expr))
             for arg in expr.args:
                 self._claim(arg, layers, outside)
         elif isinstance(expr, relax.Var):
             bound = self.lookup_binding(expr)
             if isinstance(bound, relax.Call):
                 self._claim(bound, layers, outside)
+
+    def _index_arguments(self, call: relax.Call) -> list[relax.Expr]:
+        """Those arguments of a `call_te` result that its `indices` named."""
+        if not (call.args and isinstance(call.args[0], tvm.ir.GlobalVar)):
+            return []
+        attrs = self.builder_.get()[call.args[0]].attrs
+        positions = attrs[_INDICES] if attrs is not None and _INDICES in attrs.keys() else ()
+        return [call.args[1].fields[int(i)] for i in positions]
 
 
 def lower_operators(
@@ -76,9 +90,16 @@ def lower_operators(
             lowerer.builder_.update_func(
                 gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func))
             )
-    return Lowered(relax.transform.LegalizeOps()(lowerer.builder_.get()), lowerer.layers_of)
+    legal = relax.transform.LegalizeOps()(lowerer.builder_.get())
+    return Lowered(legal, lowerer.layers_of, frozenset(lowerer.indices))
 
 
-def call_te(bb: relax.BlockBuilder, define, *args, hint: str) -> relax.Expr:
-    """`bb.call_te` of an anchor operator: consumers may fuse into it, producers may not."""
-    return bb.call_te(define, *args, primfunc_name_hint=hint, primfunc_attrs={"op_pattern": 4})
+def call_te(
+    bb: relax.BlockBuilder, define, *args, hint: str, indices: Sequence[int] = ()
+) -> relax.Expr:
+    """`bb.call_te` of an anchor operator: consumers may fuse into it, producers may not.
+
+    `indices` are the positions in `args` of constants that say where values are: the overhead of a sparse format.
+    """
+    attrs = {"op_pattern": 4, **({_INDICES: list(indices)} if indices else {})}
+    return bb.call_te(define, *args, primfunc_name_hint=hint, primfunc_attrs=attrs)

@@ -72,7 +72,7 @@ def lower_at(
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
     define = definition(problem, point, packed, shape_of(call), notes)
-    return call_te(bb, define, call.args[0], *arrays, hint=hint)
+    return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4))
 
 
 def definition(

@@ -63,7 +63,13 @@ def _compile_tiny(name: str, w1: np.ndarray, w2: np.ndarray, target, wrong: bool
         KernelCall(second, ["fc2"], "generic", {}, 2 * 4 * w2.size, 4 * (4 * 32 + w2.size)),
     ]
     return CompiledVariant(
-        name, executable, hoisted.constants, ["fc1/0", "fc2/0"], kernels, hoisted.mod
+        name,
+        executable,
+        hoisted.constants,
+        ["fc1/0", "fc2/0"],
+        [False, False],
+        kernels,
+        hoisted.mod,
     )
 
 

@@ -71,7 +71,13 @@ def test_equal_bytes_of_another_shape_or_type_are_not_the_same_constant():
 def test_sizes_per_variant_count_the_index(tiny, write_tiny, tmp_path):
     dense = tiny.variants[0]
     indices = np.arange(10, dtype="uint16")
-    fake = dataclasses.replace(dense, name="compressed", constants=[*dense.constants, indices])
+    fake = dataclasses.replace(
+        dense,
+        name="compressed",
+        constants=[*dense.constants, indices],
+        constant_names=[*dense.constant_names, "fc2/1"],
+        index=[*dense.index, True],
+    )
     written = write_tiny(tmp_path / "out", [dense, fake])
     sizes = written.variant("compressed").bytes
     assert sizes["index"] == 20 and written.variant("dense").bytes["index"] == 0

@@ -11,8 +11,11 @@ from compiler import pipeline
 from compiler.frontend import TensorSpec
 from compiler.runtime import from_variant
 from passes.evaluate import evaluate
+from passes.family import Context
 from passes.layers import conv2d, dense, register
-from schedules.target import NAMED
+from passes.treat_layers import treat_layers
+from passes.treatment import Treatment
+from schedules.target import NAMED, detect_host
 
 SHAPE = (1, 8, 12, 12)
 
@@ -146,3 +149,29 @@ def _wide():
             y = bb.emit_output(conv2d(x, weight, name="wide", padding=(1, 1, 1, 1)))
         bb.emit_func_output(y)
     return bb.finalize()
+
+
+def test_only_what_a_lowering_names_counts_as_index(rng):
+    """A sparse layer's pointers and columns do; a table of integers that the model itself holds does not."""
+    table = relax.const(rng.integers(0, 9, (5, 7)).astype("int32"))
+    weight = rng.standard_normal((32, 64, 1, 1)).astype("float32")
+    weight[rng.random(weight.shape) < 0.95] = 0
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 64, 6, 6), "float32"))
+    ids = relax.Var("ids", relax.TensorType((3,), "int32"))
+    with builder.function("main", [x, ids]):
+        with builder.dataflow():
+            y = builder.emit(conv2d(x, relax.const(weight), name="c"))
+            rows = builder.emit(relax.op.take(table, ids, axis=0))
+            out = builder.emit_output(relax.Tuple([y, rows]))
+        builder.emit_func_output(out)
+    context = Context(detect_host())
+    found = treat_layers(builder.get(), {"c": Treatment("sparse")}, context)
+    assert found.decisions[0].declined is None
+    graph = pipeline.fuse_graph(pipeline.lay_out(found.treated), context.target)
+    variant = pipeline.compile_graph("compressed", graph, context.target)
+    kinds = {(name.split("/")[0], np.asarray(c).dtype.kind, index)
+             for name, c, index in zip(variant.constant_names, variant.constants, variant.index)}  # fmt: skip
+    assert ("shared", "i", False) in kinds and ("c", "f", False) in kinds
+    assert any(layer == "c" and index for layer, _, index in kinds)
+    assert all(index for layer, kind, index in kinds if layer == "c" and kind != "f")
