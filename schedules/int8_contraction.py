@@ -13,7 +13,7 @@ from dataclasses import replace
 from tvm import tirx
 
 from schedules import contraction
-from schedules.contraction import OUTPUT, WEIGHTS_OR_PIXELS, Point
+from schedules.contraction import Point
 from schedules.errors import ScheduleError
 from schedules.fused import Fused
 from schedules.target import CpuTarget
@@ -59,39 +59,27 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
-# Bytes of weights up to which all panels are gone through for a row of pixels; beyond, all pixels for a panel.
-_NEAR_WEIGHTS = 30_000
-# Registers a tile leaves free: two of quads being broadcast, and what LLVM keeps of the epilogue.
-_SPARE = 8
+# Sums of a tile: fewer do not hide the latency of a dot product, and more leave LLVM no registers to load ahead into.
+_SUMS = 16
 
 
-def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int]:
-    """(mr, nv): two vectors of channels and about seven pixels, enough sums to hide a dot product's latency."""
+def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
+    """(mr, nv, sums) of the least estimated time; `problem` counts quads."""
     count = len(vectors(problem.group_outputs, target.lanes))
+    most = min(_SUMS, target.registers - 4)
     best = None
     for nv in range(1, min(count, 8 if problem.row <= 2 else 4) + 1):
-        largest = min((target.registers - _SPARE - nv) // nv, 8)
-        for largest_here in range(1, max(1, largest) + 1):
-            mr = tile_rows(problem.row, largest_here)
-            step = max(mr * nv / 2, 0.5 * (mr + nv), 5 / 2) + 0.1 * mr + 0.1 * nv
-            passes = -(-problem.row // mr) * -(-count // nv)
-            cost = passes * (problem.steps / QUAD * step + 3 * mr * nv + 12)
+        for mr in sorted({tile_rows(problem.row, m) for m in range(1, max(1, most // nv) + 1)}):
+            sums = 1
+            while mr * nv * sums < 8 and 2 * sums <= problem.group_inputs:
+                sums *= 2
+            cost = contraction.estimated_cycles(problem, target.lanes, mr, nv, sums)
             if best is None or cost < best[0] * 0.995:
-                best = (cost, mr, nv)
+                best = (cost, mr, nv, sums)
     return best[1:]
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """The tile with the least estimated time; weights that leave the first-level cache are read once."""
+    """The tile with the least estimated time, and the order that moves the least memory."""
     quads = in_quads(problem)
-    mr, nv = _tile(problem, target)
-    order = "blocks" if problem.o * problem.steps <= _NEAR_WEIGHTS else "panels"
-    sums = 1
-    while mr * nv * sums < 8 and 2 * sums <= quads.group_inputs:
-        sums *= 2
-    unroll = min(max(sums, 2), quads.group_inputs)
-    several = -(-problem.row // mr) * problem.rows > 1
-    prefetch = 0
-    if several:
-        prefetch = WEIGHTS_OR_PIXELS * (order != "blocks" or problem.flat) + OUTPUT
-    return Point(target.lanes, mr, nv, order, 1, 0, unroll, sums, prefetch)
+    return contraction.point_of_tile(quads, _tile(quads, target), target)
