@@ -165,22 +165,31 @@ def _rewrite_graph(
 ) -> Treated:
     """One family's rewriting. Only layers that it takes keep a pruned weight, so it may have to look twice."""
     keep = {name for name, treatment in asked.items() if treatment.prune}
+    reasons: dict[str, str | None] = {}
     while True:
         pruned = {name: asked[name] for name in keep}
-        done = family.rewrite(_prune_layers(before.treated, pruned), asked, context)
+        now = {name: replace(t, prune=name in keep) for name, t in asked.items()}
+        done = family.rewrite(_prune_layers(before.treated, pruned), now, context)
         missing = set(asked) ^ {d.layer for d in done.decisions}
         if missing:
             raise KerfError(
                 f"the family {family.name!r} did not decide", found=", ".join(sorted(missing))
             )
-        refused = {d.layer for d in done.decisions if d.treatment == "dense"} & keep
+        refused = [d for d in done.decisions if d.treatment == "dense" and d.layer in keep]
         if not refused:
             break
-        keep -= refused
+        # Without its pruned weight a layer declines for another reason than the one that counts.
+        reasons |= {d.layer: d.declined for d in refused}
+        keep -= reasons.keys()
     reference = done.reference
     if reference is None:
         reference = _prune_layers(before.reference, pruned)
     own = {d.layer: replace(d, pruned=d.pruned or d.layer in keep) for d in done.decisions}
+    own |= {
+        name: replace(own[name], declined=reason)
+        for name, reason in reasons.items()
+        if own[name].treatment == "dense"
+    }
     decisions = [own.get(d.layer, d) for d in before.decisions]
     return Treated(reference, done.treated, decisions)
 

@@ -35,6 +35,14 @@ def prune(
     return np.where(grain.spread(keep, weight.shape), weight, np.zeros((), weight.dtype))
 
 
+def prune_layer(weight: np.ndarray, *, grain: str | Grain = "element", **parameters) -> np.ndarray:
+    """`Family.prune`: as `prune`, but filters stay as they are here. Which of them can leave is up to the graph, where
+    `prune_filters` chooses them."""
+    return (
+        weight if Grain.parse(grain).name == "filter" else prune(weight, grain=grain, **parameters)
+    )
+
+
 def density_to_keep(grain: Grain, density: float | None) -> float:
     """The density asked for, checked; an N:M grain has its own. Raises ValueError."""
     if grain.of:

@@ -14,6 +14,7 @@ from passes.sparse.cost import estimate
 from passes.sparse.detect import found
 from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE
 from passes.sparse.prune import prune
+from passes.sparse import treat as rules
 from passes.sparse.treat import choose_grain, layer_problem, parse_density
 from schedules.errors import Declined
 from schedules.target import NAMED
@@ -41,7 +42,7 @@ def sparse(rng, shape, grain="element", density=0.1):
 
 
 def treat(layer, **parameters):
-    return FAMILY.treat(layer, parameters, TARGET)
+    return rules.treat(layer, parameters, TARGET)
 
 
 def reason(outcome) -> str:
