@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+from passes.quantized import tricks
 from passes.quantized.operators import GRAINS
 from passes.quantized.ranges import OBSERVERS
 
-DEFAULTS = {"observer": "mse", "percentile": 99.99, "per_channel": True, "symmetric": False}
+DEFAULTS = {
+    "observer": "mse",
+    "percentile": 99.99,
+    "per_channel": True,
+    "symmetric": False,
+    **tricks.DEFAULTS,
+}
 
 
 def _observer(value: object) -> str:
@@ -48,4 +55,5 @@ PARAMETERS = {
     "symmetric": _switch,
     "density": _density,
     "grain": _grain,
+    **tricks.PARAMETERS,
 }

@@ -7,22 +7,28 @@ made anew without them until all that is left can be computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import tvm
 from tvm import relax
 
-from passes.family import Context, Layer, Rewritten
+from passes.family import Context, Layer, Observe, Rewritten
 from passes.layers import attrs_of
+from passes.quantized.fit_weights import add_biases, fit_weights
 from passes.quantized.observers import Statistics
 from passes.quantized.operators import GRAINS
 from passes.quantized.parameters import DEFAULTS
 from passes.quantized.plan_bytes import BytesPlan, plan_bytes, tensors
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import NEED_HISTOGRAM, Affine, choose_range
+from passes.quantized.rank_sensitivity import most_sensitive, rank_sensitivity
+from passes.quantized.tricks import prepare
 from passes.quantized.weights import overflows, quantize_weight
 from passes.sparse.grains import Grain
+from passes.treat_layers import describe_weight, layers_of
 from passes.treatment import Decision, Treatment
 from schedules.errors import UserError
 
@@ -34,48 +40,127 @@ _TOLERATED_FILL = 1.05
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
     """See `passes.family.Family`. Raises UserError without calibration data."""
-    from passes.treat_layers import layers_of
-
     if context.observe is None:
         raise UserError(
             "int8 needs samples of the model's inputs, to see how large activations become",
             where="calibration",
             todo="Give --calibration FILE.npz or a directory; --calibration random only to try out speed",
         )
-    layers = {layer.name: layer for layer in layers_of(mod) if layer.name in treatments}
-    parameters = {name: {**DEFAULTS, **t.parameters} for name, t in treatments.items()}
-    reasons: dict[str, str] = {}
-    weights: dict[str, QuantizedWeight] = {}
-    for name, layer in layers.items():
-        try:
-            weights[name] = _weight(layer, parameters[name])
-        except ValueError as error:
-            reasons[name] = str(error)
-    seen: dict[str, Statistics] = {}
-    while True:
-        plan = plan_bytes(mod, set(weights) - set(reasons))
-        _observe(mod, plan, seen, parameters, context)
-        bytes_of, refused = _ranges(plan, seen, parameters)
-        if not refused:
-            break
-        reasons |= refused
-    treated = QuantizeLayers(plan, bytes_of, weights)(mod) if plan.layers else mod
+    calibrated = Calibrated.of(mod, treatments, context)
+    for name, noise in calibrated.most_sensitive().items():
+        calibrated.reasons[name] = (
+            f"kept in float32: alone it would add noise of {noise:.2g} of the output's power"
+        )
+    treated = calibrated.quantize()
     decisions = [
-        _decision(layer, treatments[name], reasons.get(name), weights.get(name))
-        for name, layer in layers.items()
+        calibrated.decision(layer, treatments[layer.name])
+        for layer in layers_of(mod)
+        if layer.name in treatments
     ]
     return Rewritten(treated, decisions, reference=treated)
 
 
-def _weight(layer: Layer, parameters: Mapping) -> QuantizedWeight:
-    """The layer's weight in bytes. Raises ValueError with the reason why it cannot be."""
+@dataclass
+class Calibrated:
+    """The float graph after its tricks, weights in bytes, and what was seen of activations so far, by name.
+
+    `reasons` says by layer why it is left float; `notes` what each trick did.
+    """
+
+    mod: tvm.IRModule
+    observe: Observe
+    parameters: Mapping[str, Mapping]
+    weights: dict[str, QuantizedWeight]
+    reasons: dict[str, str]
+    notes: Mapping[str, Mapping[str, object]]
+    seen: dict[str, Statistics] = field(default_factory=dict)
+
+    @staticmethod
+    def of(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Calibrated:
+        parameters = {n: {**DEFAULTS, **t.parameters} for n, t in treatments.items()}
+        prepared = prepare(mod, treatments, context)
+        layers = {x.name: x for x in layers_of(prepared.mod) if x.name in treatments}
+        reasons = {n: why for n, layer in layers.items() if (why := _unsuitable(layer))}
+        fitted = fit_weights(
+            prepared.mod,
+            {n: parameters[n] for n in layers if n not in reasons},
+            context.observe,
+        )
+        weights = {
+            n: replace(w, grain=_grain(w.values, layers[n], parameters[n].get("grain")))
+            for n, w in fitted.weights.items()
+        }
+        notes = {n: {**prepared.notes.get(n, {}), **fitted.notes.get(n, {})} for n in layers}
+        corrected = add_biases(prepared.mod, fitted.bias)
+        return Calibrated(corrected, context.observe, parameters, weights, reasons, notes)
+
+    def most_sensitive(self) -> dict[str, float]:
+        """The layers that the recipe wants kept float, as many as it says, with the noise that each would add."""
+        count = max((int(p["keep_float"]) for p in self.parameters.values()), default=0)
+        if not count:
+            return {}
+        able = [n for n in self.weights if n not in self.reasons]
+        found = rank_sensitivity(self.mod, able, self.quantize, self.observe)
+        return {name: found[name] for name in most_sensitive(found, count)}
+
+    def quantize(self, names: Collection[str] | None = None) -> tvm.IRModule:
+        """The graph with these layers on bytes, all by default, but for those that have a reason not to be."""
+        chosen = set(self.weights) if names is None else set(names)
+        reasons = self.reasons if names is None else dict(self.reasons)
+        while True:
+            plan = plan_bytes(self.mod, chosen - set(reasons))
+            self._observe(plan)
+            bytes_of, refused = _ranges(plan, self.seen, self.parameters)
+            if not refused:
+                break
+            reasons |= refused
+        return QuantizeLayers(plan, bytes_of, self.weights)(self.mod) if plan.layers else self.mod
+
+    def _observe(self, plan: BytesPlan) -> None:
+        """Statistics of every source of the plan that has none yet."""
+        names = [var.name for group in plan.sources().values() for var in group]
+        missing = [name for name in dict.fromkeys(names) if name not in self.seen]
+        if not missing:
+            return
+        histogram = any(p["observer"] in NEED_HISTOGRAM for p in self.parameters.values())
+        found = {name: Statistics(keep_histogram=histogram) for name in missing}
+        for sample in self.observe(self.mod, missing):
+            for name in missing:
+                found[name].add(sample[name])
+        self.seen |= found
+
+    def decision(self, layer: Layer, treatment: Treatment) -> Decision:
+        declined = self.reasons.get(layer.name)
+        found = describe_weight(layer.weight)
+        if declined is None:
+            if (grain := self.weights[layer.name].grain) is not None:
+                found["grain"] = grain
+            if notes := self.notes.get(layer.name):
+                found["tricks"] = dict(notes)
+        return Decision(
+            layer=layer.name,
+            operator=layer.operator,
+            weight_shape=tuple(layer.weight.shape),
+            asked=treatment.family,
+            treatment=treatment.family if declined is None else "dense",
+            declined=declined,
+            found=found,
+            parameters=dict(treatment.parameters),
+        )
+
+
+def _unsuitable(layer: Layer) -> str | None:
+    """Why a layer's weight cannot be bytes, whatever its input."""
     weight = layer.weight
     if weight.dtype != np.float32:
-        raise ValueError(f"weights are {weight.dtype}, int8 takes float32")
+        return f"weights are {weight.dtype}, int8 takes float32"
     if overflows(weight.shape):
-        raise ValueError(f"sums of {int(np.prod(weight.shape[1:]))} products may not fit 32 bits")
-    values, scale = quantize_weight(weight, per_channel=bool(parameters["per_channel"]))
-    return QuantizedWeight(values, scale, _grain(values, layer, parameters.get("grain")))
+        return f"sums of {math.prod(weight.shape[1:])} products may not fit 32 bits"
+    try:
+        quantize_weight(weight)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _grain(values: np.ndarray, layer: Layer, asked: object) -> str | None:
@@ -88,26 +173,6 @@ def _grain(values: np.ndarray, layer: Layer, asked: object) -> str | None:
         if stored <= min(_SPARSE_BELOW, density * _TOLERATED_FILL):
             return grain
     return None
-
-
-def _observe(
-    mod: tvm.IRModule,
-    plan: BytesPlan,
-    seen: dict[str, Statistics],
-    parameters: Mapping[str, Mapping],
-    context: Context,
-) -> None:
-    """Statistics of every source of the plan that has none yet, by name."""
-    names = [var.name for group in plan.sources().values() for var in group]
-    missing = [name for name in dict.fromkeys(names) if name not in seen]
-    if not missing:
-        return
-    histogram = any(p["observer"] in NEED_HISTOGRAM for p in parameters.values())
-    found = {name: Statistics(keep_histogram=histogram) for name in missing}
-    for sample in context.observe(mod, missing):
-        for name in missing:
-            found[name].add(sample[name])
-    seen |= found
 
 
 def _ranges(
@@ -151,27 +216,6 @@ def _behind(plan: BytesPlan, sources: Sequence[relax.Var], error: str) -> dict[s
         if value is not None:
             pending += tensors(value)
     return found
-
-
-def _decision(
-    layer: Layer, treatment: Treatment, declined: str | None, weight: QuantizedWeight | None
-) -> Decision:
-    from passes.treat_layers import describe_weight
-
-    taken = declined is None
-    found = describe_weight(layer.weight)
-    if taken and weight is not None and weight.grain is not None:
-        found = {**found, "grain": weight.grain}
-    return Decision(
-        layer=layer.name,
-        operator=layer.operator,
-        weight_shape=tuple(layer.weight.shape),
-        asked=treatment.family,
-        treatment=treatment.family if taken else "dense",
-        declined=declined,
-        found=found,
-        parameters=dict(treatment.parameters),
-    )
 
 
 def prune(weight: np.ndarray, *, density: float | None = None, grain: str = "in:4", **_other):
