@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from compiler.artifact import Artifact, CompiledVariant
 from compiler.artifact_writer import check_output, write_artifact
+from compiler.choice import revert, slower_layers, slower_network, time_variants
 from compiler.linker import require_linker
 from compiler.recipe import Recipe, load_recipe, resolve, validate
 from compiler.thread_pool import check_threads
@@ -176,59 +177,25 @@ def compile_variants(
         compressed = compile_one("compressed", found.treated)
         if options.choose == "asked" or options.target.missing_on_host():
             return [dense, compressed], Graphs(original, found.reference), decisions
-        say("timing every layer, dense beside compressed")
-        slower = slower_layers(dense, compressed, decisions, imported, options)
-        if slower:
+        slower: dict[str, str] = {}
+        # Layer by layer first; then what is left must pay as a whole.
+        for too_slow in (slower_layers, slower_network):
+            say("timing every layer, dense beside compressed")
+            times = time_variants(dense, compressed, imported, options)
+            more = too_slow(times, decisions) or slower_network(times, decisions)
+            if not more:
+                break
+            slower |= more
             kept = {n: t for n, t in treatments.items() if n not in slower}
             found = treat_layers(original, kept, context)
             decisions = [revert(old, new, slower) for old, new in zip(decisions, found.decisions)]
-            if found.changes_anything:
-                say(f"compiling again with {len(slower)} layers dense")
-                compressed = compile_one("compressed", found.treated)
+            if not found.changes_anything:
+                break
+            say(f"compiling again with {len(slower)} layers dense")
+            compressed = compile_one("compressed", found.treated)
     if not found.changes_anything:
         return [dense], Graphs(original, original), decisions
     return [dense, compressed], Graphs(original, found.reference), decisions
-
-
-def slower_layers(
-    dense: CompiledVariant, compressed: CompiledVariant, decisions, imported, options: BuildOptions
-) -> dict[str, str]:
-    """The compressed layers that are not faster than their dense kernels here, each with the reason to show.
-
-    Layers of one unit (see `Decision.unit`) stand or fall together.
-    """
-    from compiler.profile import layer_us
-    from compiler.runtime import from_variant
-    from compiler.verify import random_inputs
-
-    models = {
-        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads)
-        for v in (dense, compressed)
-    }
-    times = layer_us(models, random_inputs(imported.inputs, seed=0))
-    units: dict[str, list[Decision]] = {}
-    for decision in decisions:
-        if decision.treatment != "dense":
-            units.setdefault(decision.unit or decision.layer, []).append(decision)
-    slower = {}
-    for unit, members in units.items():
-        names = [d.layer for d in members]
-        before, after = (
-            sum(times[variant].get(name, 0.0) for name in names)
-            for variant in ("dense", "compressed")
-        )
-        if before and after and after >= before:
-            whole = f" ({unit} as a whole)" if len(names) > 1 else ""
-            reason = f"{members[0].treatment} took {after:.0f} us{whole}, dense {before:.0f} us"
-            slower.update(dict.fromkeys(names, reason))
-    return slower
-
-
-def revert(old: Decision, new: Decision, slower: Mapping[str, str]) -> Decision:
-    """The decision after timing: as it is now; for what was slower, dense with the times as the reason."""
-    if old.layer not in slower:
-        return new
-    return replace(new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer])
 
 
 def layer_row(decision: Decision) -> dict:

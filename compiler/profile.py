@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.artifact import Artifact
+from compiler.artifact import Artifact, KernelCall
 from compiler.environment import describe_environment
 from compiler.layer_rows import layer_rows
 from compiler.runtime import LoadedModel, load_variants
@@ -105,10 +105,12 @@ def layer_us(
 ) -> dict[str, dict[str, float]]:
     """Median microseconds of each layer of each variant, measured in alternating runs."""
     times, _ = kernel_times(models, inputs, runs, seconds)
-    return {
-        name: _by_layer([(k.layers, us) for k, us in zip(model.kernels, times[name])])
-        for name, model in models.items()
-    }
+    return {name: layer_sums(model.kernels, times[name]) for name, model in models.items()}
+
+
+def layer_sums(kernels: Sequence[KernelCall], us: Sequence[float]) -> dict[str, float]:
+    """Time by layer, from that of each kernel call; a kernel of several layers is shared among them."""
+    return _by_layer([(k.layers, t) for k, t in zip(kernels, us)])
 
 
 def kernel_times(

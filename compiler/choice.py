@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers stay compressed: those that prove faster on this machine than their dense kernels.
+
+Layers are timed in alternating runs of the dense and the compressed variant. What remains must also be faster as a
+whole: conversions between dense and compressed layers belong to no layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from compiler.artifact import CompiledVariant
+from passes.treatment import Decision
+
+if TYPE_CHECKING:
+    from compiler.driver import BuildOptions
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median microseconds of both variants, all kernels and by layer."""
+
+    total: Mapping[str, float]
+    layers: Mapping[str, Mapping[str, float]]
+
+
+def time_variants(
+    dense: CompiledVariant, compressed: CompiledVariant, imported, options: BuildOptions
+) -> Times:
+    """Time "dense" and "compressed" kernel by kernel in alternating runs."""
+    from compiler.profile import kernel_times, layer_sums
+    from compiler.runtime import from_variant
+    from compiler.verify import random_inputs
+
+    models = {
+        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads)
+        for v in (dense, compressed)
+    }
+    # Where times depend on the values, as they do with zeros among activations, the user's own count.
+    inputs = random_inputs(imported.inputs, seed=0)
+    if options.calibration is not None:
+        inputs = next(iter(options.calibration.samples()))
+    times, _ = kernel_times(models, inputs, runs=20, seconds=4.0)
+    return Times(
+        {name: sum(us) for name, us in times.items()},
+        {name: layer_sums(model.kernels, times[name]) for name, model in models.items()},
+    )
+
+
+def slower_layers(times: Times, decisions: Sequence[Decision]) -> dict[str, str]:
+    """The compressed layers that are not faster than their dense kernels, each with the reason to show.
+
+    Layers of one unit (see `Decision.unit`) stand or fall together.
+    """
+    slower = {}
+    for unit, members in _units(decisions).items():
+        names = [d.layer for d in members]
+        before, after = (
+            sum(times.layers[variant].get(name, 0.0) for name in names)
+            for variant in ("dense", "compressed")
+        )
+        if before and after and after >= before:
+            whole = f" ({unit} as a whole)" if len(names) > 1 else ""
+            reason = f"{members[0].treatment} took {after:.0f} us{whole}, dense {before:.0f} us"
+            slower.update(dict.fromkeys(names, reason))
+    return slower
+
+
+def slower_network(times: Times, decisions: Sequence[Decision]) -> dict[str, str]:
+    """All compressed layers if the network as a whole is not faster than the dense one, else none."""
+    before, after = times.total["dense"], times.total["compressed"]
+    if after < before:
+        return {}
+    reason = f"with the conversions between layers the network took {after:.0f} us, dense {before:.0f} us"
+    return {d.layer: reason for d in decisions if d.treatment != "dense"}
+
+
+def _units(decisions: Sequence[Decision]) -> dict[str, list[Decision]]:
+    """The compressed layers by what stands or falls together."""
+    units: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.treatment != "dense":
+            units.setdefault(decision.unit or decision.layer, []).append(decision)
+    return units
+
+
+def revert(old: Decision, new: Decision, slower: Mapping[str, str]) -> Decision:
+    """The decision after timing: as it is now; for what was slower, dense with the times as the reason."""
+    if old.layer not in slower:
+        return new
+    return replace(new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer])
