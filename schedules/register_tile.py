@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.byte_stores import Cell
 from schedules.contraction import (
     OUTPUT,
     PARTIAL,
@@ -199,6 +200,7 @@ class Contraction:
                 for v in range(len(sums)):
                     _prefetch(self.partial[panel.index, pixels.tile + 1, p, v * lanes])
         self._sum(banks, pixels, panel, chunk)
+        rows: list[list[Cell]] = [[] for _ in range(mr)]
         for p in range(mr):
             lead = [pixels.image, pixels.oh, pixels.base + p]
             at = unravel(pixels.base + p, self.shape[:-1]) if self.problem.flat else lead
@@ -212,7 +214,8 @@ class Contraction:
                 first = panel.first_output + v * lanes
                 parts = [_total(banks, p, v * each + b, stored) for b in range(each)]
                 value = self.terms.combine(parts, first, stored)
-                self.kernel.store(value, [*at, span(first, stored)])
+                rows[p].append(Cell(value, tuple(at), first, stored))
+        self.terms.store(self.kernel, rows)
 
     def _sums(self, panel: _Panel) -> list[int]:
         """Lanes of the vectors of sums that a tile keeps of each pixel: the branches of an output next to one another."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.byte_stores import Cell, store_cells
 from schedules.fused import Emission
 from schedules.target import CpuTarget
 from schedules.windows import span, splat
@@ -46,6 +47,11 @@ class FloatTerms:
         """The outputs of channels [first, first + width) from the vectors of their sums, one per branch."""
         return sums[0]
 
+    def store(self, kernel: Emission, rows: list[list[Cell]]) -> None:
+        """Store a tile's outputs, a list per pixel, through the epilogue."""
+        for cell in (cell for row in rows for cell in row):
+            kernel.store(cell.value, [*cell.lead, span(cell.channel, cell.lanes)])
+
 
 class QuadTerms:
     """uint8 times int8, summed in int32: the last index of x and of the weights counts quads of bytes.
@@ -60,6 +66,7 @@ class QuadTerms:
     def __init__(self, kernel: Emission, target: CpuTarget):
         self.x, self.w, *rest = kernel.inputs
         self.starts = rest[0] if rest else None
+        self.target = target
         self.dot = dot_product(target)
         self.signed = reads_signed_pixels(target)
 
@@ -79,6 +86,9 @@ class QuadTerms:
 
     def combine(self, sums: list, first, width: int):
         return sums[0]
+
+    def store(self, kernel: Emission, rows: list[list[Cell]]) -> None:
+        store_cells(kernel, self.target, rows)
 
 
 def reads_signed_pixels(target: CpuTarget) -> bool:

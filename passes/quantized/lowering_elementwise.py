@@ -18,14 +18,19 @@ def _float(value: float):
 
 
 def quantized(x, scale: float, zero_point: int):
-    """uint8 of a float32 expression. Saturating before rounding is the same, since the bounds are whole steps, and lets
-    the conversion to integers be one instruction."""
+    """uint8 of a float32 expression.
+
+    The upper bound, a whole step, comes before rounding, so that the conversion to integers cannot overflow upwards; what
+    is too low for it becomes the least integer. The lower bound comes last, in the form that `byte_stores` packs.
+    """
     reciprocal = float(np.float32(1 / scale))
     steps = x if reciprocal == 1 else x * _float(reciprocal)
-    steps = tirx.Select(tirx.isnan(steps), _float(0), steps)
-    steps = tirx.max(tirx.min(steps, _float(255 - zero_point)), _float(-zero_point))
+    if zero_point:  # with zero point 0, NaN ends up as 0 by itself
+        steps = tirx.Select(tirx.isnan(steps), _float(0), steps)
+    highest = _float(255 - zero_point)
+    steps = tirx.Select(steps > highest, highest, steps)
     nearest = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", steps)
-    return (nearest + zero_point).astype("uint8")
+    return tirx.max(nearest + zero_point, tirx.const(0, "int32")).astype("uint8")
 
 
 def steps_of(x, zero_point: int):
