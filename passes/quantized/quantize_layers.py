@@ -95,7 +95,7 @@ class _Rewriter:
         if steps is None:
             made = operators.quantize(floats, scale=to.scale, zero_point=to.zero_point)
         else:
-            made = operators.quantize(steps, scale=1.0, zero_point=to.zero_point)
+            made = operators.quantize(steps, scale=1.0, zero_point=to.zero_point, step=to.scale)
         self.bytes[var] = self.graph.emit(made, f"{var.name}_bytes")
 
     def _sum(self, var: relax.Var, call: relax.Call) -> relax.Call:

@@ -78,9 +78,10 @@ def percentile(
     values = np.insert(centres, below, 0.0)
     totals = np.cumsum(np.insert(counts, below, seen.histogram.zeros))
     cut = totals[-1] * (1 - percentile / 100)
-    half = seen.histogram.width / 2
-    low = values[np.searchsorted(totals, cut, side="right")] - half
-    high = values[np.searchsorted(totals, totals[-1] - cut, side="left")] + half
+    low = values[np.searchsorted(totals, cut, side="right")]
+    high = values[np.searchsorted(totals, totals[-1] - cut, side="left")]
+    half = seen.histogram.width / 2  # what a centre stands for reaches so far; zero is zero
+    low, high = low - half * (low != 0), high + half * (high != 0)
     return max(float(low), seen.low), min(float(high), seen.high)
 
 
