@@ -6,9 +6,15 @@ from __future__ import annotations
 
 def families() -> tuple:
     """Every family of operators, dense first. Adding one: its folder and its line here."""
-    from passes import activation_sparse, dense, quantized, sparse
+    from passes import activation_sparse, dense, quadratic, quantized, sparse
 
-    return (dense.FAMILY, sparse.FAMILY, quantized.FAMILY, activation_sparse.FAMILY)
+    return (
+        dense.FAMILY,
+        sparse.FAMILY,
+        quantized.FAMILY,
+        activation_sparse.FAMILY,
+        quadratic.FAMILY,
+    )
 
 
 def family_named(name: str):

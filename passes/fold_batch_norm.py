@@ -60,7 +60,7 @@ def _per_channel(expr: relax.Expr, shape: tuple[int, ...], axis: int) -> np.ndar
     return const_array(expr).astype("float64").reshape(-1)
 
 
-def _affine_of(value: relax.Expr, axis: int) -> _Affine | None:
+def affine_of(value: relax.Expr, axis: int) -> _Affine | None:
     """An elementwise operation with a per-channel constant, as scale and shift."""
     if not (
         isinstance(value, relax.Call)
@@ -152,11 +152,11 @@ def fold_scale(value: relax.Expr, graph: Graph) -> relax.Expr | None:
         return None
     for axis in (1, len(shape_of(value)) - 1):
         after = graph.next_readers()
-        if len(after) == 1 and _affine_of(after[0], axis) is not None:
+        if len(after) == 1 and affine_of(after[0], axis) is not None:
             continue  # not the end of the chain yet
         steps: list[_Affine] = []
         at: relax.Expr | None = value
-        while at is not None and (step := _affine_of(at, axis)) is not None:
+        while at is not None and (step := affine_of(at, axis)) is not None:
             if not graph.is_read_once(step.x):
                 break
             steps.append(step)

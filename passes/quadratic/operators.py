@@ -83,6 +83,6 @@ def quadratic_call(
     if shifts is not None:
         args.append(constant(shifts.astype("float32")))
     return operator_call(
-        QUADRATIC_CONV2D if is_conv else QUADRATIC_DENSE, args, name=layers[0], layers=list(layers),
+        QUADRATIC_CONV2D if is_conv else QUADRATIC_DENSE, args, name=layers[0], layers=list(dict.fromkeys(layers)),
         form=form, flops=2 * macs * len(form), **{k: attrs[k] for k in GEOMETRY if k in attrs},
     )  # fmt: skip
