@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight sparsity: formats by grain, operators, rules, pruning and lowering."""
+"""Weight sparsity: grains, storage, operators, rules, pruning and lowering.
+
+`FAMILY` is made when it is first asked for: grains and pruning are numpy only, and code that trains in torch uses them
+without loading TVM.
+"""
 
 from __future__ import annotations
 
-from passes.family import Family
-from passes.sparse.detect import found
-from passes.sparse.lowering import lower_sparse
-from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, register
-from passes.sparse.prune import check, prune_layer
-from passes.sparse.reference import sparse_conv2d, sparse_dense
-from passes.sparse.rewrite import rewrite
-from passes.sparse.samples import samples
-from passes.sparse.treat import PARAMETERS
 
-FAMILY = Family(
-    name="sparse",
-    register=register,
-    lowerings={SPARSE_CONV2D: lower_sparse, SPARSE_DENSE: lower_sparse},
-    references={SPARSE_CONV2D: sparse_conv2d, SPARSE_DENSE: sparse_dense},
-    parameters=PARAMETERS,
-    prune=prune_layer,
-    check=check,
-    rewrite=rewrite,
-    found=found,
-    samples=samples,
-)
+def __getattr__(name: str):
+    if name == "FAMILY":
+        from passes.sparse.family import FAMILY
+
+        return FAMILY
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

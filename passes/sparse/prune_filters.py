@@ -10,7 +10,7 @@ A filter's saliency is the sum of its magnitudes over their mean in its layer, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import tvm
@@ -32,8 +32,10 @@ def prune_filters(mod: tvm.IRModule, densities: Mapping[str, float]) -> tvm.IRMo
     stuck: set[int] = set()
     while True:
         slots = ChannelSlots(mod["main"])
-        layers = _layers(mod, slots)
-        dropped = _least_salient(slots, layers, densities, stuck)
+        layers = layer_classes(mod, slots)
+        scores = {n: (saliency(w, "filter").reshape(-1), roots) for n, (w, roots) in layers.items()}
+        pinned = {slots.root(slot) for slot in slots.pinned}
+        dropped = least_salient(scores, densities, pinned | stuck)
         filters = {name: np.isin(roots, list(dropped)) for name, (_, roots) in layers.items()}
         pruned = _without(mod, filters)
         # The structure is the same, so slots have the same numbers.
@@ -45,7 +47,9 @@ def prune_filters(mod: tvm.IRModule, densities: Mapping[str, float]) -> tvm.IRMo
         stuck |= left
 
 
-def _layers(mod: tvm.IRModule, slots: ChannelSlots) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def layer_classes(
+    mod: tvm.IRModule, slots: ChannelSlots
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Weight and classes of the output channels of every layer, by name."""
     return {
         Layer(b.value).name: (Layer(b.value).weight, slots.roots(slots.channels[b.var].slots))
@@ -54,15 +58,21 @@ def _layers(mod: tvm.IRModule, slots: ChannelSlots) -> dict[str, tuple[np.ndarra
     }
 
 
-def _least_salient(slots: ChannelSlots, layers, densities, stuck: set[int]) -> set[int]:
-    """Classes to prune: of those that the same layers share, all but the largest density any of these asks for."""
-    pinned = {slots.root(s) for s in slots.pinned} | stuck
+def least_salient(
+    layers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    densities: Mapping[str, float],
+    pinned: Collection[int],
+) -> set[int]:
+    """Classes to prune, of `layers`: saliency and class of each output channel, by name.
+
+    Of the classes that the same layers share, all but the largest density that any of these asks for. A class goes only
+    if every layer that has it has a density. Raises ValueError for NaN saliency.
+    """
     members: dict[int, set[str]] = {}
     scores: dict[int, float] = {}
-    for name, (weight, roots) in layers.items():
-        own = saliency(weight, "filter").reshape(-1)
+    for name, (own, roots) in layers.items():
         if np.isnan(own).any():
-            raise ValueError("NaN weights have no magnitude to prune by")
+            raise ValueError(f"layer {name}: NaN weights have no magnitude to prune by")
         for root, score in zip(roots, own / max(own.mean(), np.finfo(float).tiny)):
             members.setdefault(int(root), set()).add(name)
             scores[int(root)] = scores.get(int(root), 0.0) + score
@@ -74,7 +84,7 @@ def _least_salient(slots: ChannelSlots, layers, densities, stuck: set[int]) -> s
     for names, roots in groups.items():
         kept = most_salient(np.array([scores[r] for r in roots]), max(densities[n] for n in names))
         dropped |= {r for r, keep in zip(roots, kept) if not keep}
-    return dropped - pinned
+    return dropped - set(pinned)
 
 
 def _without(mod: tvm.IRModule, filters: Mapping[str, np.ndarray]) -> tvm.IRModule:

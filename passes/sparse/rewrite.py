@@ -6,24 +6,28 @@ rewrite: a graph with zeros  ->  kerf.RemoveDeadFilters  ->  kerf.sparse_conv2d,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 
+import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_slots import ChannelSlots
 from passes.family import Context, Layer, Rewritten
 from passes.remove_dead_filters import LayerChannels, compact
+from passes.rewriting import bindings_of
 from passes.sparse.detect import found
 from passes.sparse.prune_filters import prune_filters
 from passes.sparse.treat import treat
-from passes.treat_layers import layers_of, rewrite_layers
+from passes.treat_layers import is_layer, layers_of, rewrite_layers
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
-    """See `Family.rewrite`. A layer that lost output channels counts as taken, even where what is left of it is dense, if
-    that is what was asked, or if its zeros were there already: pruning at another grain has to pay for itself.
+    """See `Family.rewrite`. A layer that lost channels counts as taken, even where what is left of it is dense, if that
+    is what was asked, or if its zeros were there already: pruning at another grain has to pay for itself.
 
     A layer is judged alone first: what its neighbours lose may depend on prunings that are yet to be refused.
     """
@@ -57,16 +61,39 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         _decision(layer, treatments[layer.name], outcomes[layer.name], channels[layer.name])
         for layer in asked
     ]
+    smaller = {d.layer for d in decisions if d.treatment != "dense" and channels[d.layer].changed}
+    units = units_of(mod, smaller) if smaller else {}
+    decisions = [replace(d, unit=units.get(d.layer)) for d in decisions]
     return Rewritten(treated, decisions, reference=mod if densities else None)
 
 
 def smaller_as_asked(treatment: Treatment, channels: LayerChannels) -> bool:
-    """Whether a layer lost channels, and was meant to."""
-    grain = treatment.parameters.get("grain")
-    if treatment.prune and grain not in ("filter", "channel"):
-        return False
-    before, after = channels.inputs if grain == "channel" else channels.outputs
-    return after < before
+    """Whether a layer lost channels on either side, and was meant to."""
+    pruned_otherwise = treatment.prune and treatment.parameters.get("grain") not in (
+        "filter",
+        "channel",
+    )
+    return channels.changed and not pruned_otherwise
+
+
+def units_of(mod: tvm.IRModule, names: Set[str]) -> dict[str, str]:
+    """The unit of each of these layers: what one of them loses, its neighbours gain, so those that lose the same channels
+    are timed and kept together, under the name of the first. Layers on their own have none."""
+    slots = ChannelSlots(mod["main"])
+    going = slots.removable()
+    unit = {name: name for name in names}
+    owner: dict[int, str] = {}
+    for binding in bindings_of(mod["main"]):
+        if not is_layer(binding.value) or Layer(binding.value).name not in names:
+            continue
+        name = Layer(binding.value).name
+        for tensor in (binding.value.args[0], binding.var):
+            found = slots.channels.get(tensor)
+            lost = [] if found is None else np.unique(slots.roots(found.slots[going[found.slots]]))
+            for slot in lost:
+                before, now = unit[owner.setdefault(int(slot), name)], unit[name]
+                unit = {n: before if u == now else u for n, u in unit.items()}
+    return {n: u for n, u in unit.items() if sum(u == other for other in unit.values()) > 1}
 
 
 def _decision(

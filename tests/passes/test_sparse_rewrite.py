@@ -59,11 +59,12 @@ def test_filters_are_pruned_and_leave_where_they_can(network, rng):
         "stem": (48, 3, 3, 3), "a": (48, 48, 3, 3), "b": (48, 48, 3, 3), "c": (72, 48, 1, 1), "head": (10, 72),
     }  # fmt: skip
     taken = {n for n, d in by_name.items() if d.treatment == "sparse"}
-    assert taken == {"stem", "a", "b", "c"} == {n for n, d in by_name.items() if d.pruned}
+    assert taken == set(NAMES)  # the head has fewer inputs
     assert by_name["a"].found["outputs"] == [64, 48] and by_name["a"].found["inputs"] == [64, 48]
-    assert by_name["head"].declined
+    # What one layer loses, its neighbours gain: they are timed and kept together.
+    assert {d.unit for d in found.decisions} == {"stem"}
     for before, after in zip(layers_of(network), layers_of(found.reference)):
-        assert np.array_equal(before.weight, after.weight) is (before.name not in taken)
+        assert np.array_equal(before.weight, after.weight) is (before.name == "head")
     x = [rng.standard_normal((1, 3, 14, 14)).astype("float32")]
     wanted, got = (evaluate(mod, x)[0] for mod in (found.reference, found.treated))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
@@ -74,8 +75,9 @@ def test_channels_that_are_shared_with_a_layer_nobody_asked_to_prune_stay(networ
     assert shapes(found.treated) == {
         "stem": (64, 3, 3, 3), "a": (32, 64, 3, 3), "b": (64, 32, 3, 3), "c": (48, 64, 1, 1), "head": (10, 48),
     }  # fmt: skip
-    assert by_name["b"].treatment == "dense" and not by_name["b"].pruned
+    assert by_name["stem"].treatment == "dense" and by_name["stem"].unit is None
     assert by_name["b"].found["inputs"] == [64, 32]
+    assert by_name["a"].unit == by_name["b"].unit == "a" and by_name["c"].unit is None
 
 
 def test_dead_filters_that_are_there_leave_without_being_asked_for(network):
