@@ -33,7 +33,7 @@ from passes.quantized.operators import (
     INT8_DENSE,
     QUANTIZE,
 )
-from schedules import contraction, int8_contraction
+from schedules import contraction, int8_contraction, int8_depthwise
 from schedules.fused import annotations
 from schedules.int8_contraction import QUAD, Point, Problem
 from schedules.spaces import point_for
@@ -70,6 +70,24 @@ def pack_starts(weight: np.ndarray, offset: int, problem: Problem, point: Point)
         taps = taps.sum(axis=(1, 2), keepdims=True)
     panels = _panels(taps.astype(np.int32), problem, point)
     return np.ascontiguousarray(panels.transpose(0, 2, 3, 1))
+
+
+def pack_depthwise(weight: np.ndarray, problem: Problem) -> np.ndarray:
+    """int8 [C, 1, R, S] -> `int8_depthwise.packed_shape`, zeros in the bytes of no tap."""
+    shape = int8_depthwise.packed_shape(problem)
+    packed = np.zeros((*shape[:3], problem.c, QUAD), np.int8)
+    for shift in range(shape[1]):
+        for s, (quad, byte) in enumerate(int8_depthwise.slots(problem, shift)):
+            packed[:, shift, quad, :, byte] = weight[:, 0, :, s].T
+    return packed.reshape(shape)
+
+
+def pack_depthwise_starts(weight: np.ndarray, offset: int, problem: Problem) -> np.ndarray:
+    """int32 [R, S, C], or [1, 1, C] where nothing is padded: -offset * (the weight of a tap, or the sum of all)."""
+    taps = -offset * weight[:, 0].astype(np.int64).transpose(1, 2, 0)
+    if not any(problem.padding):
+        taps = taps.sum(axis=(0, 1), keepdims=True)
+    return np.ascontiguousarray(taps.astype(np.int32))
 
 
 def define_pad_channels(shape: tuple[int, ...], groups: int):
@@ -150,6 +168,55 @@ def define(shape: tuple[int, ...], problem: Problem, point: Point, shift: int):
     return int8
 
 
+def define_depthwise(problem: Problem, point: Point, shift: int):
+    """te function (x [N, H, W, C], packed w[, starts]) -> int32 [N, OH, OW, C]; `shift` as in `define`."""
+    notes = annotations("int8_depthwise", problem=problem.to_dict(), point=point.to_dict())
+    (sh, sw), (dh, dw), (top, left, _, _) = problem.stride, problem.dilation, problem.padding
+    shape, zero = (problem.n, problem.oh, problem.ow, problem.c), tirx.const(0, "int32")
+
+    def inside(i, j, r, s):
+        return _inside(problem, i * sh + r * dh - top, j * sw + s * dw - left)
+
+    def depthwise(x, w, *starts):
+        r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
+
+        def term(n, i, j, c):
+            pixel = x[n, i * sh + r * dh - top, j * sw + s * dw - left, c].astype("int32") - shift
+            weight = w[r, 0, s // QUAD, c * QUAD + s % QUAD].astype("int32")
+            if any(problem.padding):
+                pixel = te.if_then_else(inside(i, j, r, s), pixel, zero)
+            return te.sum(pixel * weight, axis=[r, s])
+
+        if not starts:
+            return te.compute(shape, term, name="int8_depthwise", attrs=notes)
+        total = te.compute(shape, term, name="int8_depthwise_sum")
+        start = lambda n, i, j, c: starts[0][0, 0, c]  # noqa: E731
+        if any(problem.padding):
+            k, m = te.reduce_axis((0, problem.r), "k"), te.reduce_axis((0, problem.s), "m")
+
+            def tap(n, i, j, c):
+                return te.sum(
+                    te.if_then_else(inside(i, j, k, m), starts[0][k, m, c], zero), axis=[k, m]
+                )
+
+            start = te.compute(shape, tap, name="start")
+        return te.compute(
+            shape, lambda *at: total(*at) + start(*at), name="int8_depthwise", attrs=notes
+        )
+
+    return depthwise
+
+
+def _lower_depthwise(bb, x, weight: np.ndarray, problem: Problem, zero_point: int, target):
+    shift = 128 if reads_signed_pixels(target) else 0
+    point = point_for(int8_depthwise, problem, target)
+    packed = [relax.const(pack_depthwise(weight, problem))]
+    if offset := zero_point - shift:
+        packed.append(relax.const(pack_depthwise_starts(weight, offset, problem)))
+    hint = f"int8_depthwise{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}"
+    return call_te(bb, define_depthwise(problem, point, shift), x, *packed, hint=hint)
+
+
 def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """`kerf.int8_conv2d` (channels last) and `kerf.int8_dense`."""
     attrs, x, weight = attrs_of(call), call.args[0], const_array(call.args[1])
@@ -159,6 +226,8 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         hint = f"int8_dense_{rows}_{problem.c}_{problem.o}"
     else:
         problem = problem_of(call)
+        if int8_depthwise.suits(problem):
+            return _lower_depthwise(bb, x, weight, problem, attrs["zero_point"], target)
         grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
         hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}_{problem.o}{grouped}"
     if problem.group_inputs % QUAD:
