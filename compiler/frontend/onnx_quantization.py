@@ -210,6 +210,10 @@ _INTEGER_OPERATORS: dict[tuple[str, str], tuple[str, tuple[int, ...], int]] = {
     ("com.microsoft", "QLinearSigmoid"): ("Sigmoid", (0,), 3),
     ("com.microsoft", "QLinearSoftmax"): ("Softmax", (0,), 3),
 }
+_CONCAT = (
+    "com.microsoft",
+    "QLinearConcat",
+)  # the result's scale first, then any number of operands
 _BIAS_AT = {"QLinearConv": 8, "QGemm": 6}
 # Attributes of the integer operator that its float operator lacks.
 _DROPPED = ("channels_last", "opset")
@@ -225,6 +229,8 @@ def take_apart(nodes: Sequence[onnx.NodeProto], constants: dict[str, np.ndarray]
     for node in nodes:
         domain = "" if node.domain == "ai.onnx" else node.domain
         rule = _INTEGER_OPERATORS.get((domain, node.op_type))
+        if (domain, node.op_type) == _CONCAT:
+            rule = ("Concat", tuple(range(2, len(node.input), 3)), 0)
         found += [node] if rule is None else _apart(node, *rule, constants)
     return found
 
