@@ -114,16 +114,21 @@ def layer_sums(kernels: Sequence[KernelCall], us: Sequence[float]) -> dict[str, 
 
 
 def kernel_times(
-    models: Mapping[str, LoadedModel], inputs: Sequence[Any], runs: int, seconds: float
+    models: Mapping[str, LoadedModel],
+    inputs: Sequence[Any] | Mapping[str, Sequence[Any]],
+    runs: int,
+    seconds: float,
 ) -> tuple[dict[str, list[float]], int]:
-    """Median microseconds of every kernel call by variant, and the number of runs they are over.
+    """Median microseconds of every kernel call by variant, and the number of runs they are over. `inputs` of all models,
+    or by model.
 
     One run of each model in turn, until `runs` are done or `seconds` have passed, but at least
     three.
     """
     overhead = callback_overhead()
     samples: dict[str, list[list[float]]] = {name: [] for name in models}
-    bound = {name: model.bind(inputs) for name, model in models.items()}
+    given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
+    bound = {name: model.bind(given[name]) for name, model in models.items()}
     for name, model in models.items():
         model.invoke(bound[name])
     stop = time.perf_counter() + seconds
