@@ -166,6 +166,17 @@ class Emission:
         """The emitted function's buffers, in the order of the fused function's parameters."""
         return self._buffers
 
+    @property
+    def residuals(self) -> list:
+        """The buffers of the output's shape that only the epilogue reads."""
+        shape = self.fused.shape
+        return [
+            new
+            for new, old in zip(self._buffers[:-1], self.fused.params)
+            if tuple(int(d) for d in old.shape) == shape
+            and _position(self.fused.inputs, old) is None
+        ]
+
     def _new(self, param):
         return self._buffers[_position(self.fused.params, param)]
 

@@ -408,17 +408,18 @@ class Contraction:
             _prefetch(self.terms.pixel_byte((*ahead, offset)))
 
     def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
-        """The lines that this tile will write, so that they are there when it is done."""
+        """The lines that this tile will write, and those that its epilogue will read there, so that they are there when
+        it is done."""
         for p in range(self.point.mr):
             at = (
                 unravel(pixels.base + p, self.shape[:-1])
                 if self.problem.flat
                 else [pixels.image, pixels.oh, pixels.base + p]
             )
-            for v in range(len(panel.widths)):
-                _prefetch(
-                    self.kernel.output[(*at, panel.first_output + v * self.point.lanes)], write=True
-                )
+            for buffer in (self.kernel.output, *self.kernel.residuals):
+                for v in range(len(panel.widths)):
+                    # A residual too with intent to write: close by, for its time comes with the output's.
+                    _prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)
 
 
 def _total(banks: list, pixel: int, vector: int, width: int):
