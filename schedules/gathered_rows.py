@@ -39,6 +39,9 @@ SLACK = 32
 _BLOCK = 0.1
 _LINE = 16  # float32 values in a cache line
 SIDE_BY_SIDE = 8
+# Share (1 / this) of the limit by which the rows seen so far may be ahead of it.
+_AHEAD = 8
+_TOO_MANY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -378,7 +381,7 @@ class _Tiles:
                 self._gather()
 
     def _compact(self, count) -> None:
-        """A list per row of x and chunk; nothing more once the limit is passed."""
+        """A list per row of x and chunk; nothing more once the limit will probably be passed."""
         chunk = self.point.chunk
         start_lists(self.lists, count)
 
@@ -388,13 +391,20 @@ class _Tiles:
             compact(self.x, at, first, extent, self.lists, count, self.target)
             close_list(self.lists, m * self.chunks + c, count, self.point.sums)
 
+        # Rows denser than the limit allows on average are noticed early: writing long lists in vain would cost.
+        per_row, ahead = self.limit // self.rows, self.limit // _AHEAD
         with T.serial(0, self.rows) as m:
-            with T.If(count[0] <= self.limit):
+            allowed = (
+                tirx.min(m * per_row + ahead, self.limit) if ahead < self.limit else self.limit
+            )
+            with T.If(count[0] <= allowed):
                 with T.Then():
                     if self.chunks > 1:
                         with T.serial(0, self.chunks - 1) as c:
                             one(m, c, chunk)
                     one(m, self.chunks - 1, self.last)
+                with T.Else():
+                    T.buffer_store(count, T.int32(_TOO_MANY), [0])
 
     def _gather(self) -> None:
         full = self.problem.o // self.panel
