@@ -35,7 +35,7 @@ from schedules.target import CpuTarget
 from schedules.winograd_transforms import matrices, transform
 
 LOOPS = "winograd"
-_STAGES = 6  # blocks of the definition
+STAGES = 6  # blocks of the definition
 _LINE = 16  # floats in a cache line
 
 
@@ -104,7 +104,9 @@ def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
     return np.ascontiguousarray(split.transpose(1, 0, 3, 2))
 
 
-def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
+def default_point(
+    problem: Problem, m: int, target: CpuTarget, sources: int = 1, branches: int = 1
+) -> Point:
     """Block and register tile with the least padding, and fewer blocks where each must fetch the weights anew.
 
     A block's matrices share the second-level cache with what streams through it: 45 % of it if the weights stay there
@@ -115,8 +117,10 @@ def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
     vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
     most_rows = min(14, (target.registers - 2 - vectors) // vectors)
     tiles = int(np.prod(problem.tiles(m)))
-    resident = 4 * (m + 2) ** 2 * problem.c * problem.o <= target.l2_bytes
-    bytes_per_tile = 4 * (_strides(m + 2, problem.c)[1] + _strides(m + 2, vectors * lanes)[1])
+    resident = 4 * (m + 2) ** 2 * problem.c * problem.o * branches <= target.l2_bytes
+    bytes_per_tile = 4 * (
+        sources * _strides(m + 2, problem.c)[1] + branches * _strides(m + 2, vectors * lanes)[1]
+    )
     most_tiles = max(
         most_rows, int((0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile
     )
@@ -146,16 +150,18 @@ _WEIGHT_BYTES_PER_CYCLE = 4.0
 _PRODUCT_EFFICIENCY, _DIRECT_EFFICIENCY = 0.9, 0.95
 
 
-def cost(problem: Problem, m: int, target: CpuTarget) -> float:
+def cost(problem: Problem, m: int, target: CpuTarget, sources: int = 1, branches: int = 1) -> float:
     """Estimated cycles of F(m x m) on one core, weights not in cache."""
-    point = default_point(problem, m, target)
+    point = default_point(problem, m, target, sources, branches)
     tiles, entries, lanes = int(np.prod(problem.tiles(m))), (m + 2) ** 2, target.lanes
     panels = -(-problem.o // point.panel) * point.panel
     computed = -(-tiles // point.block) * -(-point.block // point.rows) * point.rows
     products = computed * entries * problem.c * panels / (2 * lanes * _PRODUCT_EFFICIENCY)
-    vectors = tiles * entries * (-(-problem.c // lanes) + -(-problem.o // lanes))
-    weights = 4 * entries * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
-    return products + vectors * _TRANSFORM_CYCLES + weights
+    vectors = (
+        tiles * entries * (sources * -(-problem.c // lanes) + branches * -(-problem.o // lanes))
+    )
+    weights = branches * 4 * entries * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
+    return branches * products + vectors * _TRANSFORM_CYCLES + weights
 
 
 def direct_cost(problem: Problem, target: CpuTarget) -> float:
@@ -176,6 +182,14 @@ def direct_cost(problem: Problem, target: CpuTarget) -> float:
 
 def define_winograd(x, u, problem: Problem, point: Point):
     """te: x [N, H, W, C], u from `pack_weights` -> [N, OH, OW, O]."""
+    notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
+    return define_stages(x, u, problem, point, "winograd", notes)
+
+
+def define_stages(
+    x, u, problem: Problem, point: Point, name: str, notes: dict | None = None, first: int = 0
+):
+    """The definition's blocks, the last called `name`; u's matrices begin at `first` on its second axis."""
     m, size = point.m, point.m + 2
     bt, _, at = matrices(m)
     (n, rows, columns), (height, width) = problem.tiles(m), problem.output_hw
@@ -213,7 +227,8 @@ def define_winograd(x, u, problem: Problem, point: Point):
     product = te.compute(
         (*tile, problem.o),
         lambda b, r, s, i, j, o: te.sum(
-            v(b, r, s, i, j, k) * u(o // point.panel, i * size + j, k, o % point.panel), axis=k
+            v(b, r, s, i, j, k) * u(o // point.panel, first + i * size + j, k, o % point.panel),
+            axis=k,
         ),
         name="product",
     )
@@ -221,19 +236,18 @@ def define_winograd(x, u, problem: Problem, point: Point):
         (n, rows, columns, m, size, problem.o),
         lambda b, r, s, i, j, o: combine(at, i, lambda q: product(b, r, s, q, j, o)), name="output_rows",
     )  # fmt: skip
-    notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
     return te.compute(
         (n, height, width, problem.o),
         lambda b, i, j, o: combine(at, j % m, lambda q: inverse(b, i // m, j // m, i % m, q, o)),
-        name="winograd", attrs=notes,
+        name=name, attrs=notes or {},
     )  # fmt: skip
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused Winograd convolution."""
     problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
-    with emitting(fused, _STAGES) as (kernel, (x, u)):
-        _Emitter(kernel, problem, point, target, x, u).emit()
+    with emitting(fused, STAGES) as (kernel, (x, u)):
+        Emitter(kernel, problem, point, target, x, u).emit()
     return kernel.func
 
 
@@ -245,8 +259,15 @@ def _strides(size: int, channels: int) -> tuple[int, int]:
 
 
 @dataclass
-class _Emitter:
-    """State of one emission."""
+class Emitter:
+    """State of one emission.
+
+    A subclass may transform the input several times over (`sources`) and sum several products for each output
+    (`branches`: which source each one reads), to be combined where they are stored.
+    """
+
+    sources = 1
+    branches = (0,)
 
     kernel: object
     problem: Problem
@@ -270,7 +291,7 @@ class _Emitter:
         by_channels = parallel and not by_tiles
         with loop(blocks, parallel=by_tiles) as block:
             base = tirx.min(block * point.block, self.tiles - point.block)
-            v = workspace(point.block * self.strides[1])
+            v = [workspace(point.block * self.strides[1]) for _ in range(self.sources)]
             with loop(point.block, parallel=by_channels) as tile:
                 self._transform_input(v, base, tile)
             whole, rest = divmod(self.problem.o, point.panel)
@@ -279,8 +300,16 @@ class _Emitter:
             if rest:
                 self._emit_panel(v, base, tirx.const(whole, "int32"), rest)
 
-    def _transform_input(self, v, base, tile) -> None:
-        """v[tile, e, c] = (B^T d B)[e] of tile `base + tile`."""
+    def source(self, value, index: int):
+        """What source `index` is made of, from a vector of x."""
+        return value
+
+    def combine(self, values: list, channel):
+        """The outputs at `channel`, a vector of indices, from those of the branches."""
+        return values[0]
+
+    def _transform_input(self, v: list, base, tile) -> None:
+        """v[source][tile, e, c] = (B^T d B)[e] of tile `base + tile`."""
         p, size = self.problem, self.size
         n, i, j = unravel(base + tile, p.tiles(self.point.m))
         top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
@@ -289,9 +318,14 @@ class _Emitter:
         def emit(pixel: Callable) -> None:
             def body(channel, _slot, _fresh):
                 lane = ramp(channel, row.lanes)
-                for q, t, value in transform(self.bt, lambda q, t: pixel(q, t, lane), row.lanes):
-                    at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
-                    T.buffer_store(v, value, [ramp(at, row.lanes)])
+                for index, matrices_of in enumerate(v):
+
+                    def load(q, t, index=index):
+                        return self.source(pixel(q, t, lane), index)
+
+                    for q, t, value in transform(self.bt, load, row.lanes):
+                        at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
+                        T.buffer_store(matrices_of, value, [ramp(at, row.lanes)])
 
             row.each(body, 1)
 
@@ -325,15 +359,31 @@ class _Emitter:
                         fill(lambda lane: splat(0.0, row.lanes))
         return patch
 
-    def _emit_panel(self, v, base, panel, channels: int) -> None:
+    def _emit_panel(self, v: list, base, panel, channels: int) -> None:
         """The output channels of one panel (its first `channels`) for a block of tiles."""
-        point, size, lanes = self.point, self.size, self.point.lanes
+        point, lanes = self.point, self.point.lanes
         vectors = -(-channels // lanes)
         tile = Tile(point.rows, vectors, lanes)
-        product = workspace(point.block * self.product_strides[1])
         acc = tile.allocate()
+        products = []
+        for branch, source in enumerate(self.branches):
+            product = workspace(point.block * self.product_strides[1])
+            self._multiply(tile, acc, v[source], product, panel, branch)
+            products.append(product)
+        with T.serial(0, point.block) as t:
+            if channels == point.panel:
+                with T.serial(0, vectors) as vector:
+                    self._transform_output(products, base, t, panel, vector * lanes, lanes)
+            else:
+                for offset, width in covering(channels, lanes):
+                    self._transform_output(products, base, t, panel, offset, width)
+
+    def _multiply(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
+        """product[tile, e, o] = sum over c of v[tile, e, c] * u[panel, e, c, o], u being the branch's."""
+        point, size, lanes = self.point, self.size, self.point.lanes
         steps = -(-point.block // point.rows)
         with T.serial(0, size**2) as e:
+            at_u = e + branch * size**2 if branch else e
             with T.serial(0, steps) as step:
                 first = tirx.min(step * point.rows, point.block - point.rows)
 
@@ -341,19 +391,12 @@ class _Emitter:
                     return v[(first + r) * self.strides[1] + e * self.strides[0] + k]
 
                 tile.multiply(
-                    acc, self.problem.c, left, lambda k, t: self.u[panel, e, k, ramp(t * lanes, lanes)],
-                    lambda k: self._prefetch(panel, e, step * self.problem.c + k, steps),
+                    acc, self.problem.c, left, lambda k, t: self.u[panel, at_u, k, ramp(t * lanes, lanes)],
+                    lambda k: self._prefetch(panel, at_u, step * self.problem.c + k, steps),
                 )  # fmt: skip
                 for r, t in tile.cells():
                     at = (first + r) * self.product_strides[1] + e * self.product_strides[0]
                     T.buffer_store(product, acc[r][tile.at(t)], [ramp(at + t * lanes, lanes)])
-        with T.serial(0, point.block) as t:
-            if channels == point.panel:
-                with T.serial(0, vectors) as vector:
-                    self._transform_output(product, base, t, panel, vector * lanes, lanes)
-            else:
-                for offset, width in covering(channels, lanes):
-                    self._transform_output(product, base, t, panel, offset, width)
 
     def _prefetch(self, panel, e, iteration, steps: int) -> None:
         """Ask for the matrix of weights after (panel, e), spread over the iterations that use this one."""
@@ -369,19 +412,27 @@ class _Emitter:
                 )
             )
 
-    def _transform_output(self, product, base, tile, panel, offset, lanes: int) -> None:
+    def _transform_output(self, products: list, base, tile, panel, offset, lanes: int) -> None:
         """Store A^T M A of one tile for `lanes` channels of a panel."""
         p, m, size = self.problem, self.point.m, self.size
         height, width = p.output_hw
         n, i, j = unravel(base + tile, p.tiles(m))
         start = tile * self.product_strides[1] + offset
 
-        def load(q, t):
-            return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
+        def transformed(product):
+            def load(q, t):
+                return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
+
+            return transform(self.at, load, lanes)
 
         channel = ramp(panel * self.point.panel + offset, lanes)
-        for r, s, value in transform(self.at, load, lanes):
-            kept = T.bind(value)
+        # All of one branch before the next: each keeps its own vectors in registers while it is transformed.
+        found = [transformed(product) for product in products]
+        if len(found) > 1:
+            found = [[(r, s, T.bind(value)) for r, s, value in each] for each in found]
+        for places in zip(*found):
+            r, s, _ = places[0]
+            kept = T.bind(self.combine([value for _, _, value in places], channel))
             y, x = i * m + r, j * m + s
             checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
             if not checks:

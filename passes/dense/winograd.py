@@ -19,7 +19,7 @@ from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 # The estimate is good to about a tenth, and the direct kernel is the more accurate one.
-_WORTH = 0.9
+WORTH = 0.9
 
 
 def problem_of(call: relax.Call) -> winograd.Problem | Declined:
@@ -46,7 +46,7 @@ def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
     direct = winograd.direct_cost(problem, target)
     costs = {m: winograd.cost(problem, m, target) for m in (4, 2)}
     best = min(costs, key=costs.get)
-    if costs[best] > _WORTH * direct:
+    if costs[best] > WORTH * direct:
         return Declined(
             f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct"
         )

@@ -14,6 +14,7 @@ from tvm import relax, te
 from passes.dense.conv2d import pad_image
 from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
+from passes.quadratic import winograd
 from passes.quadratic.operators import QUADRATIC_CONV2D, shifts_of, weights_of
 from schedules import contraction, quadratic_contraction
 from schedules.errors import ScheduleError
@@ -99,7 +100,9 @@ def define_quadratic(shape: tuple[int, ...], problem: Problem, point: Point):
 
 
 def lower_quadratic(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """Both operators; activations channels last."""
+    """Both operators, activations channels last: Winograd's algorithm where its cost rule says that it pays."""
+    if (fast := winograd.lower(bb, call, target)) is not None:
+        return fast
     problem = problem_of(call)
     return lower_at(bb, call, problem, point_for(quadratic_contraction, problem, target))
 

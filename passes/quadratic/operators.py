@@ -33,7 +33,7 @@ from passes.rewriting import constant
 QUADRATIC_CONV2D = "kerf.quadratic_conv2d"
 QUADRATIC_DENSE = "kerf.quadratic_dense"
 FORMS = ("rgb", "rgl", "rg", "b", "bl")
-GEOMETRY = ("strides", "padding", "dilation", "groups", "layout")
+GEOMETRY = ("strides", "padding", "dilation", "groups", "layout", "winograd")
 
 
 @functools.cache

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quadratic neurons by Winograd's algorithm: the kernel of `winograd` with several products for each output.
+
+x is transformed once for all branches that read it and its square, taken in registers, once more for the branch b; the
+branches' results meet after their inverse transforms, where an output is stored. Weights are packed
+`[panels][branches * (m+2)^2][C][panel]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import te, tirx
+
+from schedules import winograd
+from schedules.errors import ScheduleError
+from schedules.fused import Fused, annotations
+from schedules.quadratic_contraction import SQUARED, combine
+from schedules.target import CpuTarget
+from schedules.winograd import Point
+
+__all__ = ["LOOPS", "Point", "Problem", "define", "pack_weights", "schedule", "sources_of"]
+
+LOOPS = "quadratic_winograd"
+
+
+@dataclass(frozen=True)
+class Problem(winograd.Problem):
+    """A 3x3 convolution of stride 1 for each branch of `form`."""
+
+    form: str = "rgb"
+
+    @staticmethod
+    def from_dict(fields: dict) -> Problem:
+        return Problem(**{**fields, "padding": tuple(fields["padding"])})
+
+
+def sources_of(form: str) -> tuple[bool, ...]:
+    """For each source that is transformed whether it is squared: x itself, x^2, or both."""
+    return tuple(sorted({branch == SQUARED for branch in form}))
+
+
+def pack_weights(weights: dict[str, np.ndarray], form: str, point: Point) -> np.ndarray:
+    """[O, C, 3, 3] per branch -> float32 [panels, branches * (m+2)^2, C, panel]."""
+    return np.concatenate([winograd.pack_weights(weights[b], point) for b in form], axis=1)
+
+
+def define(problem: Problem, point: Point):
+    """te function (x [N, H, W, C], packed weights, shifts if any) -> [N, OH, OW, O]."""
+    notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
+    entries = (point.m + 2) ** 2
+
+    def quadratic(x, u, *shifts):
+        def squared(*i):
+            return x(*i) * x(*i)
+
+        branches = [
+            winograd.define_stages(
+                squared if b == SQUARED else x, u, problem, point, f"branch_{b}", first=i * entries
+            )
+            for i, b in enumerate(problem.form)
+        ]
+
+        def neuron(*i):
+            return combine(problem.form, [b(*i) for b in branches], *(shifts or (None,)), i[-1])
+
+        return te.compute(branches[0].shape, neuron, name="quadratic", attrs=notes)
+
+    return quadratic
+
+
+class _Emitter(winograd.Emitter):
+    """Products of every branch, combined at the store."""
+
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
+        x, u, *shifts = kernel.inputs
+        self.squared, self.shifts = sources_of(problem.form), shifts[0] if shifts else None
+        self.sources = len(self.squared)
+        self.branches = tuple(self.squared.index(b == SQUARED) for b in problem.form)
+        super().__init__(kernel, problem, point, target, x, u)
+
+    def source(self, value, index: int):
+        return value * value if self.squared[index] else value
+
+    def combine(self, values: list, channel):
+        return combine(self.problem.form, values, self.shifts, channel)
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel of fused quadratic neurons."""
+    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    blocks = winograd.STAGES * len(problem.form) + 1
+    if fused.anchor_index + 1 != blocks:
+        raise ScheduleError(
+            "the definition is not the one this kernel replaces",
+            found=str([b.name_hint for b in fused.blocks[: fused.anchor_index + 1]]), wanted=f"{blocks} blocks",
+        )  # fmt: skip
+    with fused.emit() as kernel:
+        _Emitter(kernel, problem, point, target).emit()
+    return kernel.func
