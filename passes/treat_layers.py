@@ -115,7 +115,7 @@ def _treat_each(
 ) -> Treated:
     """The families that take one layer at a time."""
     decisions: list[Decision] = []
-    taken: dict[str, relax.Call] = {}
+    taken: dict[str, tuple[relax.Expr, relax.Call]] = {}
 
     def prune(call: relax.Call) -> relax.Expr:
         layer = Layer(call)
@@ -129,21 +129,29 @@ def _treat_each(
         if isinstance(outcome, Declined):
             decisions.append(_decision(layer, treatment, treated=False, declined=outcome.reason))
             return call
-        taken[layer.name] = outcome
+        taken[layer.name] = (call.args[0], outcome)
         decisions.append(
             _decision(Layer(candidate), treatment, treated=True, pruned=candidate is not call)
         )
         return candidate
 
     def treat(call: relax.Call) -> relax.Expr:
-        outcome = taken.get(Layer(call).name)
-        if outcome is None:
+        if Layer(call).name not in taken:
             return call
-        args = [call.args[0], *outcome.args[1:]]
-        return relax.Call(outcome.op, args, outcome.attrs, outcome.ty_args)
+        data, outcome = taken[Layer(call).name]
+        return _on(outcome, data, call.args[0])
 
     reference = rewrite_layers(mod, prune)
     return Treated(reference, rewrite_layers(reference, treat), decisions)
+
+
+def _on(expr: relax.Expr, old: relax.Expr, new: relax.Expr) -> relax.Expr:
+    """A family's expression for a layer, reading `new` where it read `old`."""
+    if expr.same_as(old):
+        return new
+    if not isinstance(expr, relax.Call):
+        return expr
+    return relax.Call(expr.op, [_on(a, old, new) for a in expr.args], expr.attrs, expr.ty_args)
 
 
 def _decision(layer: Layer, treatment: Treatment, *, treated: bool, declined=None, pruned=False):
