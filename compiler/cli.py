@@ -130,6 +130,21 @@ def inspect(model, inputs, batch, json_path):
     help="Samples of the inputs, for recipes that measure activations: .npz, or a directory.",
 )
 @click.option(
+    "--preprocess",
+    help="How calibration images are prepared: resize=256,crop=224,mean=0.485/0.456/0.406,std=...",
+)
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="FILE.npz",
+    help="Measure accuracy on these inputs, against their labels if the file has them.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    help="Points of top-1 that may be lost on --eval: layers go back to float32 until it holds.",
+)
+@click.option(
     "--prune", is_flag=True, default=None, help="Let Kerf set the smallest weights to zero."
 )
 @click.option(
@@ -150,8 +165,8 @@ def inspect(model, inputs, batch, json_path):
 @_json
 @click.option("--force", is_flag=True, help="Replace an existing OUT.")
 def build(
-    model, output, recipe, density, grain, parameters, calibration, prune, winograd, target, inputs,
-    batch, threads, choose, records, json_path, force,
+    model, output, recipe, density, grain, parameters, calibration, preprocess, evaluation, max_drop,
+    prune, winograd, target, inputs, batch, threads, choose, records, json_path, force,
 ):  # fmt: skip
     """Compile MODEL, verify it against the original, and write the artifact."""
     from compiler.recipe import load_recipe, validate
@@ -177,6 +192,9 @@ def build(
         choose=choose,
         records=records,
         calibration=calibration,
+        preprocess=preprocess,
+        evaluation=evaluation,
+        max_drop=max_drop,
         progress=_progress,
     )
     _write_json(json_path, dict(built.manifest))
@@ -316,6 +334,65 @@ def profile(artifact, threads, json_path):
     found = profile_artifact(opened, default_inputs(opened), threads=threads)
     _write_json(json_path, found.to_json())
     _print(*report.profile(found))
+
+
+class _Names(click.ParamType):
+    """element,row,out:4"""
+
+    name = "NAME,NAME"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        return tuple(dict.fromkeys(n.strip() for n in value.split(",") if n.strip()))
+
+
+class _Numbers(_Names):
+    """0.05,0.1,0.2"""
+
+    name = "D,D"
+
+    def convert(self, value, param, ctx):
+        try:
+            return tuple(float(n) for n in super().convert(value, param, ctx))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.05,0.1", param, ctx)
+
+
+@main.command("what-if")
+@_model
+@click.option("--grains", type=_Names(), default="element,row,kernel,out:4,out:8,filter", show_default=True, help="Grains to try.")  # fmt: skip
+@click.option("--densities", type=_Numbers(), default="0.05,0.1,0.2,0.3", show_default=True, help="Shares of weights to keep.")  # fmt: skip
+@_shapes
+@_batch
+@click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
+@_threads
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file as JSON, after every point; a run that finds it goes on there.")  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and size to this .png, .svg or .pdf.")  # fmt: skip
+def what_if(model, grains, densities, inputs, batch, target, threads, json_path, plot):
+    """Predict latency and size of MODEL at every grain and density of sparsity, before anyone
+    trains."""
+    _check_model(model)
+    _check_json(json_path)
+    from compiler import what_if_report
+    from compiler.what_if import what_if as study
+
+    if plot is not None:
+        what_if_report.check_plot(plot)
+    found = study(
+        model,
+        grains,
+        densities,
+        inputs=dict(inputs) or None,
+        batch=batch,
+        target=target,
+        threads=threads,
+        state=json_path,
+        progress=_progress,
+    )
+    if plot is not None:
+        what_if_report.plot(found, plot)
+    _print(*what_if_report.table(found))
 
 
 @main.command()
