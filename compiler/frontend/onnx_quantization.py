@@ -15,13 +15,12 @@ import numpy as np
 import onnx
 from onnx import helper
 from tvm import relax
-from tvm.relax import op
 
+from compiler.frontend import quantization
 from compiler.frontend.names import is_anonymous, layer_name
-from compiler.frontend.support import Refused, constant, dtype_of
+from compiler.frontend.support import Refused
 from passes.layers import shape_of
 from passes.name_layers import Grid
-from passes.quantized import operators
 
 if TYPE_CHECKING:
     from compiler.frontend.onnx_convert import Converter
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 # What quantizers append to the name of a weight.
 _SUFFIX = re.compile(r"_(quantized|q|quant|int8)$")
-_BYTES = ("int8", "uint8")
-_WIDE = ("int16", "uint16")
 # Types of integers that only weights may have: they are gone once the constants are computed.
 _NARROW = ("int4", "uint4", "int2", "uint2")
 
@@ -53,7 +50,9 @@ def fold_dequantize(graph: OnnxGraph, node: onnx.NodeProto, evaluate: Callable) 
     owner = layer_name(_SUFFIX.sub("", graph.names.get(stored, "")))
     if owner and not is_anonymous(owner):
         graph.names[name] = owner
-    is_grid = str(graph.constants[stored].dtype) in (*_BYTES, *_NARROW) and scale.ndim <= 1
+    is_grid = (
+        str(graph.constants[stored].dtype) in (*quantization.BYTES, *_NARROW) and scale.ndim <= 1
+    )
     if is_grid and scale.dtype == np.float32 and np.all(scale > 0):
         axis = attributes.get("axis", 1) % max(1, floats.ndim) if scale.size > 1 else None
         graph.grids[name] = Grid(scale.reshape(-1), axis)
@@ -64,7 +63,12 @@ def _dequantized(
     stored: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None, *, axis: int
 ) -> np.ndarray | None:
     """(stored - zero_point) * scale in float32, per tensor or along an axis; None for anything else."""
-    if scale.dtype != np.float32 or str(stored.dtype) not in (*_BYTES, *_WIDE, *_NARROW, "int32"):
+    if scale.dtype != np.float32 or str(stored.dtype) not in (
+        *quantization.BYTES,
+        *quantization.WIDE,
+        *_NARROW,
+        "int32",
+    ):
         return None
     along = [1] * stored.ndim
     if scale.size > 1:
@@ -98,7 +102,7 @@ def unsupported_types(graph: OnnxGraph) -> list[str]:
         if node.op_type not in (QUANTIZE, DEQUANTIZE) or node.domain not in ("", "ai.onnx"):
             continue
         dtype = _integer_type(graph, node)
-        if dtype not in (*_BYTES, *_WIDE, "int32"):
+        if dtype not in (*quantization.BYTES, *quantization.WIDE, "int32"):
             found.append(f"{node.op_type} {node.name or node.output[0]} ({dtype})")
     return found
 
@@ -127,10 +131,7 @@ def _parameters(c: Converter, x: relax.Expr) -> tuple[np.ndarray, np.ndarray, st
     scale = c.array(1)
     zero_point = c.array(2) if len(c.node.input) > 2 else None
     dtype = _integer_type(c.graph, c.node)
-    if scale.dtype != np.float32:
-        raise Refused(f"a scale of type {scale.dtype}")
-    if not (np.isfinite(scale).all() and np.all(scale > 0)):
-        raise Refused(f"a scale that is not a positive number ({scale.reshape(-1).min()})")
+    quantization.check_scale(scale)
     if c.attr("block_size", 0) or scale.ndim > 1:
         raise Refused("quantization in blocks of an activation")
     zero_point = np.zeros(scale.shape, dtype) if zero_point is None else zero_point
@@ -149,46 +150,11 @@ def _quantize(c: Converter, x: relax.Expr, *_parameters_of) -> relax.Expr:
     scale, zero_point, dtype = _parameters(c, x)
     if dtype == "int32":
         raise Refused("int32")
-    if dtype_of(x) != "float32":
-        x = c.emit(op.astype(x, "float32"))
-    if scale.ndim or dtype in _WIDE:  # no kernel reads these: as the standard says, in float32
-        limits = np.iinfo(dtype)
-        steps = c.emit(op.round(c.emit(op.divide(x, constant(scale)))))
-        steps = c.emit(op.add(steps, constant(zero_point.astype("float32"))))
-        clipped = c.emit(op.clip(steps, float(limits.min), float(limits.max)))
-        return op.astype(clipped, dtype)
-    shift = 128 if dtype == "int8" else 0
-    made = operators.quantize(x, scale=float(scale), zero_point=int(zero_point) + shift)
-    found = c.emit(made)
-    return signed(c, found) if shift else found
-
-
-def signed(c, unsigned: relax.Expr) -> relax.Expr:
-    """Bytes with a zero point 128 lower, as int8; remembered, so that reading them as floats needs no detour."""
-    wide = c.emit(op.subtract(c.emit(op.astype(unsigned, "int16")), constant(np.int16(128))))
-    found = c.emit(op.astype(wide, "int8"))
-    c.unsigned[found] = unsigned
-    return found
-
-
-def as_unsigned(c, x: relax.Expr) -> relax.Expr:
-    """An int8 tensor plus 128, as uint8."""
-    if x in c.unsigned:
-        return c.unsigned[x]
-    wide = c.emit(op.add(c.emit(op.astype(x, "int16")), constant(np.int16(128))))
-    return c.emit(op.astype(wide, "uint8"))
+    return quantization.quantize(c, x, scale, zero_point, dtype)
 
 
 def _dequantize(c: Converter, x: relax.Expr, *_parameters_of) -> relax.Expr:
-    scale, zero_point, dtype = _parameters(c, x)
-    if scale.ndim or dtype not in _BYTES:
-        centred = op.astype(x, "float32")
-        if np.any(zero_point):
-            centred = op.subtract(c.emit(centred), constant(zero_point.astype("float32")))
-        return op.multiply(c.emit(centred), constant(scale))
-    shift = 128 if dtype == "int8" else 0
-    x = as_unsigned(c, x) if shift else x
-    return operators.dequantize(x, scale=float(scale), zero_point=int(zero_point) + shift)
+    return quantization.dequantize(c, x, *_parameters(c, x))
 
 
 CONVERTERS: dict[str, Callable] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}

@@ -24,7 +24,9 @@ from compiler.frontend.support import first_line
 from schedules.errors import ModelError
 
 _TARGETS = re.compile(
-    r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)"
+    r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?"
+    r"|torch\.ops\.quantized_decomposed\.(de)?quantize_per_(tensor|channel)\.\w+"
+    r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)"
     r"|torch\.sym_(int|float|max|min|not|ite|sqrt)|math\.(ceil|floor|trunc)"
 )
 _SYMBOL = re.compile(r"z?[su]f?\d+")
@@ -67,6 +69,9 @@ def load_archive(path: Path) -> Any:
     check_archive(data, str(path))
     import torch
 
+    from compiler.frontend.torch_quantization import register_operators
+
+    register_operators()
     try:
         program = torch.export.load(io.BytesIO(data))
         program._guards_code = []

@@ -13,13 +13,19 @@ from torch import fx
 from tvm import relax
 from tvm.relax import op
 
-from compiler.frontend import torch_layer_ops, torch_ops, torch_shape_ops
+from compiler.frontend import torch_layer_ops, torch_ops, torch_quantization, torch_shape_ops
 from compiler.frontend.support import Refused, constant, dtype_of
 from compiler.frontend.torch_graph import DTYPES, Prepared
 from passes.layers import shape_of
+from passes.name_layers import Grid
 from schedules.errors import UnsupportedModel
 
-_TABLES = (torch_ops.CONVERTERS, torch_layer_ops.CONVERTERS, torch_shape_ops.CONVERTERS)
+_TABLES = (
+    torch_ops.CONVERTERS,
+    torch_layer_ops.CONVERTERS,
+    torch_shape_ops.CONVERTERS,
+    torch_quantization.CONVERTERS,
+)
 
 
 def key_of(node: fx.Node) -> str:
@@ -57,12 +63,15 @@ def converter_of(node: fx.Node) -> Callable | None:
 
 
 class Converter:
-    """Converts nodes in order; `env` maps nodes to Relax expressions, `names` weights to layer names."""
+    """Converts nodes in order; `env` maps nodes to Relax expressions, `names` weights to layer names, `grids` weights to the
+    scales they are stored with, `unsigned` int8 tensors to what they are as uint8."""
 
     def __init__(self, builder: relax.BlockBuilder, prepared: Prepared, where: str):
         self.builder, self.prepared, self.where = builder, prepared, where
         self.env: dict[fx.Node, Any] = {}
         self.names: dict[relax.Expr, str] = {}
+        self.grids: dict[relax.Expr, Grid] = {}
+        self.unsigned: dict[relax.Expr, relax.Expr] = {}
         self.node: fx.Node | None = None
 
     def emit(self, expr: relax.Expr) -> relax.Expr:
@@ -141,6 +150,8 @@ class Converter:
             self.env[argument] = const
             if argument in self.prepared.names:
                 self.names[const] = self.prepared.names[argument]
+            if argument in self.prepared.grids:
+                self.grids[const] = self.prepared.grids[argument]
         return self.env[argument]
 
     def meta(self, position: int) -> Any:

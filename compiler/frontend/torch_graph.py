@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from compiler.frontend.names import layer_name
+from compiler.frontend.torch_quantization import grid_of, is_dequantize, weight_name
+from passes.name_layers import Grid
 from schedules.errors import ModelError, UnsupportedModel
 
 DTYPES = {
@@ -49,7 +51,8 @@ _FOLDED_BYTES = 1 << 20
 class Prepared:
     """A functional graph whose placeholders are inputs or constants, and nothing constant is left to compute.
 
-    `constants` maps nodes (placeholders, attributes, folded calls) to tensors; `names` some of them to layer names.
+    `constants` maps nodes (placeholders, attributes, folded calls) to tensors; `names` some of them to layer names, `grids`
+    weights that are stored as integers to their scales.
     """
 
     graph: fx.Graph
@@ -57,6 +60,7 @@ class Prepared:
     constants: dict[fx.Node, torch.Tensor]
     names: dict[fx.Node, str]
     outputs: list[fx.Node]
+    grids: dict[fx.Node, Grid]
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -97,9 +101,9 @@ def prepare(program: ExportedProgram, where: str) -> Prepared:
         raise UnsupportedModel(
             "the size of a result depends on data", where=where, found=", ".join(open_nodes[:5])
         )
-    _fold(program, constants, names)
+    grids = _fold(program, constants, names)
     outputs = _user_outputs(program, where)
-    return Prepared(program.graph, inputs, constants, names, outputs)
+    return Prepared(program.graph, inputs, constants, names, outputs, grids)
 
 
 def _is_open(value) -> bool:
@@ -144,8 +148,12 @@ def _user_outputs(program: ExportedProgram, where: str) -> list[fx.Node]:
     return nodes
 
 
-def _fold(program: ExportedProgram, constants: dict, names: dict) -> None:
-    """Compute every call all of whose inputs are constant, with torch itself; a folded weight keeps its layer's name."""
+def _fold(program: ExportedProgram, constants: dict, names: dict) -> dict[fx.Node, Grid]:
+    """Compute every call all of whose inputs are constant, with torch itself; a folded weight keeps its layer's name.
+
+    Returns the scales of weights that were integers.
+    """
+    grids: dict[fx.Node, Grid] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr":
             value = getattr(program.graph_module, node.target, None)
@@ -161,14 +169,18 @@ def _fold(program: ExportedProgram, constants: dict, names: dict) -> None:
                 for n in node.all_input_nodes
                 if isinstance(constants[n], torch.Tensor)
             ]
-            if isinstance(value, torch.Tensor) and value.nbytes > max(
+            grown = isinstance(value, torch.Tensor) and value.nbytes > max(
                 _FOLDED_BYTES, 2 * sum(sizes)
-            ):
+            )
+            if grown and not is_dequantize(node):
                 continue
             constants[node] = value
             owners = [names[n] for n in node.all_input_nodes if n in names]
             if owners:
-                names[node] = owners[0]
+                names[node] = weight_name(node, owners[0], names)
+            if is_dequantize(node) and (grid := grid_of(node, constants)) is not None:
+                grids[node] = grid
+    return grids
 
 
 def _foldable(node: fx.Node, constants: dict) -> bool:

@@ -237,7 +237,7 @@ def _convert(prepared: Prepared, where: str) -> tvm.IRModule:
             results = [converter.value(n) for n in prepared.outputs]
             output = builder.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
         builder.emit_func_output(output)
-    return NameLayers(converter.names)(builder.finalize())
+    return NameLayers(converter.names, converter.grids)(builder.finalize())
 
 
 def _reference(program: ExportedProgram, inputs: Sequence[TensorSpec]) -> Callable:
