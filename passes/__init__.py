@@ -6,12 +6,13 @@ from __future__ import annotations
 
 def families() -> tuple:
     """Every family of operators, dense first. Adding one: its folder and its line here."""
-    from passes import activation_sparse, dense, quadratic, quantized, sparse
+    from passes import activation_sparse, binary, dense, quadratic, quantized, sparse
 
     return (
         dense.FAMILY,
         sparse.FAMILY,
         quantized.FAMILY,
+        binary.FAMILY,
         activation_sparse.FAMILY,
         quadratic.FAMILY,
     )

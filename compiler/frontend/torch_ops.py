@@ -165,7 +165,7 @@ def _prelu(c: Converter, x: relax.Expr, weight: relax.Expr) -> relax.Expr:
 CONVERTERS: dict[str, Callable] = {
     **{f"{name}.default": _unary(getattr(op, name)) for name in (
         "abs", "ceil", "cos", "erf", "exp", "floor", "log", "rsqrt", "sigmoid", "sin", "sqrt", "square", "tan", "tanh", "trunc",
-        "acos", "asin", "atan", "cosh", "sinh", "sign",
+        "acos", "asin", "atan", "cosh", "sinh", "sign", "round",
     )},
     **{f"{name}.default": _predicate(getattr(op, name)) for name in ("isfinite", "isinf", "isnan")},
     **{f"{name}.{o}": _arithmetic(f) for name, f in (("add", op.add), ("sub", op.subtract), ("mul", op.multiply)) for o in ("Tensor", "Scalar")},

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary layers: weights and inputs of +-1, found in a graph and computed on bits."""
+
+from __future__ import annotations
+
+from passes.binary import operators, reference
+from passes.binary.lowering import LOWERINGS
+from passes.binary.recognize import found_in
+from passes.binary.treat_graph import PARAMETERS, rewrite
+from passes.family import Family
+
+FAMILY = Family(
+    name="binary",
+    register=operators.register,
+    lowerings=LOWERINGS,
+    references={
+        operators.BINARY_PACK: reference.binary_pack,
+        operators.BINARY_MAX_POOL2D: reference.binary_max_pool2d,
+        operators.BINARY_CONV2D: reference.binary_conv2d,
+        operators.BINARY_CONV2D_BITS: reference.binary_conv2d_bits,
+        operators.BINARY_DENSE: reference.binary_dense,
+        operators.BINARY_DENSE_BITS: reference.binary_dense_bits,
+    },
+    parameters=PARAMETERS,
+    rewrite=rewrite,
+    found_in=found_in,
+    jumps=(operators.BINARY_PACK,),
+)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give binary layers their operators, and let bits flow between them.
+
+rewrite: conv2d(sign(x), w)                    ->  float(binary_conv2d(pack(x), w)) * s
+         conv2d(sign(f(conv2d(sign(x), v))), w)  ->  float(binary_conv2d(binary_conv2d_bits(pack(x), v, t), w)) * s
+requires: a canonical graph, NCHW
+ensures: layers asked of this family that are binary have its operators; f is batch norm, bias and activation, and t the
+  integer sums at which the sign of f changes
+
+What lies between two binary layers folds into thresholds where nothing else reads it: a residual connection needs the
+number itself, and then its sign is packed from float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from passes.binary.bits import pack_bits
+from passes.binary.operators import (
+    BINARY_CONV2D,
+    BINARY_CONV2D_BITS,
+    BINARY_DENSE,
+    BINARY_DENSE_BITS,
+    BINARY_MAX_POOL2D,
+    BINARY_PACK,
+    binary_call,
+)
+from passes.binary.recognize import BinaryLayer, binary_weight, recognize, two_planes
+from passes.binary.steps import Chain, Plane, Steps, chains, integer_steps
+from passes.family import Context, Layer, Rewritten
+from passes.layers import is_call, multiply_accumulates, operator_call, shape_of
+from passes.quantized.channel_flow import Uses, is_layer
+from passes.rewriting import Graph, constant, ints, rewrite_module
+from passes.treatment import Decision, Treatment
+from schedules.bit_words import WORD_BITS
+from schedules.errors import Declined
+
+_BITS_OF = {BINARY_CONV2D: BINARY_CONV2D_BITS, BINARY_DENSE: BINARY_DENSE_BITS}
+_THROUGH = ("relax.nn.pad", "relax.nn.max_pool2d", "relax.reshape")
+
+
+def parse_zero(value: object) -> str:
+    """What the sign of 0 is taken for where a model says 0: "exact", "+1" or "-1". Raises ValueError."""
+    if value not in ("exact", "+1", "-1"):
+        raise ValueError(f"zero must be 'exact', '+1' or '-1', not {value!r}")
+    return str(value)
+
+
+def parse_binarize(value: object) -> bool:
+    """Whether a layer of real numbers is made binary. Raises ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"binarize must be true or false, not {value!r}")
+    return value
+
+
+PARAMETERS = {"zero": parse_zero, "binarize": parse_binarize}
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The sign that one layer reads, as thresholds on the sums of another."""
+
+    source: str
+    steps: Steps
+
+
+def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
+    """`Family.rewrite`. Layers that are no binary ones are declined, each with the reason."""
+    asked = {n for n, t in treatments.items() if t.parameters.get("binarize")}
+    original = mod
+    while True:
+        uses = Uses(mod := _binarized(original, asked) if asked else original)
+        found = _recognized(uses, treatments)
+        binary, folds = _plan(found, uses)
+        declined = {n for n in asked if found[n][1] is not None}
+        if not declined:
+            break
+        asked -= declined  # they keep their values
+    decisions = [
+        _decision(binary.get(name, layer), outcome, treatments[name], folds.get(name))
+        for name, (layer, outcome) in found.items()
+    ]
+    if not binary:
+        return Rewritten(mod, decisions)
+    treated = rewrite_module(mod, lambda func: _Rewriter(func, uses, binary, folds).run())
+    # Its operators have references of their own: signs are compared where they are taken.
+    return Rewritten(treated, decisions, reference=treated)
+
+
+def _plan(found: dict, uses: Uses) -> tuple[dict[str, BinaryLayer], dict[str, Folded | str]]:
+    """The layers that stay binary and where their signs come from; `found` learns of those that do not."""
+    while True:
+        binary = {name: layer for name, (layer, declined) in found.items() if declined is None}
+        folds = {}
+        for (
+            name,
+            layer,
+        ) in binary.items():  # in program order: a layer's signs decide what its sums mean
+            folds[name] = fold = _fold(layer, binary, uses)
+            if isinstance(fold, Folded):
+                binary[name] = replace(layer, input=replace(layer.input, steps=fold.steps))
+        refused = {n: reason for n, layer in binary.items() if (reason := two_planes(layer))}
+        if not refused:
+            return binary, folds
+        found |= {name: (binary[name].layer, reason) for name, reason in refused.items()}
+
+
+def _recognized(uses: Uses, treatments: Mapping[str, Treatment]) -> dict:
+    """name -> (BinaryLayer, None), or (Layer, why not)."""
+    found: dict = {}
+    for binding in uses.bindings:
+        if not is_layer(binding.value):
+            continue
+        layer = Layer(binding.value)
+        if layer.name not in treatments:
+            continue
+        if layer.name in found:
+            found[layer.name] = (layer, "its weight is used in several places")
+            continue
+        outcome = recognize(layer, uses, treatments[layer.name].parameters.get("zero", "exact"))
+        declined = outcome.reason if isinstance(outcome, Declined) else None
+        found[layer.name] = (layer if declined else outcome, declined)
+    return found
+
+
+def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decision:
+    layer = found.layer if declined is None else found
+    shown = {}
+    if declined is None:
+        shown["signs"] = (
+            f"bits of {fold.source}, thresholds folded"
+            if isinstance(fold, Folded)
+            else f"packed from float32: {fold}"
+        )
+        if len(found.input.steps.planes) > 1:
+            shown["sign of 0"] = "0, exactly: twice the bits"
+    return Decision(
+        layer=layer.name,
+        operator=layer.operator,
+        weight_shape=tuple(layer.weight.shape),
+        asked=treatment.family,
+        treatment="dense" if declined else treatment.family,
+        declined=declined,
+        found=shown,
+        parameters=dict(treatment.parameters),
+        pruned=bool(treatment.parameters.get("binarize")) and declined is None,
+    )
+
+
+def _binarized(mod: tvm.IRModule, names: set[str]) -> tvm.IRModule:
+    """The experiment: the named layers that are not binary get sign(x), and sign(w) times the mean |w| per channel."""
+    uses = Uses(mod)
+
+    def rewrite(func: relax.Function) -> relax.Function:
+        graph = Graph(func)
+        for binding in uses.bindings:
+            value = graph.substitute(binding.value)
+            if is_layer(value) and Layer(value).name in names:
+                if isinstance(recognize(Layer(binding.value), uses), Declined):
+                    value = _made_binary(value)
+            graph.define(binding.var, value)
+        return graph.finish(func)
+
+    return rewrite_module(mod, rewrite)
+
+
+def _made_binary(call: relax.Call) -> relax.Call:
+    layer, one = Layer(call), relax.const(1.0, "float32")
+    weight, x = layer.weight, call.args[0]
+    if binary_weight(weight) is None:
+        scale = np.abs(weight).reshape(weight.shape[0], -1).mean(1)
+        scale = scale.reshape(-1, *[1] * (weight.ndim - 1)).astype(np.float32)
+        weight = np.where(weight >= 0, scale, -scale).astype(np.float32)
+    positive = relax.op.greater_equal(x, relax.const(0.0, "float32"))
+    signs = relax.op.where(positive, one, relax.const(-1.0, "float32"))
+    return operator_call(call.op.name, [signs, relax.const(weight)], **layer.attrs)
+
+
+def _fold(layer: BinaryLayer, binary: Mapping[str, BinaryLayer], uses: Uses) -> Folded | str:
+    """The layer whose sums hold this layer's signs, or why they are packed from numbers."""
+    given = layer.input
+    if not _read_by(given.chain.result, {n: b.layer.call for n, b in binary.items()}, uses):
+        return "other operators read the signs"
+    reason = "no binary layer before it"
+    for chain in chains(uses, given.chain.result, given.chain.axis):
+        value = uses.definitions.get(chain.root)
+        if not is_layer(value):
+            reason = _between(value, reason)
+            continue
+        name = Layer(value).name
+        if name not in binary:
+            return f"{name} before it is not binary"
+        source = binary[name]
+        if not chain.is_only_reader():
+            return "a residual connection reads the same numbers"
+        if layer.layer.attrs.get("groups", 1) > 1:
+            per_group = layer.layer.weight.shape[1]
+            if per_group % WORD_BITS:
+                return f"its groups of {per_group} channels begin inside words"
+        outcome = _fold_into(chain, source)
+        return outcome if isinstance(outcome, str) else Folded(name, outcome)
+    return reason
+
+
+def _between(value, reason: str) -> str:
+    """What stops the search above a chain's root, for the report."""
+    if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op):
+        return f"{value.op.name.removeprefix('relax.')} lies between"
+    return reason
+
+
+def _fold_into(chain: Chain, source: BinaryLayer) -> Steps | str:
+    planes = len(source.input.steps.planes)
+    terms = math.prod(source.layer.weight.shape[1:]) * planes
+    bordered = any(source.input.padding) and source.input.pad_value == 0
+    return integer_steps(chain, sum_scale(source), terms, None if bordered else terms % 2)
+
+
+def sum_scale(layer: BinaryLayer) -> np.ndarray:
+    """What one unit of a layer's integer sums is worth, [O] float32."""
+    steps = layer.input.steps
+    return (layer.weight.scale * np.float32(steps.size) / np.float32(len(steps.planes))).astype(
+        np.float32
+    )
+
+
+def _read_by(var: relax.Var, layers: Mapping[str, relax.Call], uses: Uses) -> bool:
+    """Whether only these layers read a variable, directly or padded, pooled or reshaped."""
+    if var in uses.outputs:
+        return False
+    for binding in uses.readers.get(var, []):
+        value = binding.value
+        if is_layer(value) and layers.get(Layer(value).name) is not None:
+            continue
+        through = any(is_call(value, name) for name in _THROUGH)
+        if not through or not _read_by(binding.var, layers, uses):
+            return False
+    return True
+
+
+class _Rewriter:
+    def __init__(
+        self,
+        func: relax.Function,
+        uses: Uses,
+        binary: Mapping[str, BinaryLayer],
+        folds: Mapping[str, Folded | str],
+    ):
+        self.func, self.graph, self.uses = func, Graph(func), uses
+        self.binary, self.folds = binary, folds
+        self.packed: dict = {}  # bits that several layers read are made once
+        self.arguments: dict[str, relax.Var] = {}  # the bits that each layer reads
+
+    def run(self) -> relax.Function:
+        for binding in self.uses.bindings:
+            value = self.graph.substitute(binding.value)
+            if is_layer(binding.value) and Layer(binding.value).name in self.binary:
+                value = self._layer(self.binary[Layer(binding.value).name])
+            self.graph.define(binding.var, value)
+        return self.graph.finish(self.func)
+
+    def _layer(self, layer: BinaryLayer) -> relax.Expr:
+        name, scale = layer.layer.name, sum_scale(layer)
+        self.arguments[name] = self._bits(layer)
+        sums = self._contraction(layer)
+        value = relax.op.astype(sums, "float32")
+        if (scale == 1).all():
+            return value
+        shape = (-1, 1, 1) if layer.layer.weight.ndim == 4 else (-1,)
+        return relax.op.multiply(value, constant(scale.reshape(shape)))
+
+    def _contraction(self, layer: BinaryLayer, *thresholds) -> relax.Call:
+        """The layer's sums, or with thresholds their bits."""
+        given, attrs = layer.input, layer.layer.attrs
+        signs = np.concatenate([layer.weight.signs] * len(given.steps.planes), 1)
+        operator = BINARY_DENSE if signs.ndim == 2 else BINARY_CONV2D
+        own = {"name": attrs["name"], "flops": 2 * multiply_accumulates(layer.layer.call)}
+        if signs.ndim == 4:
+            own |= {k: attrs[k] for k in ("strides", "dilation", "groups", "layout")}
+            own |= {"padding": list(given.padding), "pad_value": given.pad_value}
+        args = [self.arguments[attrs["name"]], constant(signs), *thresholds]
+        return binary_call(_BITS_OF[operator] if thresholds else operator, args, **own)
+
+    def _bits(self, layer: BinaryLayer) -> relax.Var:
+        given, fold = layer.input, self.folds[layer.layer.name]
+        groups = layer.layer.attrs.get("groups", 1)
+        key = (given.chain.result, given.chain.root, groups, str(given.pool), given.flat)
+        if key not in self.packed:
+            if isinstance(fold, Folded):
+                bits = self._folded(fold)
+            else:
+                planes = [self._pack(layer, plane, groups) for plane in given.steps.planes]
+                bits = planes[0]
+                if len(planes) > 1:
+                    axis = given.chain.axis if given.flat is None else 1
+                    bits = self.graph.emit(relax.op.concat(planes, axis), "signs")
+            self.packed[key] = self._pooled(bits, given.pool)
+        return self.packed[key]
+
+    def _folded(self, fold: Folded) -> relax.Var:
+        source, plane = self.binary[fold.source], fold.steps.planes[0]
+        thresholds, flips = constant(plane.threshold), constant(pack_bits(plane.flip, 0))
+        call = self._contraction(source, thresholds, flips)
+        return self.graph.emit(call, f"{fold.source}_bits")
+
+    def _pack(self, layer: BinaryLayer, plane: Plane, groups: int) -> relax.Var:
+        given = layer.input
+        x, thresholds, flips = given.chain.root, plane.threshold, plane.flip
+        x = self.graph.substitute(x)
+        layout = {"layout": "NCHW"} if given.chain.axis == 1 and len(shape_of(x)) == 4 else {}
+        if given.flat is not None:
+            per_row = (shape_of(x)[1:], given.chain.axis - 1)
+            thresholds, flips = (_along_flat(v, *per_row) for v in (thresholds, flips))
+            x, layout = relax.op.reshape(x, given.flat), {}
+        args = [x, constant(thresholds), constant(pack_bits(flips, 0, groups))]
+        return self.graph.emit(binary_call(BINARY_PACK, args, groups=groups, **layout), "signs")
+
+    def _pooled(self, bits: relax.Var, pool: relax.Call | None) -> relax.Var:
+        if pool is None:
+            return bits
+        a = pool.attrs
+        call = binary_call(
+            BINARY_MAX_POOL2D, [bits], window=ints(a.pool_size), strides=ints(a.strides),
+            padding=ints(a.padding), dilation=ints(a.dilation), layout="NCHW",
+        )  # fmt: skip
+        return self.graph.emit(call, "pooled_signs")
+
+
+def _along_flat(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Values per channel of a row of this shape, for every element of the row laid flat."""
+    full = [1] * len(shape)
+    full[axis] = -1
+    return np.broadcast_to(values.reshape(full), shape).reshape(-1)
