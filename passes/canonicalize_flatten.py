@@ -3,6 +3,7 @@
 
 rewrite: kerf.dense(reshape(x [N, C, H, W], [N, C*H*W]), w)
          ->  kerf.dense(reshape(permute_dims(x, [0, 2, 3, 1]), [N, H*W*C]), columns of w reordered)
+         multiply(flat, flat), flat = reshape(x [N, C, H, W], [N, C*H*W])  ->  reshape(multiply(x, x))
 requires: NCHW, constants folded; x comes from a convolution or pool, perhaps by way of
   elementwise operators
 ensures: once the graph is channels last, flattening costs nothing
@@ -69,6 +70,21 @@ def _is_image(expr: relax.Expr, graph: Graph, depth: int = _DEPTH) -> bool:
     return any(_is_image(t, graph, depth - 1) for t in tensors)
 
 
+def square_before_flattening(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    """The square of a flattened image is a flattened image."""
+    if not is_call(value, "relax.multiply") or not value.args[0].same_as(value.args[1]):
+        return None
+    reshape = graph.call(value.args[0], "relax.reshape")
+    if reshape is None or len(shape_of(reshape.args[0])) != 4 or len(shape_of(reshape)) != 2:
+        return None
+    x = reshape.args[0]
+    return (
+        relax.op.reshape(relax.op.multiply(x, x), shape_of(reshape))
+        if _is_image(x, graph)
+        else None
+    )
+
+
 def flatten_last(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     """See the module's docstring."""
     if not is_call(value, DENSE) or not is_const(value.args[1]):
@@ -97,4 +113,6 @@ class CanonicalizeFlatten:
     """See the module's docstring."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return rewrite_module(mod, lambda func: rewrite_function(func, (flatten_last,)))
+        return rewrite_module(
+            mod, lambda func: rewrite_function(func, (square_before_flattening, flatten_last))
+        )

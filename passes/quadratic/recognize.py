@@ -87,14 +87,17 @@ def same_geometry(a: relax.Call, b: relax.Call) -> bool:
 
 
 def square_of(expr: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """x where `expr` is x * x, x ** 2 or square(x), or one of these reshaped."""
+    """x where `expr` is x * x, x ** 2 or square(x), or one of these with its axes changed."""
     if (call := graph.call(expr, "relax.multiply")) is not None:
         return call.args[0] if call.args[0].same_as(call.args[1]) else None
     if (call := graph.call(expr, "relax.power")) is not None:
         return call.args[0] if scalar(call.args[1]) == 2 else None
-    if (call := graph.call(expr, "relax.reshape")) is not None:
-        inner = square_of(call.args[0], graph)
-        return None if inner is None else relax.op.reshape(inner, shape_of(call))
+    for name in ("relax.reshape", "relax.permute_dims"):
+        if (call := graph.call(expr, name)) is not None:
+            inner = square_of(call.args[0], graph)
+            return (
+                inner if inner is None else relax.Call(call.op, [inner, *call.args[1:]], call.attrs)
+            )
     call = graph.call(expr, "relax.square")
     return None if call is None else call.args[0]
 

@@ -53,3 +53,25 @@ def test_declines_images_of_one_pixel(declines):
         CanonicalizeFlatten(), [(2, 3, 1, 1)],
         lambda _b, x: dense(op.reshape(image(x), (2, 4)), constant(w), name="fc"),
     )  # fmt: skip
+
+
+def test_a_square_is_flattened_as_what_it_squares(rewrites):
+    moved = W.reshape(7, 4, 3, 5).transpose(0, 2, 3, 1).reshape(7, 60)
+
+    def before(b, x):
+        flat = b.emit(op.reshape(b.emit(image(x)), (2, 60)))
+        return dense(b.emit(op.multiply(flat, flat)), constant(W), name="fc")
+
+    def after(b, x):
+        y = b.emit(image(x))
+        last = op.permute_dims(b.emit(op.multiply(y, y)), [0, 2, 3, 1])
+        return dense(op.reshape(last, (2, 60)), constant(moved), name="fc")
+
+    rewrites(CanonicalizeFlatten(), [X], before, after)
+
+
+def test_declines_products_of_different_tensors(declines):
+    declines(
+        CanonicalizeFlatten(), [X, (2, 60)],
+        lambda b, x, y: op.multiply(b.emit(op.reshape(image(x), (2, 60))), y),
+    )  # fmt: skip
