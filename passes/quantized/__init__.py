@@ -23,6 +23,7 @@ from passes.quantized.reference import (
     int8_dense,
     quantize,
 )
+from passes.quantized.take_imported import describe_imported
 from passes.quantized.treat_graph import prune, rewrite
 
 FAMILY = Family(
@@ -40,5 +41,6 @@ FAMILY = Family(
     parameters=PARAMETERS,
     prune=prune,
     rewrite=rewrite,
+    found_in=describe_imported,
     jumps=(QUANTIZE,),
 )

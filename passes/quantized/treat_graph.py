@@ -25,6 +25,7 @@ from passes.quantized.plan_bytes import BytesPlan, plan_bytes, tensors
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import NEED_HISTOGRAM, Affine, choose_range
 from passes.quantized.rank_sensitivity import most_sensitive, rank_sensitivity
+from passes.quantized.take_imported import is_quantized, take_imported
 from passes.quantized.tricks import prepare
 from passes.quantized.weights import overflows, quantize_weight
 from passes.sparse.grains import Grain
@@ -40,6 +41,8 @@ _TOLERATED_FILL = 1.05
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
     """See `passes.family.Family`. Raises UserError without calibration data."""
+    if is_quantized(mod):
+        return take_imported(mod, treatments)
     if context.observe is None:
         raise UserError(
             "int8 needs samples of the model's inputs, to see how large activations become",
