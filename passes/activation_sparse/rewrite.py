@@ -96,7 +96,8 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         if mlp.name in plan.declined and mlp.zeros is not None:
             reason = f"its zeros would be skipped in {mlp.name}, but: {plan.declined[mlp.name]}"
             for producer in mlp.producers:
-                plan.declined.setdefault(producer, reason)
+                if producer not in asked or asked[producer].zeros is None:
+                    plan.declined[producer] = reason
     # Values that only a declined layer would have dropped stay.
     thresholds = {name: t for name, t in thresholds.items() if name in plan.taken}
     reference = _with_thresholds(folded, thresholds)
