@@ -79,14 +79,15 @@ def write_artifact(
     verification: Mapping | None = None,
     source: Mapping | None = None,
     references: Sequence[ReferenceRun] = (),
+    accuracy: Mapping | None = None,
     force: bool = False,
 ) -> Artifact:
     """Write `variants` ("dense", and "compressed" if anything was compressed) and return the
     artifact.
 
     Either the whole directory appears at `output` or nothing does; with `force` an older artifact
-    stays in place until the new one is complete. `recipe`, `layers`, `verification` and `source`
-    go into the manifest as they are. Raises UserError for an output that cannot be written.
+    stays in place until the new one is complete. `recipe`, `layers`, `verification`, `source` and
+    `accuracy` go into the manifest as they are. Raises UserError for an output that cannot be written.
     """
     names = [v.name for v in variants]
     if not names or len(set(names)) != len(names) or any(n not in VARIANTS for n in names):
@@ -121,6 +122,7 @@ def write_artifact(
             },
             "layers": [dict(row) for row in layers],
             "verify": dict(verification or {}),
+            "accuracy": dict(accuracy) if accuracy else None,
             "files": {p.name: _file_entry(p) for p in sorted(work.iterdir())},
         }
         _write_manifest(work, manifest)

@@ -2,13 +2,16 @@
 """Calibration data: samples of a model's inputs, streamed from where the user keeps them.
 
 `.npz`: one array per input by name (or a single array for a model with one input), samples along the first axis.
-Directory: `.npy` files (models with one input) or `.npz` files, in the order of their names, each as above.
+Directory: `.npy` files (models with one input) or `.npz` files, in the order of their names, each as above; or images
+(PNG, JPEG), prepared as `preprocess` says (see `compiler.images`).
 `random`: standard normal values, only where the user asks for them.
-Iterable: each item one sample, an array, a sequence of arrays in the inputs' order, or arrays by name.
+Iterable: each item one sample, an array, a sequence of arrays in the inputs' order, or arrays by name. A generator is
+kept in memory, since families go through the samples more than once; anything else is gone through again.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from compiler.arrays import read_npz
+from compiler.images import SUFFIXES, Preprocessing, read_image
 from schedules.errors import UserError
 
 RANDOM = "random"
@@ -28,27 +32,23 @@ Sample = Sequence[np.ndarray]
 class Calibration:
     """Samples to go through as often as needed, each with one array per input of the shape the model takes.
 
-    `description` says where they come from, for the artifact.
+    `description` says where they come from, for the artifact; its `warning`, if any, is for the user.
     """
 
     samples: Callable[[], Iterator[Sample]]
     description: Mapping[str, object] = field(default_factory=dict)
 
 
-def load_calibration(source, specs: Sequence) -> Calibration:
+def load_calibration(source, specs: Sequence, preprocess: str | None = None) -> Calibration:
     """Calibration data for inputs `specs` (name, shape, dtype). Raises UserError for what cannot be used."""
     if isinstance(source, Calibration):
         return source
     if isinstance(source, str) and source == RANDOM:
         return _random(specs)
     if isinstance(source, (str, Path)):
-        return _files(Path(source), specs)
-    if isinstance(source, Iterable):
-        items = list(source)
-        if not items:
-            raise UserError("holds no samples", where="calibration")
-        kept = [_sample(item, specs, f"calibration sample {i}") for i, item in enumerate(items)]
-        return Calibration(lambda: iter(kept), {"kind": "iterable", "samples": len(kept)})
+        return _files(Path(source), specs, preprocess)
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
+        return _iterable(source, specs)
     raise UserError(
         "is not calibration data",
         where="calibration",
@@ -66,51 +66,125 @@ def _random(specs: Sequence) -> Calibration:
         {
             "kind": RANDOM,
             "samples": len(samples),
-            "warning": "random data: ranges say nothing about real inputs",
+            "warning": "calibrated on random data: ranges say nothing about real inputs",
         },
     )
 
 
-def _files(path: Path, specs: Sequence) -> Calibration:
-    files = sorted([*path.glob("*.npz"), *path.glob("*.npy")]) if path.is_dir() else [path]
-    if path.is_dir() and not files:
-        raise UserError("holds no .npy or .npz file", where=str(path))
+def _iterable(source: Iterable, specs: Sequence) -> Calibration:
+    once = iter(source)
+    items = list(once) if once is source else source  # a generator can be gone through once
 
     def samples() -> Iterator[Sample]:
-        for file in files:
-            yield from _split(_read(file, specs), specs, str(file))
+        for i, item in enumerate(items):
+            yield _sample(item, specs, f"calibration sample {i}")
 
-    count = sum(1 for _ in samples())  # reads and checks everything before a long build begins
+    count = _count(samples(), "calibration")
+    return Calibration(samples, {"kind": "iterable", "samples": count})
+
+
+def _count(samples: Iterator[Sample], where: str) -> int:
+    """How many samples there are; reads and checks everything before a long build begins."""
+    count = sum(1 for _ in samples)
     if not count:
-        raise UserError("holds no samples", where=str(path))
-    return Calibration(samples, {"kind": "files", "path": str(path), "samples": count})
+        raise UserError("holds no samples", where=where)
+    return count
 
 
-def _read(file: Path, specs: Sequence) -> dict[str, np.ndarray]:
-    if file.suffix == ".npy":
-        try:
-            arrays = {"": np.load(file, allow_pickle=False, mmap_mode="r")}
-        except FileNotFoundError:
-            raise UserError("no such file", where=str(file)) from None
-        except (ValueError, EOFError, OSError):
-            raise UserError("not a readable .npy file", where=str(file)) from None
-    else:
-        arrays = read_npz(file)
+def _files(path: Path, specs: Sequence, preprocess: str | None) -> Calibration:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    arrays = [f for f in files if not path.is_dir() or f.suffix in (".npz", ".npy")]
+    images = [f for f in files if f.suffix.lower() in SUFFIXES]
+    if images and (not arrays or not path.is_dir()):
+        return _images(path, images, specs, preprocess)
+    if not arrays:
+        raise UserError(
+            "holds no calibration data", where=str(path), wanted=".npy, .npz, PNG or JPEG files"
+        )
+    if preprocess:
+        raise UserError(
+            "is for images", where="--preprocess", found=str(path), wanted="PNG or JPEG files"
+        )
+
+    def samples() -> Iterator[Sample]:
+        for file in arrays:
+            yield from cut_samples(_read(file), specs, str(file))
+
+    description = {"kind": "files", "path": str(path), "sha256": _digest(arrays)}
+    return Calibration(samples, {**description, "samples": _count(samples(), str(path))})
+
+
+def _images(
+    path: Path, files: Sequence[Path], specs: Sequence, preprocess: str | None
+) -> Calibration:
+    if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype != "float32":
+        raise UserError(
+            "images fit no input of this model",
+            where=str(path),
+            wanted="a model with one float32 input of four axes",
+        )
+    if preprocess is None:
+        raise UserError(
+            "images need to be prepared as the network's inputs are",
+            where=str(path),
+            todo="Give --preprocess, for example resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225",
+        )
+    prepared = Preprocessing.parse(preprocess)
+    spec, batch = specs[0], specs[0].shape[0]
+
+    def samples() -> Iterator[Sample]:
+        for i in range(0, len(files) - batch + 1, batch):
+            rows = [read_image(f, prepared, spec.shape) for f in files[i : i + batch]]
+            yield [np.concatenate(rows)]
+
+    return Calibration(
+        samples,
+        {
+            "kind": "images",
+            "path": str(path),
+            "sha256": _digest(files),
+            "samples": _count(samples(), str(path)),
+            "preprocess": prepared.to_json(),
+        },
+    )
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """sha256 of the contents of all files, one after another."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name; the name of the one in a `.npy` file is empty."""
+    if file.suffix != ".npy":
+        return read_npz(file)
+    try:
+        return {"": np.load(file, allow_pickle=False, mmap_mode="r")}
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(file)) from None
+    except (ValueError, EOFError, OSError):
+        raise UserError("not a readable .npy file", where=str(file)) from None
+
+
+def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Iterator[Sample]:
+    """Runs of the model's batch size along the first axis; a rest that does not fill one is left out.
+
+    Raises UserError for arrays that are no inputs `specs` of the model.
+    """
     if len(specs) == 1 and len(arrays) == 1:
-        return {specs[0].name: next(iter(arrays.values()))}
-    missing = [spec.name for spec in specs if spec.name not in arrays]
-    if missing:
+        arrays = {specs[0].name: next(iter(arrays.values()))}
+    if missing := [spec.name for spec in specs if spec.name not in arrays]:
         raise UserError(
             "lacks an input of the model",
-            where=str(file),
+            where=where,
             found=", ".join(arrays),
             wanted=", ".join(missing),
         )
-    return arrays
-
-
-def _split(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Iterator[Sample]:
-    """Runs of the model's batch size along the first axis; a rest that does not fill one is left out."""
     counts = set()
     for spec in specs:
         array, batch = arrays[spec.name], spec.shape[0] if spec.shape else 1
@@ -122,6 +196,12 @@ def _split(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Ite
                 wanted="Nx" + "x".join(map(str, spec.shape[1:])),
             )
         counts.add(array.shape[0] // batch if spec.shape else 1)
+    if len(counts) > 1:
+        raise UserError(
+            "holds different numbers of samples for its inputs",
+            where=where,
+            found=", ".join(map(str, sorted(counts))),
+        )
     for i in range(min(counts)):
         rows = {spec.name: spec.shape[0] if spec.shape else 1 for spec in specs}
         yield [

@@ -22,11 +22,13 @@ from compiler.linker import require_linker
 from compiler.recipe import Recipe, load_recipe, resolve, validate
 from compiler.thread_pool import check_threads
 from passes.treatment import Decision, Treatment
+from schedules.errors import UserError
 from schedules.target import CpuTarget, detect_host, parse_target
 
 if TYPE_CHECKING:
     import tvm
 
+    from compiler.accuracy import Accuracy, Evaluation
     from compiler.calibration import Calibration
     from compiler.pipeline import Graphs
     from passes.family import Context
@@ -43,6 +45,8 @@ class BuildOptions:
     threads: int = 1
     choose: str = "measured"
     calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    max_drop: float | None = None
 
     @property
     def context(self) -> Context:
@@ -67,13 +71,18 @@ def build(
     choose: str = "measured",
     records: str | Path | None = None,
     calibration=None,
+    preprocess: str | None = None,
+    evaluation=None,
+    max_drop: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Import, compress, compile, verify and write a model; returns the artifact.
 
     `calibration` are samples of the inputs for the families that measure activations: a `.npz` file, a directory, an
-    iterable, or "random" (see `compiler.calibration`).
+    iterable, or "random" (see `compiler.calibration`); `preprocess` is what is done to images (see `compiler.images`).
+    `evaluation` are samples to measure accuracy on, of the same kinds, with labels if a `.npz` file has them; with
+    `max_drop`, in points of top-1, layers go back to float32 until no more than that is lost (see `compiler.accuracy`).
 
     Without `output` the artifact lives in a temporary directory for as long as the returned object does. Raises
     `KerfError`; nothing is written unless verification passes.
@@ -104,10 +113,20 @@ def build(
     if calibration is not None:
         from compiler.calibration import load_calibration
 
-        options = replace(options, calibration=load_calibration(calibration, imported.inputs))
+        loaded = load_calibration(calibration, imported.inputs, preprocess)
+        options = replace(options, calibration=loaded)
+        if warning := loaded.description.get("warning"):
+            say(f"warning: {warning}")
+    if evaluation is not None or max_drop is not None:
+        options = with_evaluation(options, evaluation, max_drop, imported)
     say("simplifying the graph")
     original, treatments = prepare(imported.mod, options)
     variants, graphs, decisions = compile_variants(original, treatments, imported, options, say)
+    accuracy = None
+    if options.evaluation is not None:
+        (variants, graphs, decisions), accuracy = hold_accuracy(
+            (variants, graphs, decisions), original, treatments, imported, options, say
+        )
 
     from compiler import verify
 
@@ -127,16 +146,85 @@ def build(
         source={
             "kind": imported.source_kind,
             "path": str(source) if isinstance(source, (str, Path)) else "",
-            "notes": list(imported.notes),
+            "notes": [*imported.notes, *_warnings(options)],
             "calibration": dict(options.calibration.description) if options.calibration else None,
         },
         references=proof.references,
+        accuracy=accuracy.to_json() if accuracy else None,
         force=force,
     )
     if scratch is not None:
         weakref.finalize(artifact, scratch.cleanup)
     say("done")
     return artifact
+
+
+def _warnings(options: BuildOptions) -> list[str]:
+    description = options.calibration.description if options.calibration else {}
+    return [str(description["warning"])] if "warning" in description else []
+
+
+def with_evaluation(options: BuildOptions, source, max_drop, imported) -> BuildOptions:
+    """The options with data to measure accuracy on. Raises UserError for data or a limit that make no sense."""
+    from compiler.accuracy import check_alike, load_evaluation
+
+    if source is None:
+        raise UserError(
+            "a limit needs data to measure on", where="--max-drop", todo="Give --eval FILE.npz"
+        )
+    if max_drop is not None and not max_drop >= 0:
+        raise UserError("must be 0 or more", where="--max-drop", found=str(max_drop))
+    if options.target.missing_on_host():
+        raise UserError("cannot be measured for another machine", where="--eval")
+    found = load_evaluation(source, imported.inputs)
+    if options.calibration is not None:
+        check_alike(options.calibration, found, imported.inputs)
+    return replace(options, evaluation=found, max_drop=max_drop)
+
+
+def hold_accuracy(
+    compiled, original: tvm.IRModule, treatments, imported, options: BuildOptions, say: Progress
+) -> tuple[tuple, Accuracy]:
+    """What `compile_variants` made, or the first of fewer bytes that stays within `max_drop`; and its accuracy."""
+    from compiler import accuracy
+    from compiler.observe import Observer
+    from compiler.runtime import from_variant
+
+    dense = compiled[0][0]
+
+    def model(variant: CompiledVariant):
+        return from_variant(
+            variant, imported.inputs, imported.outputs, options.target, options.threads
+        )
+
+    def measure(made) -> Accuracy:
+        say("measuring accuracy")
+        return accuracy.measure_accuracy(model(dense), model(made[0][-1]), options.evaluation)
+
+    def rebuild(wanted):
+        say("compiling with more layers in float32")
+        return compile_variants(
+            original, wanted, imported, replace(options, choose="asked"), say, dense
+        )
+
+    if options.max_drop is None:
+        made, found = compiled, measure(compiled)
+    else:
+        taken = {d.layer for d in compiled[2] if d.treatment != "dense"}
+        kept = {n: t for n, t in treatments.items() if n in taken}
+        made, found = accuracy.hold(compiled, kept, rebuild, measure, options.max_drop)
+    if made is not compiled:
+        before = {d.layer: d for d in compiled[2]}
+        back = [d.layer for d in made[2] if d.treatment == "dense" and d.layer in taken]
+        # What was never asked of the rebuild keeps its own reason.
+        decisions = [d if d.layer in taken else before[d.layer] for d in made[2]]
+        made = (*made[:2], decisions)
+        found = replace(found, kept_float=tuple(back))
+    if len(made[0]) > 1:
+        observe = Observer(options.evaluation.inputs, options.target)
+        errors = accuracy.tensor_errors(original, made[1].reference, observe)
+        found = replace(found, tensors=errors)
+    return made, found
 
 
 def prepare(mod: tvm.IRModule, options: BuildOptions) -> tuple[tvm.IRModule, dict[str, Treatment]]:
@@ -156,8 +244,12 @@ def compile_variants(
     imported,
     options: BuildOptions,
     say: Progress,
+    dense: CompiledVariant | None = None,
 ) -> tuple[list[CompiledVariant], Graphs, list[Decision]]:
-    """The dense variant, the compressed one if any layer stays treated, their graphs, and the decision for every layer."""
+    """The dense variant, the compressed one if any layer stays treated, their graphs, and the decision for every layer.
+
+    A `dense` variant that was compiled before is used again.
+    """
     from compiler import pipeline
     from compiler.pipeline import Graphs
     from passes.treat_layers import treat_layers
@@ -167,8 +259,9 @@ def compile_variants(
             name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target
         )
 
-    say("compiling the dense variant")
-    dense = compile_one("dense", original)
+    if dense is None:
+        say("compiling the dense variant")
+        dense = compile_one("dense", original)
     context = options.context
     found = treat_layers(original, treatments, context)
     decisions = found.decisions

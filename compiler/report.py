@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from compiler.accuracy_report import accuracy_lines
 from compiler.layer_rows import layer_rows
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def build(artifact: Artifact) -> list:
             f"{count} of {len(rows)}",
         )
     parts += [Text(), sizes, Text(), *verify_lines(artifact.manifest.get("verify") or {})]
+    parts += accuracy_lines(artifact.manifest.get("accuracy"))
     notes = artifact.manifest.get("source", {}).get("notes") or []
     parts += [Text(f"note: {note}") for note in notes]
     if len(artifact.variants) == 1 and any(r["asked"] != "dense" for r in rows):

@@ -12,7 +12,6 @@ from tvm import relax
 
 from passes.layers import attrs_of, const_array, shape_of
 from passes.treatment import Decision, Treatment
-from schedules.errors import Declined
 from schedules.target import CpuTarget
 
 # (builder, call in channels-last layout, target) -> the call_tir that computes it.
@@ -41,11 +40,17 @@ class Rewritten:
     `decisions` has exactly one entry for each layer asked of the family, taken or declined.
     `reference` is what `treated` must compute, as a graph that can be evaluated in numpy: None where
     the family changed no values, so that what the graph computed before still holds.
+    `floats` is the graph before rounding whose variables `treated` holds in steps, for those who measure the noise: None
+    where that is the graph given.
     """
 
     treated: tvm.IRModule
     decisions: Sequence[Decision]
     reference: tvm.IRModule | None = None
+    floats: tvm.IRModule | None = None
+
+
+Rewrite = Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten]
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,9 @@ class Family:
 
     `prune(weight, **parameters)` returns the weight the treatment would have (only called when the user asked for it);
     `check(parameters, prune)` raises ValueError for parameters that contradict one another, before any work is done.
-    `treat(layer, parameters, target)` returns the family's own call for that layer, or why it declines.
-    A family whose operators span several layers, or depend on what lies between them, has
-    `rewrite(graph, treatments, context)` instead of `treat`; it sees the canonical graph, NCHW, with
-    the treatments asked of this family only.
+    `rewrite(graph, treatments, context)` gives layers the family's operators: it sees the canonical graph, NCHW, after the
+    families before it, and the treatments asked of this family only. `passes.treat_layers.each_layer` makes one of a
+    function on a single layer.
     `found(weight)` describes what the weight already is, `found_in(graph)` what the canonical graph
     shows of layers, by name: both for `inspect` and the report.
     `jumps` names the operators that round to steps, element by element and rising with their first argument: a kernel may
@@ -104,8 +108,7 @@ class Family:
     )  # name -> parse(value), raising ValueError
     prune: Callable[..., np.ndarray] | None = None
     check: Callable[[Mapping[str, object], bool], None] | None = None
-    treat: Callable[[Layer, Mapping, CpuTarget], relax.Call | Declined] | None = None
-    rewrite: Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten] | None = None
+    rewrite: Rewrite | None = None
     found: Callable[[np.ndarray], Mapping] | None = None
     found_in: Callable[[tvm.IRModule], Mapping[str, Mapping]] | None = None
     samples: Callable[[], Sequence] = tuple

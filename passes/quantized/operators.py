@@ -137,16 +137,19 @@ def int8_average_pool(
     )  # fmt: skip
 
 
-def quantize(x, *, scale: float, zero_point: int, step: float | None = None) -> relax.Call:
+def quantize(
+    x, *, scale: float, zero_point: int, step: float | None = None, of: str = ""
+) -> relax.Call:
     """`kerf.quantize`. The division is a multiplication by float32(1 / scale), left out where that is 1.
 
-    `step` is what one step of the result stands for in the network, where x is not in its units (by default `scale`).
+    For those who compare: `step` is what one step of the result stands for in the network, where x is not in its units
+    (by default `scale`), `of` the variable of the float graph that the result stands for.
     """
     if not (np.isfinite(scale) and scale > 0) or np.float32(1 / scale) == 0:
         raise KerfError("a scale is not a positive number", where=QUANTIZE, found=str(scale))
     return _call(
         QUANTIZE, [x], scale=float(scale), zero_point=int(zero_point),
-        step=float(scale if step is None else step),
+        step=float(scale if step is None else step), of=of,
     )  # fmt: skip
 
 

@@ -92,10 +92,14 @@ class _Rewriter:
         """Bind the bytes of `var`, from its floats or from what they are made of."""
         to = self.affine[var]
         steps = None if self.plan.floats_read(var) else self._in_units(var, to.scale, to)
-        if steps is None:
-            made = operators.quantize(floats, scale=to.scale, zero_point=to.zero_point)
-        else:
-            made = operators.quantize(steps, scale=1.0, zero_point=to.zero_point, step=to.scale)
+        scale = to.scale if steps is None else 1.0
+        made = operators.quantize(
+            floats if steps is None else steps,
+            scale=scale,
+            zero_point=to.zero_point,
+            step=to.scale,
+            of=var.name,
+        )
         self.bytes[var] = self.graph.emit(made, f"{var.name}_bytes")
 
     def _sum(self, var: relax.Var, call: relax.Call) -> relax.Call:

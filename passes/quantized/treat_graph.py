@@ -60,7 +60,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         for layer in layers_of(mod)
         if layer.name in treatments
     ]
-    return Rewritten(treated, decisions, reference=treated)
+    return Rewritten(treated, decisions, reference=treated, floats=calibrated.mod)
 
 
 @dataclass
