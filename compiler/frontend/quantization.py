@@ -14,6 +14,7 @@ from tvm import relax
 from tvm.relax import op
 
 from compiler.frontend.support import Refused, constant, dtype_of
+from passes.layers import attrs_of, operator_call
 from passes.quantized import operators
 
 BYTES = ("int8", "uint8")
@@ -71,7 +72,9 @@ def dequantize(
         return op.multiply(c.emit(centred), constant(scale))
     shift = 128 if dtype == "int8" else 0
     x = _as_unsigned(c, x) if shift else x
-    return operators.dequantize(x, scale=float(scale), zero_point=int(zero_point) + shift)
+    made = operators.dequantize(x, scale=float(scale), zero_point=int(zero_point) + shift)
+    # The bytes are part of the model: they are stored, so that what was rounded can be looked at.
+    return operator_call(operators.DEQUANTIZE, list(made.args), **attrs_of(made), stored=1)
 
 
 def _signed(c: Converting, unsigned: relax.Expr) -> relax.Expr:

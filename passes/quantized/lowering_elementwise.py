@@ -12,6 +12,8 @@ from tvm import relax, te, tirx
 from passes.layers import attrs_of, shape_of
 from schedules.target import CpuTarget
 
+_OPAQUE = 8  # an operator pattern that nothing fuses with
+
 
 def _float(value: float):
     return tirx.const(float(np.float32(value)), "float32")
@@ -59,7 +61,14 @@ def lower_dequantize(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarge
             name="dequantize",
         )
 
-    return bb.call_te(dequantize, call.args[0], primfunc_name_hint="dequantize")
+    # Bytes that have to lie in memory are read by a kernel of their own.
+    attrs_of_function = {"op_pattern": _OPAQUE} if attrs.get("stored") else None
+    return bb.call_te(
+        dequantize,
+        call.args[0],
+        primfunc_name_hint="dequantize",
+        primfunc_attrs=attrs_of_function,
+    )
 
 
 def lower_dequantize_add(

@@ -20,7 +20,7 @@ import tvm
 from tvm import relax
 
 from passes.family import Layer, Rewritten
-from passes.layers import attrs_of, is_call, shape_of
+from passes.layers import attrs_of, is_call, operator_call, shape_of
 from passes.quantized import operators
 from passes.quantized.channel_flow import Uses, layer_counts
 from passes.quantized.plan_bytes import BytesPlan, is_carrier, is_operator, plan_bytes, tensors
@@ -273,10 +273,7 @@ def lift_dequantize(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     moved = graph.definition(value.args[0])
     if not is_operator(moved, CARRIERS) or isinstance(moved.args[0], relax.Tuple):
         return None
-    attrs = attrs_of(value)
-    floats = operators.dequantize(
-        moved.args[0], scale=attrs["scale"], zero_point=attrs["zero_point"]
-    )
+    floats = operator_call(operators.DEQUANTIZE, [moved.args[0]], **attrs_of(value))
     return relax.Call(moved.op, [floats, *list(moved.args)[1:]], moved.attrs)
 
 
