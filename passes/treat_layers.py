@@ -86,6 +86,7 @@ class Treated:
     reference: tvm.IRModule
     treated: tvm.IRModule
     decisions: list[Decision]
+    floats: tvm.IRModule | None = None  # see `Rewritten.floats`
 
     @property
     def changes_anything(self) -> bool:
@@ -199,7 +200,7 @@ def _rewrite_graph(
         if own[name].treatment == "dense"
     }
     decisions = [own.get(d.layer, d) for d in before.decisions]
-    return Treated(reference, done.treated, decisions)
+    return Treated(reference, done.treated, decisions, done.floats or before.floats)
 
 
 def _prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm.IRModule:
