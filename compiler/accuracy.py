@@ -184,18 +184,15 @@ def _first(result) -> np.ndarray:
 
 
 def tensor_errors(
-    original: tvm.IRModule, treated: tvm.IRModule, observe: Observe
+    floats: tvm.IRModule, treated: tvm.IRModule, observe: Observe
 ) -> tuple[TensorError, ...]:
-    """Every tensor of `treated` that lies in bytes against the floats of `original`, the worst SQNR first.
-
-    Tricks that scale channels change both; tensors they changed are not compared.
-    """
+    """Every tensor of `treated` that lies in bytes against what it holds in the graph `floats`, the worst SQNR first."""
     from passes.layers import attrs_of, is_call
     from passes.quantized.operators import QUANTIZE
     from passes.rewriting import bindings_of
 
-    known = {b.var.name for b in bindings_of(original["main"])}
-    known |= {p.name for p in original["main"].params}
+    known = {b.var.name for b in bindings_of(floats["main"])}
+    known |= {p.name for p in floats["main"].params}
     bytes_of = {}
     for binding in bindings_of(treated["main"]):
         if is_call(binding.value, QUANTIZE):
@@ -203,12 +200,12 @@ def tensor_errors(
             if attrs.get("of") in known:
                 bytes_of[binding.var.name] = attrs
     signals = {name: _Signal() for name in bytes_of}
-    floats = list(dict.fromkeys(a["of"] for a in bytes_of.values()))
-    for wanted, found in zip(observe(original, floats), observe(treated, list(bytes_of))):
+    names = list(dict.fromkeys(a["of"] for a in bytes_of.values()))
+    for wanted, found in zip(observe(floats, names), observe(treated, list(bytes_of))):
         for name, attrs in bytes_of.items():
             steps = found[name].astype("float64") - attrs["zero_point"]
             signals[name].add(wanted[attrs["of"]], steps * attrs["step"])
-    layers = _layers_behind(original, floats)
+    layers = _layers_behind(floats, names)
     errors = [
         TensorError(a["of"], layers[a["of"]], signals[n].cosine, signals[n].sqnr_db)
         for n, a in bytes_of.items()

@@ -220,9 +220,10 @@ def hold_accuracy(
         decisions = [d if d.layer in taken else before[d.layer] for d in made[2]]
         made = (*made[:2], decisions)
         found = replace(found, kept_float=tuple(back))
-    if len(made[0]) > 1:
+    graphs = made[1]
+    if graphs.floats is not None:
         observe = Observer(options.evaluation.inputs, options.target)
-        errors = accuracy.tensor_errors(original, made[1].reference, observe)
+        errors = accuracy.tensor_errors(graphs.floats, graphs.reference, observe)
         found = replace(found, tensors=errors)
     return made, found
 
@@ -269,7 +270,7 @@ def compile_variants(
         say("compiling the compressed variant")
         compressed = compile_one("compressed", found.treated)
         if options.choose == "asked" or options.target.missing_on_host():
-            return [dense, compressed], Graphs(original, found.reference), decisions
+            return [dense, compressed], Graphs(original, found.reference, found.floats), decisions
         slower: dict[str, str] = {}
         # Layer by layer first; then what is left must pay as a whole.
         for too_slow in (slower_layers, slower_network):
@@ -288,7 +289,7 @@ def compile_variants(
             compressed = compile_one("compressed", found.treated)
     if not found.changes_anything:
         return [dense], Graphs(original, original), decisions
-    return [dense, compressed], Graphs(original, found.reference), decisions
+    return [dense, compressed], Graphs(original, found.reference, found.floats), decisions
 
 
 def layer_row(decision: Decision) -> dict:

@@ -32,10 +32,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Graphs:
-    """What each variant must compute: the canonical graph as imported, and `Treated.reference`."""
+    """What each variant must compute: the canonical graph as imported, and `Treated.reference`.
+
+    `floats` is `Treated.floats`, what the second rounds to steps, if it rounds at all.
+    """
 
     original: tvm.IRModule
     reference: tvm.IRModule
+    floats: tvm.IRModule | None = None
 
 
 @dataclass(frozen=True)
