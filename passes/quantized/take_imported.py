@@ -23,7 +23,14 @@ from passes.family import Layer, Rewritten
 from passes.layers import attrs_of, is_call, operator_call, shape_of
 from passes.quantized import operators
 from passes.quantized.channel_flow import Uses, layer_counts
-from passes.quantized.plan_bytes import BytesPlan, is_carrier, is_operator, plan_bytes, tensors
+from passes.quantized.plan_bytes import (
+    BytesPlan,
+    is_carrier,
+    is_elementwise,
+    is_operator,
+    plan_bytes,
+    tensors,
+)
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import Affine
 from passes.quantized.weights import overflows
@@ -240,7 +247,16 @@ def _held(plan: BytesPlan, affine: Mapping[relax.Var, Affine]) -> dict[relax.Var
             held[var] = var
         elif all(o in held and affine[o] == affine[var] for o in tensors(value)):
             held[var] = _merged(held, tensors(value))
-    return held
+    read = {held[c.args[0]] for c in plan.layers.values() if c.args[0] in held}
+    return {v: g for v, g in held.items() if g in read or _comes_from_bytes(v, plan)}
+
+
+def _comes_from_bytes(var: relax.Var, plan: BytesPlan) -> bool:
+    """Whether a layer on bytes makes `var` on its way to memory, so that bytes are what it writes."""
+    value = plan.uses.definitions.get(var)
+    if var in plan.layers or not is_elementwise(value):
+        return var in plan.layers
+    return any(_comes_from_bytes(operand, plan) for operand in tensors(value))
 
 
 def _must_stay(var: relax.Var, plan: BytesPlan, held: Mapping[relax.Var, relax.Var]) -> bool:
