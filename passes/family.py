@@ -94,7 +94,8 @@ class Family:
     families before it, and the treatments asked of this family only. `passes.treat_layers.each_layer` makes one of a
     function on a single layer.
     `found(weight)` describes what the weight already is, `found_in(graph)` what the canonical graph
-    shows of layers, by name: both for `inspect` and the report.
+    shows of layers, by name: both for `inspect` and the report. `observed_in(graph, context)` is what
+    calibration data shows of layers, for `inspect`.
     `jumps` names the operators that round to steps, element by element and rising with their first argument: a kernel may
     be a step off where the value lies at a tie, which verification has to know (`compiler/jumps.py`).
     """
@@ -111,5 +112,6 @@ class Family:
     rewrite: Rewrite | None = None
     found: Callable[[np.ndarray], Mapping] | None = None
     found_in: Callable[[tvm.IRModule], Mapping[str, Mapping]] | None = None
+    observed_in: Callable[[tvm.IRModule, Context], Mapping[str, Mapping]] | None = None
     samples: Callable[[], Sequence] = tuple
     jumps: Sequence[str] = ()

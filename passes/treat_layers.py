@@ -3,9 +3,8 @@
 
     rewrite: kerf.conv2d(x, w, name="l")  ->  kerf.sparse_conv2d(x, ..., name="l")   if the family takes layer l
 
-Families that look at one layer at a time (`Family.treat`) come first, then those that rewrite the graph
-(`Family.rewrite`), in the order of `families()`. Where the user asked for pruning, a layer's weight is pruned first, and
-only if its family takes it then.
+Each family rewrites the graph that those before it in `families()` left. Where the user asked for pruning, a layer's weight
+is pruned first, and only if its family takes it then.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from tvm import relax
 from tvm.relax import PyExprMutator, expr_functor
 
 from passes import families, family_named
-from passes.family import Context, Family, Layer
+from passes.family import Context, Family, Layer, Rewrite, Rewritten
 from passes.layers import CONV2D, DENSE, is_call, is_const
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined, KerfError, UserError
+from schedules.target import CpuTarget
 
 
 def is_layer(call) -> bool:
@@ -96,76 +96,54 @@ class Treated:
 def treat_layers(
     mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
 ) -> Treated:
-    """Treat every layer as asked. A layer that its family declines keeps its operator and its weight."""
+    """Treat every layer as asked, family by family. A layer that is declined keeps its operator and its weight."""
     shown = describe_graph(mod)
-    found = _treat_each(mod, treatments, context)
+    found = Treated(mod, mod, [decide(layer, Treatment()) for layer in layers_of(mod)])
     for family in families():
         asked = {n: t for n, t in treatments.items() if t.family == family.name}
         if family.rewrite is not None and asked:
             found = _rewrite_graph(found, family, asked, context)
-    return replace(
-        found,
-        decisions=[
-            replace(d, found={**d.found, **shown.get(d.layer, {})}) for d in found.decisions
-        ],
-    )
+    decisions = [replace(d, found={**d.found, **shown.get(d.layer, {})}) for d in found.decisions]
+    return replace(found, decisions=decisions)
 
 
-def _treat_each(
-    mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
-) -> Treated:
-    """The families that take one layer at a time."""
-    decisions: list[Decision] = []
-    taken: dict[str, tuple[relax.Expr, relax.Call]] = {}
+def each_layer(treat: Callable[[Layer, Mapping, CpuTarget], relax.Expr | Declined]) -> Rewrite:
+    """The rewriting of a family that looks at one layer at a time.
 
-    def prune(call: relax.Call) -> relax.Expr:
-        layer = Layer(call)
-        treatment = treatments.get(layer.name, Treatment())
-        treat = family_named(treatment.family).treat
-        if treat is None:
-            decisions.append(_decision(layer, treatment, treated=False))
-            return call
-        candidate = _pruned(layer, treatment) if treatment.prune else call
-        outcome = treat(Layer(candidate), treatment.parameters, context.target)
-        if isinstance(outcome, Declined):
-            decisions.append(_decision(layer, treatment, treated=False, declined=outcome.reason))
-            return call
-        taken[layer.name] = (call.args[0], outcome)
-        decisions.append(
-            _decision(Layer(candidate), treatment, treated=True, pruned=candidate is not call)
-        )
-        return candidate
+    `treat(layer, parameters, target)` returns what computes the layer instead, or why it stays as it is.
+    """
 
-    def treat(call: relax.Call) -> relax.Expr:
-        if Layer(call).name not in taken:
-            return call
-        data, outcome = taken[Layer(call).name]
-        return _on(outcome, data, call.args[0])
+    def rewrite(
+        mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
+    ) -> Rewritten:
+        decisions = []
 
-    reference = rewrite_layers(mod, prune)
-    return Treated(reference, rewrite_layers(reference, treat), decisions)
+        def take(call: relax.Call) -> relax.Expr:
+            layer = Layer(call)
+            if layer.name not in treatments:
+                return call
+            treatment = treatments[layer.name]
+            outcome = treat(layer, treatment.parameters, context.target)
+            declined = outcome.reason if isinstance(outcome, Declined) else None
+            decisions.append(decide(layer, treatment, declined))
+            return call if declined else outcome
+
+        return Rewritten(rewrite_layers(mod, take), decisions)
+
+    return rewrite
 
 
-def _on(expr: relax.Expr, old: relax.Expr, new: relax.Expr) -> relax.Expr:
-    """A family's expression for a layer, reading `new` where it read `old`."""
-    if expr.same_as(old):
-        return new
-    if not isinstance(expr, relax.Call):
-        return expr
-    return relax.Call(expr.op, [_on(a, old, new) for a in expr.args], expr.attrs, expr.ty_args)
-
-
-def _decision(layer: Layer, treatment: Treatment, *, treated: bool, declined=None, pruned=False):
+def decide(layer: Layer, treatment: Treatment, declined: str | None = None) -> Decision:
+    """The decision to do with a layer what was asked, or not to, for the reason `declined`."""
     return Decision(
         layer=layer.name,
         operator=layer.operator,
         weight_shape=tuple(layer.weight.shape),
         asked=treatment.family,
-        treatment=treatment.family if treated else "dense",
+        treatment="dense" if declined else treatment.family,
         declined=declined,
         found=describe_weight(layer.weight),
         parameters=dict(treatment.parameters),
-        pruned=pruned,
     )
 
 

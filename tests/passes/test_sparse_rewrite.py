@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from passes import family_named
 from passes.evaluate import evaluate
 from passes.family import Context
 from passes.layers import conv2d, dense
@@ -118,8 +117,3 @@ def test_weights_that_are_not_numbers_cannot_be_pruned(build):
     mod = build([(1, 64, 8, 8)], lambda _b, x: conv2d(x, relax.const(weight), name="l"))
     with pytest.raises(UserError, match="layer l: cannot be pruned; found NaN weights"):
         treat(mod, names=("l",), grain="element", density=0.1)
-
-
-def test_the_family_has_one_way_to_treat():
-    family = family_named("sparse")
-    assert family.treat is None and family.rewrite is not None
