@@ -82,6 +82,11 @@ _json = click.option(
 _threads = click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to use."
 )
+_calibration = click.option(
+    "--calibration",
+    metavar="FILE|DIR|random",
+    help="Samples of the inputs, for what depends on activations: .npz, or a directory.",
+)
 _variant = click.Choice(["dense", "compressed"])
 
 
@@ -89,15 +94,16 @@ _variant = click.Choice(["dense", "compressed"])
 @_model
 @_shapes
 @_batch
+@_calibration
 @_json
-def inspect(model, inputs, batch, json_path):
+def inspect(model, inputs, batch, calibration, json_path):
     """Show a model's layers, what they cost, the zeros they hold, and whatever is unsupported."""
     _check_model(model)
     _check_json(json_path)
     from compiler import tables
     from compiler.inspect import inspect_model
 
-    found = inspect_model(model, inputs=dict(inputs) or None, batch=batch)
+    found = inspect_model(model, inputs=dict(inputs) or None, batch=batch, calibration=calibration)
     _write_json(json_path, found.to_json())
     if found.unsupported:
         raise UnsupportedModel(found.unsupported)
@@ -124,11 +130,7 @@ def inspect(model, inputs, batch, json_path):
     multiple=True,
     help="Another parameter of the recipe's treatment; may be repeated.",
 )
-@click.option(
-    "--calibration",
-    metavar="FILE|DIR|random",
-    help="Samples of the inputs, for recipes that measure activations: .npz, or a directory.",
-)
+@_calibration
 @click.option(
     "--preprocess",
     help="How calibration images are prepared: resize=256,crop=224,mean=0.485/0.456/0.406,std=...",

@@ -109,11 +109,17 @@ def expectations(target: CpuTarget) -> tuple[Expectation, ...]:
         binary = "byte-wise population count (CNT), then widening adds"
     else:
         binary = "no VPOPCNTDQ: population counts by table look-up, several times slower"
+    activation_sparse = (
+        "VPCOMPRESSD: 16 activations are searched for non-zeros at a time"
+        if target.tier == "avx512"
+        else "non-zeros among activations are searched for one by one"
+    )
     return (
         Expectation("dense", dense),
         Expectation("sparse", sparse),
         Expectation("int8", int8),
         Expectation("binary", binary),
+        Expectation("activation_sparse", activation_sparse),
     )
 
 

@@ -65,8 +65,10 @@ class Inspection:
         return {**asdict(self), "totals": totals}
 
 
-def inspect_model(source, *, example=None, inputs=None, batch: int | None = None) -> Inspection:
-    """Look at a model without compiling it.
+def inspect_model(
+    source, *, example=None, inputs=None, batch: int | None = None, calibration=None
+) -> Inspection:
+    """Look at a model without compiling it, and at its activations on `calibration` data if given.
 
     A model with operators Kerf does not support gives an Inspection whose `unsupported` lists them
     all. Raises ModelError for a file that cannot be read.
@@ -79,7 +81,7 @@ def inspect_model(source, *, example=None, inputs=None, batch: int | None = None
     except UnsupportedModel as error:
         return Inspection(name, "", unsupported=str(error))
     layers, others = _walk(imported.mod)
-    shown = _shown(imported.mod)
+    shown = _shown(imported, calibration)
     layers = [replace(x, found={**x.found, **shown.get(x.name, {})}) for x in layers]
     return Inspection(
         model=name or type(source).__name__,
@@ -91,12 +93,28 @@ def inspect_model(source, *, example=None, inputs=None, batch: int | None = None
     )
 
 
-def _shown(mod) -> dict[str, dict]:
-    """What the families see in the graph as they meet it."""
+def _shown(imported, calibration) -> dict[str, dict]:
+    """What the families see in the graph as they meet it, and in its values on calibration data."""
     from compiler.pipeline import canonicalize
+    from passes import families
     from passes.treat_layers import describe_graph
 
-    return describe_graph(canonicalize(mod))
+    mod = canonicalize(imported.mod)
+    shown = describe_graph(mod)
+    if calibration is None:
+        return shown
+    from compiler.calibration import load_calibration
+    from compiler.observe import Observer
+    from passes.family import Context
+    from schedules.target import detect_host
+
+    host = detect_host()
+    context = Context(host, Observer(load_calibration(calibration, imported.inputs), host))
+    for family in families():
+        if family.observed_in is not None:
+            for layer, facts in family.observed_in(mod, context).items():
+                shown.setdefault(layer, {}).update(facts)
+    return shown
 
 
 def _walk(mod) -> tuple[list[LayerInfo], dict[str, int]]:

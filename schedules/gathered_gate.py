@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.emission import emitting, reduce_lanes, runs_parallel
 from schedules.fused import Emission, Fused, annotations
-from schedules.gathered_rows import (
+from schedules.row_lists import (
     SIDE_BY_SIDE,
     SLACK,
     Lists,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from passes.activation_sparse import reference
 from passes.activation_sparse.lowering import lower_dense, lower_gated
 from passes.activation_sparse.operators import DENSE, GATED, register
-from passes.activation_sparse.rewrite import PARAMETERS, found_in, rewrite
+from passes.activation_sparse.rewrite import PARAMETERS, found_in, observed_in, rewrite
 from passes.family import Family
 
 FAMILY = Family(
@@ -17,4 +17,5 @@ FAMILY = Family(
     parameters=PARAMETERS,
     rewrite=rewrite,
     found_in=found_in,
+    observed_in=observed_in,
 )

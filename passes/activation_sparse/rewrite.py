@@ -25,7 +25,7 @@ from passes.activation_sparse.calibrate_threshold import calibrate_threshold, co
 from passes.activation_sparse.crossover import crossover
 from passes.activation_sparse.find_mlps import Mlp, find_mlps
 from passes.activation_sparse.fold_zeroth_bias import fold_zeroth_biases
-from passes.activation_sparse.measure_density import measure_density
+from passes.activation_sparse.measure_density import DensityMeter, measure_density
 from passes.activation_sparse.operators import sparse_dense, sparse_gated
 from passes.activation_sparse.zeros import Zeros
 from passes.family import Context, Rewritten
@@ -73,6 +73,24 @@ class _Plan:
 def found_in(mod: tvm.IRModule) -> dict[str, dict]:
     """The activation whose zeros a dense layer reads, by layer, where there is one."""
     return {m.name: {"input_zeros": m.zeros.kind} for m in find_mlps(mod) if m.zeros is not None}
+
+
+def observed_in(mod: tvm.IRModule, context: Context) -> dict[str, dict]:
+    """The densities of the inputs of the layers that `found_in` finds, by layer."""
+    mlps = {m.name: m for m in find_mlps(mod) if m.zeros is not None}
+    if context.observe is None or not mlps:
+        return {}
+    return {name: meter.to_json() for name, meter in _densities(mod, mlps, context).items()}
+
+
+def _densities(
+    mod: tvm.IRModule, mlps: Mapping[str, Mlp], context: Context
+) -> dict[str, DensityMeter]:
+    """The density meter of each MLP's second layer, by its name."""
+    names = _names(mlps)
+    wanted = list(dict.fromkeys(names.values()))
+    meters = measure_density(context.observe(mod, wanted), wanted)
+    return {layer: meters[name] for layer, name in names.items()}
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
@@ -137,7 +155,8 @@ def _thresholds(
         plan.declined.update(dict.fromkeys(wanted, reason))
         return {}
     names = _names(wanted)
-    tokens = collect_tokens(context.observe(mod, list(names.values())), list(names.values()))
+    variables = list(dict.fromkeys(names.values()))
+    tokens = collect_tokens(context.observe(mod, variables), variables)
     found = {}
     for name, mlp in wanted.items():
         bound = treatments[name].parameters["threshold_error"]
@@ -188,10 +207,9 @@ def _decide(
     sparse = {n: m for n, m in asked.items() if m.zeros is not None and n not in plan.declined}
     meters = {}
     if context.observe is not None and sparse:
-        names = _names(sparse)
-        meters = measure_density(context.observe(mod, list(names.values())), list(names.values()))
-        for name in sparse:
-            plan.found.setdefault(name, {}).update(meters[names[name]].to_json())
+        meters = _densities(mod, sparse, context)
+        for name, meter in meters.items():
+            plan.found.setdefault(name, {}).update(meter.to_json())
     for name, mlp in asked.items():
         if name in plan.declined:
             continue
@@ -199,7 +217,7 @@ def _decide(
             plan.declined[name] = _no_zeros(mod, mlp, treatments[name])
             continue
         given = treatments[name].parameters.get("density")
-        density = meters[mlp.hidden.name].density if meters else given
+        density = meters[name].density if meters else given
         outcome = _judge(mlp, density, context)
         if isinstance(outcome, Declined):
             plan.declined[name] = outcome.reason

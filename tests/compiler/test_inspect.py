@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -68,3 +69,17 @@ def test_the_table_and_the_json_say_the_same(found):
     assert "3 layers" in text and document["totals"]["parameters"] == found.parameters
     assert "50.0%" in text and "grain filter" in text
     assert "groups 8" in text and "/2" in text
+
+
+def test_calibration_data_shows_the_zeros_among_activations():
+    """Two of four hidden units are open for positive inputs, the others for negative ones."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [2.0], [-1.0], [-2.0]]))
+    samples = [np.full((1, 1), value, np.float32) for value in (1.0, -1.0)]
+    found = inspect_model(model.eval(), example=(torch.zeros(1, 1),), calibration=samples)
+    facts = {layer.name: layer.found for layer in found.layers}["2"]
+    assert facts["input_zeros"] == "relu"
+    assert facts["activation_density"] == facts["activation_density_densest_token"] == 0.5
