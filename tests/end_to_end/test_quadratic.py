@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quadratic network from torch to an artifact: every neuron in one kernel, the predictions torch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import compiler
+from compiler.recipe import Recipe, Rule
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def network():
+    from torch import nn
+
+    from compiler.nn.quadratic import QuadraticConv2d, QuadraticLinear
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        QuadraticConv2d(8, 32, 3, padding=1, branch_norm=True), nn.BatchNorm2d(32), nn.ReLU(),
+        QuadraticConv2d(32, 24, 3, 2, 1, kind="t4"), nn.ReLU(),
+        QuadraticConv2d(24, 24, 3, padding=1), nn.Flatten(), QuadraticLinear(24 * 64, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+        for _ in range(2):
+            model(torch.randn(8, 8, 16, 16))  # statistics of the norms
+        for name in ("g", "b"):  # a neuron as it starts: linear
+            getattr(model[5], name).weight.zero_()
+    return model.eval()
+
+
+def test_whole_build(network, tmp_path):
+    x = torch.randn(1, 8, 16, 16)
+    recipe = Recipe("quadratic", (Rule("*", "quadratic"),))
+    artifact = compiler.compile_model(
+        network, (x,), recipe=recipe, output=tmp_path / "q", choose="asked"
+    )
+    rows = {row["name"]: row for row in artifact.layers}
+    assert {row["treatment"] for row in rows.values()} == {"quadratic"}
+    assert rows["0.r"]["found"]["quadratic"] == "rgb" and rows["3.g"]["found"]["quadratic"] == "rg"
+    assert rows["5.g"]["found"]["quadratic"].startswith("linear")
+    loops = [k["loops"] for k in artifact.manifest["variants"]["compressed"]["kernels"]]
+    assert sum(name.startswith("quadratic") for name in loops) == 3
+    with torch.no_grad():
+        wanted = network(x).numpy()
+    found = compiler.load(tmp_path / "q")(x.numpy())
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
