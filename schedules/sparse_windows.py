@@ -10,16 +10,37 @@ Sums are kept for every column of a padded line; those beyond the output's width
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Fused
-from schedules.sparse_planes import Planes, Point, Problem, parts_of, scratch, tiles_of
+from schedules.sparse_panel import small
+from schedules.sparse_elements import elements_of
+from schedules.sparse_planes import Planes, scratch
+from schedules.sparse_elements import elements_of
+from schedules.sparse_planes import Point as PlanesPoint
+from schedules.sparse_elements import elements_of
 from schedules.sparse_planes import default_point as planes_point
+from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import CpuTarget
+
+
+@dataclass(frozen=True)
+class Point:
+    """Frozen parameters of one kernel: as `sparse_planes.Point` without chunks, and the output `lines` of a tile."""
+
+    vectors: int
+    rows: int
+    part: int
+    splits: int
+    lines: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
 
 # Vectors that begin in the last columns of a plane end within this many elements of it.
 _SLACK = 16
@@ -70,14 +91,17 @@ def bands(problem: Problem, lines: int) -> int:
     return -(-problem.out_height // lines)
 
 
-def default_point(problem: Problem, target: CpuTarget) -> Point | None:
-    """Parameters for a problem that this kernel suits, else None.
+def suits(problem: Problem) -> bool:
+    """Whether this is the kernel to use: more than one tap and blocks of output channels.
 
-    It suits more than one tap and blocks of output channels: their multiplications hide the unaligned loads, while one
-    channel alone is bound by its loads and does better with aligned panel rows.
+    Their multiplications hide the unaligned loads, while one channel alone is bound by its loads and does better with
+    aligned panel rows, unless the image has so few channels that packing a row for each tap would take longer.
     """
-    if problem.taps == 1 or problem.block == 1:
-        return None
+    return problem.taps > 1 and (problem.block > 1 or problem.channels < 4)
+
+
+def default_point(problem: Problem, target: CpuTarget) -> Point:
+    """Tiles as in `sparse_planes`, of as many lines as leave room for others in the second-level cache."""
     base = planes_point(problem, target)
     count = 1
     while count < problem.out_height:
@@ -90,38 +114,38 @@ def default_point(problem: Problem, target: CpuTarget) -> Point | None:
     if target.threads > 1 and tiles < 2 * target.threads:
         splits = min(target.threads, len(parts_of(problem.outputs, base.part)))
     part = max(target.lanes, problem.block, 64)
-    return replace(base, chunk=problem.panel_rows, part=part, splits=splits, lines=lines)
+    return Point(base.vectors, base.rows, part, splits, lines)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_windows`."""
-    notes = dict(fused.point)
-    problem = Problem.from_dict(notes.pop("problem"))
+    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
     with fused.emit() as kernel:
-        _Windows(kernel, problem, Point(**notes), target).emit()
+        _Windows(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func
 
 
 class _Windows(Planes):
     """Emits one kernel: the planes kernel with another panel and other tiles."""
 
-    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
-        super().__init__(kernel, problem, point, target)
-        self.chunks = 1
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
+        whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, point.part, point.splits)
+        super().__init__(kernel, problem, whole, target, elements)
+        self.lines = point.lines
         self.window = window_of(problem, point.lines)
 
     def emit(self) -> None:
         p, splits, lanes, window = self.problem, self.point.splits, self.lanes, self.window
-        count = bands(p, self.point.lines)
+        count = bands(p, self.lines)
         loop = T.parallel if self.threads > 1 and p.batch * count * splits > 1 else T.serial
-        flat = (self.point.lines - 1) * window.line + p.out_width
+        flat = (self.lines - 1) * window.line + p.out_width
         tiles, most, large = tiles_of(flat, lanes, self.point.vectors)
         with loop(0, p.batch * count * splits) as task:
             share = task % splits
             self.image = T.Bind(task // splits // count)
-            self.first_line = T.Bind(task // splits % count * self.point.lines)
-            panel = scratch((p.channels * window.channel + _SLACK,))
-            sums = scratch((self._sums_size(most),))
+            self.first_line = T.Bind(task // splits % count * self.lines)
+            panel = scratch(p.channels * window.channel + _SLACK, self.elements.dtype)
+            sums = scratch(self._sums_size(most), self.elements.dtype)
             self._pack_band(panel)
             with T.serial(0, tiles) as tile:
                 vectors, first = most, T.Bind(tile * (most * lanes))
@@ -139,8 +163,8 @@ class _Windows(Planes):
         for phase in range(window.phases[0] * window.phases[1]):
             up, aside = divmod(phase, window.phases[1])
             with T.serial(0, window.lines) as line, T.serial(0, -(-window.line // lanes)) as g:
-                offset = scratch((lanes,), "int32", scope="local")
-                inside = scratch((lanes,), "int32", scope="local")
+                offset = small((lanes,), "int32")
+                inside = small((lanes,), "int32")
                 h = T.Bind((self.first_line + line) * sh + (up - top))
                 w = T.Bind(T.ramp(g * lanes, 1, lanes) * sw + (aside - left))
                 line_inside = T.Bind(
@@ -160,10 +184,15 @@ class _Windows(Planes):
                     [every],
                 )
                 start = T.Bind(phase * window.plane + line * window.line + g * lanes)
-                self._pack_vector(panel, start, window.channel, offset, inside)
+                self.panel.pack_vector(panel, start, window.channel, offset, inside)
 
     def _panel_start(self, position, width: int):
         return self.first + position
+
+    def _flat_pixel(self, pixel):
+        p, line = self.problem, self.window.line
+        row = self.image * p.out_height + self.first_line + pixel // line
+        return row * p.out_width + tirx.min(pixel % line, p.out_width - 1)
 
     @contextmanager
     def _stored(self, pixel):
@@ -171,6 +200,6 @@ class _Windows(Planes):
         column = T.Bind(pixel % line)
         row = T.Bind(pixel // line)
         at = T.Bind(self.first_line + row)
-        condition = tirx.all(column < p.out_width, row < self.point.lines, at < p.out_height)
+        condition = tirx.all(column < p.out_width, row < self.lines, at < p.out_height)
         with T.If(condition), T.Then():
             yield [self.image, at, column]

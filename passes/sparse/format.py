@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.sparse.grains import Grain
-from schedules.sparse_planes import parts_of
+from schedules.sparse_problem import parts_of
 
 ELEMENT = "element"
 GRAINS = (ELEMENT, "out:4", "out:8", "out:16")
@@ -55,8 +55,9 @@ class SparseFormat:
 
     pointer  int32 [chunks * blocks + 1]
     index    uint8 or uint16 or uint32 [stored], panel row tap * C + c relative to its chunk
-    values   float32 [stored, block]
-    slot     int32 [outputs]
+    values   [stored, block], of the weight's type
+    order    uint16 or uint32 [chunks * blocks], the block of its part at each position
+    slot     uint16 or uint32 [chunks * outputs], position * block + lane of each output channel
     """
 
     shape: tuple[int, ...]
@@ -67,6 +68,7 @@ class SparseFormat:
     pointer: np.ndarray
     index: np.ndarray
     values: np.ndarray
+    order: np.ndarray
     slot: np.ndarray
     fill: int
 
@@ -95,7 +97,8 @@ def index_dtype(chunk: int) -> str:
 
 def stored_bytes(packed: SparseFormat) -> int:
     """Bytes of all arrays of a packed weight: values, indices, pointers and channel order."""
-    return packed.values.nbytes + packed.index.nbytes + packed.pointer.nbytes + packed.slot.nbytes
+    arrays = (packed.values, packed.index, packed.pointer, packed.order, packed.slot)
+    return sum(a.nbytes for a in arrays)
 
 
 def panel_columns(shape: tuple[int, ...], groups: int) -> np.ndarray:
@@ -117,7 +120,7 @@ def pack(
     part: int | None = None,
     columns: np.ndarray | None = None,
 ) -> SparseFormat:
-    """Pack a dense weight [O, I/groups, R, S] or [O, K], float32, with its zeros. Blocks must not straddle groups.
+    """Pack a dense weight [O, I/groups, R, S] or [O, K], of any type, with its zeros. Blocks must not straddle groups.
 
     `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together,
     `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape; one chunk only).
@@ -135,41 +138,50 @@ def pack(
     else:
         rows = chunk = int(columns.max()) + 1
     chunk = rows if chunk is None else chunk
+    part = outputs if part is None else part
+    chunks = -(-rows // chunk)
     pattern = block_pattern(weight, block)
     count = len(pattern)
-    order = _order_by_fill(pattern.sum(axis=1), outputs, block, outputs if part is None else part)
-    slot = np.empty(outputs, dtype=np.int32)
-    for first, channels in parts_of(outputs, outputs if part is None else part):
-        here = order[first // block : first // block + -(-channels // block)]
-        for position, b in enumerate(here):
-            lanes = np.arange(b * block, min((b + 1) * block, outputs))
-            slot[lanes] = position * block + lanes - b * block
-    place, column = np.nonzero(pattern[order])
-    owner = order[place]
+    owner, column = np.nonzero(pattern)
     row = columns[np.minimum(owner * block, outputs - 1), column]
     which = row // chunk
+    fill = np.bincount(which * count + owner, minlength=chunks * count).reshape(chunks, count)
+    position, order, slot = _order_by_fill(fill, outputs, block, part)
+    place = position[which, owner]
     sorting = np.lexsort((row, place, which))
-    place, owner, column, row, which = (a[sorting] for a in (place, owner, column, row, which))
-    chunks = -(-rows // chunk)
+    owner, column, row, which, place = (a[sorting] for a in (owner, column, row, which, place))
     counts = np.bincount(which * count + place, minlength=chunks * count)
-    padded = np.zeros((count * block, pattern.shape[1]), dtype=np.float32)
+    padded = np.zeros((count * block, pattern.shape[1]), dtype=weight.dtype)
     padded[:outputs] = weight.reshape(outputs, -1)
     values = padded[owner[:, None] * block + np.arange(block)[None, :], column[:, None]]
     return SparseFormat(
-        shape=tuple(weight.shape), groups=groups, grain=grain, chunk=chunk, part=outputs if part is None else part,
+        shape=tuple(weight.shape), groups=groups, grain=grain, chunk=chunk, part=part,
         pointer=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        index=(row - which * chunk).astype(index_dtype(chunk)), values=values, slot=slot,
+        index=(row - which * chunk).astype(index_dtype(chunk)), values=values, order=order, slot=slot,
         fill=int(values.size - np.count_nonzero(weight)),
     )  # fmt: skip
 
 
-def _order_by_fill(fill: np.ndarray, outputs: int, block: int, part: int) -> np.ndarray:
-    """Blocks ordered by fill within each part, so that neighbouring loops have the same length."""
-    order = np.arange(len(fill))
+def _order_by_fill(
+    fill: np.ndarray, outputs: int, block: int, part: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(position of each block [chunks, blocks], `order`, `slot`): by fill within a part, so that neighbouring loops are equally long."""
+    chunks, count = fill.shape
+    position = np.empty((chunks, count), dtype=np.int64)
+    order = np.empty((chunks, count), dtype=np.int64)
+    first_block = np.empty(count, dtype=np.int64)
     for first, channels in parts_of(outputs, part):
-        here = slice(first // block, first // block + -(-channels // block))
-        order[here] = order[here][np.argsort(fill[here], kind="stable")]
-    return order
+        begin, end = first // block, first // block + -(-channels // block)
+        here = np.argsort(fill[:, begin:end], axis=1, kind="stable")
+        order[:, begin:end] = here
+        np.put_along_axis(position[:, begin:end], here, np.arange(end - begin)[None, :], axis=1)
+        position[:, begin:end] += begin
+        first_block[begin:end] = begin
+    channel = np.arange(outputs)
+    within = position[:, channel // block] - first_block[channel // block]
+    slot = within * block + channel % block
+    dtype = "uint16" if outputs + block <= 1 << 16 else "uint32"
+    return position, order.astype(dtype).ravel(), slot.astype(dtype).ravel()
 
 
 def unpack(packed: SparseFormat, columns: np.ndarray | None = None) -> np.ndarray:
@@ -181,13 +193,14 @@ def unpack(packed: SparseFormat, columns: np.ndarray | None = None) -> np.ndarra
     for first, channels in parts_of(outputs, packed.part):
         part_first[first : first + channels] = first
     for o in range(outputs):
-        position = part_first[o] // packed.block + packed.slot[o] // packed.block
         column_of = {int(row): column for column, row in enumerate(columns[o])}
         for q in range(packed.chunks):
+            slot = int(packed.slot[q * outputs + o])
+            position = part_first[o] // packed.block + slot // packed.block
             begin, end = packed.pointer[
                 q * packed.blocks + position : q * packed.blocks + position + 2
             ]
             for n in range(begin, end):
                 column = column_of[int(packed.index[n]) + q * packed.chunk]
-                dense[o, column] = packed.values[n, packed.slot[o] % packed.block]
+                dense[o, column] = packed.values[n, slot % packed.block]
     return dense.reshape(packed.shape)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lower `kerf.sparse_conv2d` and `kerf.sparse_dense`: pack the weight and define the sum over its non-zeros.
 
-rewrite: kerf.sparse_conv2d(x, w, grain)  ->  call_tir(sparse_conv, (x, pointer, index, values, slot))
+rewrite: kerf.sparse_conv2d(x, w, grain)  ->  call_tir(sparse_conv, (x, pointer, index, values, order, slot))
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -14,9 +15,10 @@ from tvm import relax, te, tirx
 from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
 from passes.sparse.format import SparseFormat, block_of, block_pattern, pack
-from schedules import sparse_planes, sparse_windows
+from schedules import sparse_planes, sparse_vector, sparse_windows
 from schedules.fused import annotations
-from schedules.sparse_planes import Point, Problem
+from schedules.spaces import point_for
+from schedules.sparse_problem import Problem, parts_of
 from schedules.target import CpuTarget
 
 
@@ -38,19 +40,29 @@ def problem_of(call: relax.Call) -> Problem:
 def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """Both operators; activations channels last."""
     problem = problem_of(call)
-    return lower_at(bb, call, problem, default_point(problem, target))
+    structure = structure_for(problem)
+    return lower_at(bb, call, problem, structure, point_for(structure, problem, target))
 
 
-def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """The kernel's parameters: padded planes where they suit, else one panel row per tap."""
-    return sparse_windows.default_point(problem, target) or sparse_planes.default_point(
-        problem, target
-    )
+def structure_for(problem: Problem) -> ModuleType:
+    """The loop structure that suits a problem: for a few rows, over padded planes, or with one panel row per tap."""
+    if sparse_vector.suits(problem):
+        return sparse_vector
+    return sparse_windows if sparse_windows.suits(problem) else sparse_planes
 
 
-def pack_at(weight: np.ndarray, grain: str, problem: Problem, point: Point) -> SparseFormat:
+def default_point(problem: Problem, target: CpuTarget):
+    """The parameters of the kernel that a problem gets where none were recorded."""
+    return structure_for(problem).default_point(problem, target)
+
+
+def pack_at(
+    weight: np.ndarray, grain: str, problem: Problem, structure: ModuleType, point
+) -> SparseFormat:
     """The weight packed for one kernel."""
-    if not point.lines:
+    if structure is sparse_vector:
+        return pack(weight, grain, part=problem.block)
+    if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]
     places = sparse_windows.offsets(problem, point.lines)
@@ -60,27 +72,41 @@ def pack_at(weight: np.ndarray, grain: str, problem: Problem, point: Point) -> S
 
 
 def lower_at(
-    bb: relax.BlockBuilder, call: relax.Call, problem: Problem, point: Point
+    bb: relax.BlockBuilder, call: relax.Call, problem: Problem, structure: ModuleType, point
 ) -> relax.Expr:
-    """As `lower_sparse`, with the kernel's parameters given."""
+    """As `lower_sparse`, with the loop structure and the kernel's parameters given."""
     attrs = attrs_of(call)
     weight = const_array(call.args[1])
-    packed = pack_at(weight, attrs["grain"], problem, point)
-    arrays = [relax.const(a) for a in (packed.pointer, packed.index, packed.values, packed.slot)]
-    loops = "sparse_windows" if point.lines else "sparse_planes"
-    notes = annotations(loops, problem=problem.to_dict(), **point.to_dict())
+    packed = pack_at(weight, attrs["grain"], problem, structure, point)
+    arrays = [
+        relax.const(a)
+        for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
+    ]
+    loops = structure.__name__.rpartition(".")[2]
+    notes = annotations(loops, problem=problem.to_dict(), point=point.to_dict())
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
-    define = definition(problem, point, packed, shape_of(call), notes)
-    return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4))
+    lines = point.lines if structure is sparse_windows else 0
+    define = definition(problem, lines, packed, shape_of(call), notes)
+    return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))
+
+
+def _product(weight, x, place: tuple, inside):
+    """A weight times x at `place`, which is 0 outside the image (`inside` None: it is inside)."""
+    return weight * (x[place] if inside is None else tirx.if_then_else(inside, x[place], 0.0))
 
 
 def definition(
-    problem: Problem, point: Point, packed: SparseFormat, out_shape: tuple[int, ...], notes: dict
-):
-    """The te function (x, pointer, index, values, slot) -> y, one sum over the non-zeros of each output channel."""
+    problem: Problem, lines: int, packed: SparseFormat, out_shape: tuple[int, ...], notes: dict,
+    product=_product, zero=0.0,
+):  # fmt: skip
+    """The te function (x, pointer, index, values, order, slot) -> y, one sum over the non-zeros of each output channel.
+
+    `lines` are those of a tile whose indices are places in padded planes, 0 where they are panel rows.
+    `product(weight, x, place, inside)` is one term, of an element of x that may be several of its values.
+    """
     p, block, blocks, chunk = problem, packed.block, packed.blocks, packed.chunk
-    parts = sparse_planes.parts_of(p.outputs, packed.part)
+    parts = parts_of(p.outputs, packed.part)
     conv = len(packed.shape) == 4
 
     def first_of_part(o):
@@ -88,14 +114,14 @@ def definition(
 
     def place(row):
         """(channel, pixels down, pixels right of the window's corner) of a stored position."""
-        if not point.lines:
+        if not lines:
             tap = row // p.channels
             return (
                 row % p.channels,
                 tap // p.kernel[1] * p.dilation[0],
                 tap % p.kernel[1] * p.dilation[1],
             )
-        window = sparse_windows.window_of(p, point.lines)
+        window = sparse_windows.window_of(p, lines)
         phase, within = row % window.channel // window.plane, row % window.channel % window.plane
         down = within // window.line * p.strides[0] + phase // window.phases[1]
         return (
@@ -104,29 +130,29 @@ def definition(
             within % window.line * p.strides[1] + phase % window.phases[1],
         )
 
-    def define(x, pointer, index, values, slot):
+    def define(x, pointer, index, values, order, slot):
         q = te.reduce_axis((0, packed.chunks), "chunk")
         j = te.reduce_axis((0, min(chunk, p.panel_rows // p.groups)), "nonzero")
 
         def term(*at):
             o = at[-1]
-            b = q * blocks + first_of_part(o) // block + slot[o] // block
+            slot_of = slot[q * p.outputs + o].astype("int32")
+            b = q * blocks + first_of_part(o) // block + slot_of // block
             n = pointer[b] + j
             row = q * chunk + index[n].astype("int32")
-            present = n < pointer[b + 1]
+            mine = order[b].astype("int32") == (o - first_of_part(o)) // block
+            present = tirx.all(n < pointer[b + 1], mine)
+            weight = values[n, slot_of % block]
             if not conv:
-                return tirx.if_then_else(
-                    present, values[n, slot[o] % block] * x[(*at[:-1], row)], 0.0
-                )
+                return tirx.if_then_else(present, product(weight, x, (*at[:-1], row), None), zero)
             c, down, right = place(row)
             h = at[1] * p.strides[0] + down - p.padding[0]
             w = at[2] * p.strides[1] + right - p.padding[1]
             inside = tirx.all(h >= 0, h < p.height, w >= 0, w < p.width)
-            product = values[n, slot[o] % block] * tirx.if_then_else(inside, x[at[0], h, w, c], 0.0)
-            return tirx.if_then_else(present, product, 0.0)
+            return tirx.if_then_else(present, product(weight, x, (at[0], h, w, c), inside), zero)
 
         return te.compute(
-            out_shape, lambda *at: te.sum(term(*at), axis=[q, j]), name="sparse_planes", attrs=notes
+            out_shape, lambda *at: te.sum(term(*at), axis=[q, j]), name="sparse", attrs=notes
         )
 
     return define

@@ -19,15 +19,13 @@ from passes.sparse.format import GRAINS, best_grain, block_of, block_pattern, gr
 from passes.sparse.grains import Grain
 from passes.sparse.operators import sparse_call
 from schedules.errors import Declined
-from schedules.sparse_planes import Problem
+from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 
 # The estimate is rough and every variant is measured later: decline only what is clearly slower.
 _HOPELESS = 1.25
 # Below this many multiplications per output channel the packing costs more than the layer.
 _SMALLEST_REDUCTION = 16
-_FEWEST_CHANNELS = 4
-_FEWEST_PIXELS = 2
 
 
 def parse_grain(value: object) -> str:
@@ -125,13 +123,7 @@ def _unsupported(layer: Layer, weight: np.ndarray, target: CpuTarget) -> str | N
     groups = layer.attrs.get("groups", 1)
     if groups > 1 and weight.shape[1] == 1:
         return "depthwise: one multiplication per output and tap, nothing to skip that pays"
-    channels = weight.shape[1] * groups
-    if channels < _FEWEST_CHANNELS:
-        return f"{channels} input channels: too few to pack"
     reduction = int(np.prod(weight.shape[1:]))
     if reduction < _SMALLEST_REDUCTION:
         return f"{reduction} multiplications per output: too few to pay for packing"
-    pixels = int(np.prod(layer.output_shape)) // weight.shape[0]
-    if pixels < _FEWEST_PIXELS:
-        return "one row of activations: the sparse kernel works on vectors of rows"
     return None

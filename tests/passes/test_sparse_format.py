@@ -80,7 +80,7 @@ def test_stored_bytes_count_every_array():
     weight = np.zeros((16, 300), np.float32)
     weight[:, ::10] = 1
     packed = pack(weight, "out:16")
-    assert stored_bytes(packed) == 30 * 16 * 4 + 30 * 2 + 2 * 4 + 16 * 4
+    assert stored_bytes(packed) == 30 * 16 * 4 + 30 * 2 + 2 * 4 + 1 * 2 + 16 * 2
     assert stored_bytes(packed) < 0.12 * weight.nbytes
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,12 @@ from passes.sparse import lowering, reference
 from passes.sparse.format import block_of
 from passes.sparse.operators import sparse_call
 from passes.sparse.samples import Sample, samples
-from schedules import sparse_planes, sparse_windows
+from schedules import sparse_planes, sparse_vector, sparse_windows
 from schedules.dispatch import loop_structure
 from schedules.errors import ScheduleError
 from schedules.fused import Fused
-from schedules.sparse_planes import Point, Problem, default_point, parts_of, tiles_of
+from schedules.sparse_planes import Point, default_point
+from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import NAMED
 
 
@@ -50,7 +52,8 @@ def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = 
             call = bb.normalize(sparse_call(call, sample.grain))
             problem = lowering.problem_of(call)
             point = point or lowering.default_point(problem, target)
-            y = bb.emit(lowering.lower_at(bb, call, problem, point))
+            structure = importlib.import_module(type(point).__module__)
+            y = bb.emit(lowering.lower_at(bb, call, problem, structure, point))
             if epilogue:
                 y = bb.emit(relax.op.nn.relu(bb.emit(relax.op.add(y, relax.const(bias)))))
                 constants = [bias]
@@ -65,8 +68,8 @@ def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = 
     (func,) = [
         f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc) and Fused.read(f)
     ]
-    packed = lowering.pack_at(weight, sample.grain, problem, point)
-    arrays = [packed.pointer, packed.index, packed.values, packed.slot, *constants]
+    packed = lowering.pack_at(weight, sample.grain, problem, structure, point)
+    arrays = [packed.pointer, packed.index, packed.values, packed.order, packed.slot, *constants]
     return (
         func,
         loop_structure(Fused.read(func).loops)(Fused.read(func), target),
@@ -139,14 +142,17 @@ def test_every_point_computes_the_same(host_tiers, rng):
         "chunked": (conv, Point(vectors=3, rows=8, chunk=64, part=16)),
         "half_blocks": (conv, Point(vectors=2, rows=4, chunk=180, part=24)),
         "split": (conv, Point(vectors=1, rows=8, chunk=50, part=16, splits=3)),
-        "bands": (conv, Point(vectors=3, rows=8, chunk=180, part=24, lines=3)),
-        "one_line": (conv, Point(vectors=2, rows=4, chunk=180, part=56, lines=1)),
+        "bands": (conv, sparse_windows.Point(3, 8, 24, 1, lines=3)),
+        "one_line": (conv, sparse_windows.Point(2, 4, 56, 1, lines=1)),
         "narrow": (dense, Point(vectors=1, rows=1, chunk=7, part=16)),
         "wide": (dense, Point(vectors=5, rows=1, chunk=50, part=41)),
     }
     check(cases, target, rng)
     threaded = Point(vectors=2, rows=8, chunk=180, part=16, splits=2)
-    cases = {"threads": (conv, threaded), "bands_threads": (conv, replace(threaded, lines=4))}
+    cases = {
+        "threads": (conv, threaded),
+        "bands_threads": (conv, sparse_windows.Point(2, 8, 16, 2, lines=4)),
+    }
     check(cases, target.with_threads(2), rng)
 
 
@@ -230,11 +236,54 @@ def test_offsets_of_a_window_are_distinct_and_within_its_panel():
 
 
 def test_blocks_of_a_spatial_kernel_use_windows_and_others_do_not():
-    target = NAMED["avx512"]
     problem = Problem(1, 56, 56, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1), block=4)
-    assert sparse_windows.default_point(problem, target).lines > 0
-    assert sparse_windows.default_point(replace(problem, block=1), target) is None
-    assert sparse_windows.default_point(replace(problem, kernel=(1, 1)), target) is None
+
+    def chosen(**changes):
+        return lowering.structure_for(replace(problem, **changes))
+
+    assert chosen() is sparse_windows
+    assert chosen(block=1) is sparse_planes
+    assert chosen(block=1, channels=3) is sparse_windows
+    pointwise = dict(kernel=(1, 1), padding=(0, 0, 0, 0))
+    assert chosen(**pointwise) is sparse_planes
+    row = dict(height=1, width=1, out_height=1, out_width=1, **pointwise)
+    assert chosen(**row) is sparse_vector
+    assert chosen(batch=4, **row) is sparse_vector
+    assert chosen(batch=5, **row) is sparse_planes
+    assert chosen(groups=2, **row) is sparse_planes
+
+
+def test_a_few_rows_of_activations(host_tiers, rng):
+    """One row and several, outputs that are no multiple of the block, more partial sums than non-zeros."""
+    Vector = sparse_vector.Point
+    cases = {
+        "one_row": (Sample("kerf.sparse_dense", (1, 100), (70, 100), "out:4", 0.2), None),
+        "element": (Sample("kerf.sparse_dense", (1, 300), (33, 300), "element", 0.1), None),
+        "three_rows": (Sample("kerf.sparse_dense", (3, 1, 40), (17, 40), "out:8", 0.3), Vector(3)),
+        "four_rows": (Sample("kerf.sparse_dense", (2, 2, 64), (48, 64), "out:16", 0.1), Vector(1)),
+        "less_than_a_block": (Sample("kerf.sparse_dense", (1, 50), (3, 50), "out:4", 0.3), Vector(16)),
+        "pixel": (
+            Sample(
+                "kerf.sparse_conv2d", (1, 1, 1, 24), (20, 24, 1, 1), "out:8", 0.3,
+                (("strides", (1, 1)), ("padding", (0, 0, 0, 0)), ("dilation", (1, 1)), ("groups", 1)),
+            ),
+            None,
+        ),
+    }  # fmt: skip
+    for target in (host_tiers[0], host_tiers[-1], host_tiers[0].with_threads(2)):
+        check(cases, target, rng)
+
+
+def test_images_of_few_channels_use_windows_at_every_grain(host_tiers, rng):
+    attrs = (("strides", (2, 2)), ("padding", (3, 3, 3, 3)), ("dilation", (1, 1)), ("groups", 1))
+    cases = {
+        grain.replace(":", ""): (
+            Sample("kerf.sparse_conv2d", (2, 19, 23, c), (24, c, 7, 7), grain, 0.15, attrs),
+            None,
+        )
+        for c, grain in ((3, "element"), (3, "out:4"), (1, "out:8"))
+    }
+    check(cases, host_tiers[0], rng)
 
 
 def test_problem_and_point_survive_the_annotation():
@@ -251,7 +300,9 @@ def test_an_anchor_with_other_arguments_is_refused(host_tiers):
     from schedules.fused import annotations
 
     problem = Problem(1, 1, 4, 4, 4, 1, 4)
-    notes = annotations("sparse_planes", problem=problem.to_dict(), **Point(1, 1, 4, 4).to_dict())
+    notes = annotations(
+        "sparse_planes", problem=problem.to_dict(), point=Point(1, 1, 4, 4).to_dict()
+    )
     x = tvm.te.placeholder((4, 4), name="x")
     y = tvm.te.compute((4, 4), lambda i, j: x[i, j] * 2.0, attrs=notes)
     with pytest.raises(ScheduleError, match="arguments"):

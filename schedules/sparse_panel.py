@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Panels of the sparse kernels: pixels of a channels-last image transposed into rows of one channel each."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.sparse_elements import FloatElements, QuadElements
+from schedules.sparse_problem import Problem
+
+# Pixel vectors between packing and prefetching: large images come from beyond the second-level cache.
+_VECTORS_AHEAD = 2
+
+
+class Panel:
+    """Fills panels of a problem from `x`, the flat channels-last input, `lanes` pixels at a time."""
+
+    def __init__(self, problem: Problem, lanes: int, x, elements: FloatElements | QuadElements):
+        self.problem, self.lanes, self.x, self.elements = problem, lanes, x, elements
+        self.outside = tirx.const(elements.outside, elements.dtype)
+
+    def pack(self, panel, first, vectors, width) -> None:
+        """`panel[tap * C + c][pixel]` for `vectors` vectors from output pixel `first`; zero where a tap falls on padding."""
+        p, lanes = self.problem, self.lanes
+        with T.serial(0, vectors) as g:
+            pixel = T.Bind(
+                tirx.min(T.ramp(first + g * lanes, 1, lanes), T.broadcast(_i(p.pixels - 1), lanes))
+            )
+            offset = small((lanes,), "int32")
+            every = T.ramp(0, 1, lanes)
+            if p.pointwise:
+                T.buffer_store(offset, pixel * p.channels, [every])
+                ahead = _VECTORS_AHEAD * lanes * p.channels
+                self.pack_vector(panel, g * lanes, width, offset, None, ahead)
+                return
+            row = T.Bind(pixel // p.out_width)
+            top = T.Bind(row % p.out_height * p.strides[0] - p.padding[0])
+            left = T.Bind(pixel % p.out_width * p.strides[1] - p.padding[1])
+            image = T.Bind(row // p.out_height)
+            with T.serial(0, p.kernel[0]) as r:
+                with T.serial(0, p.kernel[1]) as s:
+                    h = T.Bind(top + r * p.dilation[0])
+                    w = T.Bind(left + s * p.dilation[1])
+                    inside = None
+                    if any(p.padding):
+                        inside = small((lanes,), "int32")
+                        bounds = tirx.all(h >= 0, h < p.height, w >= 0, w < p.width)
+                        one, zero = T.broadcast(_i(1), lanes), T.broadcast(_i(0), lanes)
+                        T.buffer_store(inside, tirx.Select(bounds, one, zero), [every])
+                        h = T.Bind(tirx.max(tirx.min(h, p.height - 1), 0))
+                        w = T.Bind(tirx.max(tirx.min(w, p.width - 1), 0))
+                    T.buffer_store(
+                        offset, ((image * p.height + h) * p.width + w) * p.channels, [every]
+                    )
+                    start = T.Bind((r * p.kernel[1] + s) * p.channels * width + g * lanes)
+                    self.pack_vector(panel, start, width, offset, inside)
+
+    def pack_vector(self, panel, start, step, offset, inside, ahead: int = 0) -> None:
+        """Transpose one vector of pixels: channel c of x[offset[lane] + c] to panel[start + c * step + lane].
+
+        `inside` holds 0 for the lanes that get zeros; `ahead` elements on, x is fetched into the second-level cache.
+        """
+        p, lanes = self.problem, self.lanes
+        if p.channels < 4:
+            for c in range(p.channels):
+                for lane in range(lanes):
+                    value = self.elements.pixels(self.x[offset[lane] + c])
+                    if inside is not None:
+                        value = tirx.Select(inside[lane] != 0, value, self.outside)
+                    T.buffer_store(panel, value, [start + c * step + lane])
+            return
+        span = lanes if p.channels >= lanes else 4
+        with T.serial(0, -(-p.channels // span)) as b:
+            # The last block overlaps the one before where channels are no multiple of it: same values, written twice.
+            c = T.Bind(
+                b * span if p.channels % span == 0 else tirx.min(b * span, p.channels - span)
+            )
+            at = [T.Bind(offset[lane] + c) for lane in range(lanes)]
+            for lane in range(lanes if ahead else 0):
+                prefetch(self.x[at[lane] + ahead])
+            columns = transpose(
+                lambda lane, quad: self.x[T.ramp(at[lane] + 4 * quad, 1, 4)], span // 4, lanes
+            )
+            for k, column in enumerate(columns):
+                value = self.elements.pixels(column)
+                if inside is not None:
+                    within = inside[T.ramp(0, 1, lanes)] != T.broadcast(_i(0), lanes)
+                    value = tirx.Select(within, value, T.broadcast(self.outside, lanes))
+                T.buffer_store(panel, value, [T.ramp(start + (c + k) * step, 1, lanes)])
+
+
+def small(shape: tuple[int, ...], dtype: str = "float32"):
+    """A buffer on the stack inside the current loop, under 1 KiB: LLVM keeps it in registers where indices are constant."""
+    return T.alloc_buffer(shape, dtype)
+
+
+def prefetch(value) -> None:
+    """Fetch the line of a buffer element into the second-level cache; past the end it does nothing."""
+    line = tirx.address_of(value)
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", line, _i(0), _i(2), _i(1)))
+
+
+def transpose(load, quads: int, lanes: int) -> list:
+    """`4 * quads` vectors, the k-th holding value k of each of `lanes` sources; `load(lane, quad)` reads 4 of a source.
+
+    Groups of 4 are inserted where they end, so that two rounds of shuffles within groups of 4 finish the transposition.
+    They are read source by source, because sources 4 KiB apart share one cache set.
+    """
+    pieces = lanes // 4
+
+    def joined(k: int, quad: int):
+        return joined_quads([load(4 * s + k, quad) for s in range(pieces)])
+
+    sources = [[joined(k, quad) for quad in range(quads)] for k in range(4)]
+    return [
+        column
+        for quad in range(quads)
+        for column in transpose_quads([sources[k][quad] for k in range(4)], lanes)
+    ]
+
+
+def joined_quads(parts: list):
+    """Vectors of 4 side by side in one."""
+    if len(parts) == 1:
+        return T.Bind(parts[0])
+    return T.Bind(tirx.Shuffle(parts, list(range(4 * len(parts)))))
+
+
+def transpose_quads(rows: list, lanes: int) -> list:
+    """The 4 columns of 4 vectors within each group of 4 lanes: value i of group s of column q is value q of it in row i."""
+
+    def pick(a, b, pattern):
+        """The same selection of 4 from two vectors in every group of 4; 0..3 from a, 4..7 from b."""
+        chosen = [
+            4 * s + (q if q < 4 else lanes + q - 4) for s in range(lanes // 4) for q in pattern
+        ]
+        return T.Bind(tirx.Shuffle([a, b], chosen))
+
+    low01, high01 = pick(rows[0], rows[1], (0, 4, 1, 5)), pick(rows[0], rows[1], (2, 6, 3, 7))
+    low23, high23 = pick(rows[2], rows[3], (0, 4, 1, 5)), pick(rows[2], rows[3], (2, 6, 3, 7))
+    return [
+        pick(low01, low23, (0, 1, 4, 5)), pick(low01, low23, (2, 3, 6, 7)),
+        pick(high01, high23, (0, 1, 4, 5)), pick(high01, high23, (2, 3, 6, 7)),
+    ]  # fmt: skip
+
+
+def _i(value: int):
+    return T.int32(value)

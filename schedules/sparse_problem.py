@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The problem that the sparse kernels solve, and how its outputs and pixels are divided."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A weight-sparse convolution; a matrix product is a 1x1 one whose rows are pixels of one image row.
+
+    `padding` is (top, left, bottom, right); `block` output channels share one pattern; `stored` counts the blocks stored.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    outputs: int
+    out_height: int
+    out_width: int
+    kernel: tuple[int, int] = (1, 1)
+    strides: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    groups: int = 1
+    block: int = 1
+    stored: int = 0
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def panel_rows(self) -> int:
+        return self.taps * self.channels
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.outputs // self.block)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether output pixel m needs input pixel m only."""
+        return self.taps == 1 and self.strides == (1, 1) and not any(self.padding)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: dict) -> Problem:
+        return Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def parts_of(outputs: int, part: int) -> list[tuple[int, int]]:
+    """(first channel, channels) of each part; the last one takes the remainder."""
+    count = max(1, outputs // part)
+    return [(i * part, part if i < count - 1 else outputs - i * part) for i in range(count)]
+
+
+def tiles_of(pixels: int, lanes: int, vectors: int) -> tuple[int, int, int]:
+    """(tiles, vectors of a large tile, large tiles): the other tiles have one vector less, and no vector is wasted."""
+    total = -(-pixels // lanes)
+    tiles = -(-total // vectors)
+    large = -(-total // tiles)
+    return tiles, large, total - tiles * (large - 1)

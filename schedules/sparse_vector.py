@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-sparse product for a few rows of activations: the weights are streamed once, the activations looked up.
+
+    y[m, o] = sum over n in the non-zeros of o's block of x[m, index[n]] * values[n, lane of o]
+
+With few rows there is nothing to transpose and no panel to reuse: a non-zero is one vector of its block's weights times
+one broadcast activation per row. Independent partial sums hide the latency of the additions.
+Arrays as in `sparse_planes`, with every part one block, so that they are read from beginning to end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.emission import ramp
+from schedules.fused import Fused, broadcast
+from schedules.sparse_panel import small
+from schedules.sparse_planes import arguments
+from schedules.sparse_problem import Problem, parts_of
+from schedules.target import CpuTarget
+
+# More rows are better served by panels of pixels, even if these are not full.
+MOST_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """Frozen parameters of one kernel: `sums` independent partial sums per output."""
+
+    sums: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def suits(problem: Problem) -> bool:
+    """Whether a problem has so few rows that this kernel is the one to use."""
+    return problem.pointwise and problem.groups == 1 and problem.pixels <= MOST_ROWS
+
+
+def default_point(problem: Problem, target: CpuTarget) -> Point:
+    """As many partial sums as hide an addition's latency, less where several rows do that too."""
+    return Point(max(2, 8 // problem.pixels))
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel of a fused function whose anchor is annotated `sparse_vector`."""
+    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    with fused.emit() as kernel:
+        _Vector(kernel, problem, point, target).emit()
+    return kernel.func
+
+
+class _Vector:
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
+        self.kernel, self.problem, self.point, self.threads = kernel, problem, point, target.threads
+        buffers = arguments(kernel)
+        p = problem
+        self.x = T.decl_buffer((p.pixels * p.channels,), "float32", data=buffers["x"].data)
+        self.pointer, self.index = buffers["pointer"], buffers["index"]
+        self.values, self.order = buffers["values"], buffers["order"]
+
+    def emit(self) -> None:
+        p = self.problem
+        loop = T.parallel if self.threads > 1 and p.blocks > 1 else T.serial
+        last = len(parts_of(p.outputs, p.block)) - 1
+        with loop(0, p.blocks) as position:
+            sums = self._sum(position)
+            # The last part takes what is left of a block, so it may hold two.
+            b = T.Bind(tirx.min(position, last) + self.order[position].astype("int32"))
+            left = p.outputs % p.block
+            if left == 0:
+                self._store(sums, b)
+            elif p.blocks == 1:
+                self._store_lanes(sums, b, left)
+            else:
+                with T.If(b < p.blocks - 1):
+                    with T.Then():
+                        self._store(sums, b)
+                    with T.Else():
+                        self._store_lanes(sums, b, left)
+
+    def _sum(self, b) -> list:
+        """A buffer per row that holds the sums of the block at position b."""
+        p, block, sums = self.problem, self.problem.block, self.point.sums
+        partial = [[small((block,)) for _ in range(sums)] for _ in range(p.pixels)]
+        whole = ramp(0, block)
+        for row in partial:
+            for buffer in row:
+                T.buffer_store(buffer, broadcast(T.float32(0), block), [whole])
+        begin, end = T.Bind(self.pointer[b]), T.Bind(self.pointer[b + 1])
+
+        def add(n, slot: int) -> None:
+            column = T.Bind(self.index[n].astype("int32"))
+            weight = T.Bind(self.values[n, whole])
+            for m, row in enumerate(partial):
+                value = broadcast(self.x[m * p.channels + column], block)
+                T.buffer_store(row[slot], row[slot][whole] + value * weight, [whole])
+
+        steps = T.Bind((end - begin) // sums)
+        with T.serial(0, steps) as step:
+            for slot in range(sums):
+                add(T.Bind(begin + step * sums + slot), slot)
+        with T.serial(0, end - begin - steps * sums) as rest:
+            add(T.Bind(begin + steps * sums + rest), 0)
+        for row in partial:
+            values = [buffer[whole] for buffer in row]
+            while len(values) > 1:
+                values = [a + c for a, c in zip(values[::2], values[1::2])] + (
+                    values[-1:] if len(values) % 2 else []
+                )
+            T.buffer_store(row[0], values[0], [whole])
+        return [row[0] for row in partial]
+
+    def _store(self, sums: list, b) -> None:
+        block = self.problem.block
+        for m, buffer in enumerate(sums):
+            at = ramp(T.Bind(b * block), block)
+            self.kernel.store(buffer[ramp(0, block)], [*self._row(m), at])
+
+    def _store_lanes(self, sums: list, b, lanes: int) -> None:
+        for m, buffer in enumerate(sums):
+            for lane in range(lanes):
+                at = T.Bind(b * self.problem.block + lane)
+                self.kernel.store(buffer[lane], [*self._row(m), at])
+
+    def _row(self, m: int) -> list:
+        """The indices of the output, without the channel, of row m."""
+        indices: list = []
+        for extent in reversed(self.kernel.fused.shape[:-1]):
+            indices.insert(0, T.int32(m % extent))
+            m //= extent
+        return indices
