@@ -39,12 +39,20 @@ class Calibration:
     description: Mapping[str, object] = field(default_factory=dict)
 
 
-def load_calibration(source, specs: Sequence, preprocess: str | None = None) -> Calibration:
-    """Calibration data for inputs `specs` (name, shape, dtype). Raises UserError for what cannot be used."""
+def load_calibration(
+    source,
+    specs: Sequence,
+    preprocess: str | None = None,
+    ranges: Mapping[str, int] | None = None,
+) -> Calibration:
+    """Calibration data for inputs `specs` (name, shape, dtype). Raises UserError for what cannot be used.
+
+    Random indices are below `ranges[name]` (see `compiler.samples`).
+    """
     if isinstance(source, Calibration):
         return source
     if isinstance(source, str) and source == RANDOM:
-        return _random(specs)
+        return _random(specs, ranges)
     if isinstance(source, (str, Path)):
         return _files(Path(source), specs, preprocess)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
@@ -57,10 +65,10 @@ def load_calibration(source, specs: Sequence, preprocess: str | None = None) -> 
     )
 
 
-def _random(specs: Sequence) -> Calibration:
+def _random(specs: Sequence, ranges: Mapping[str, int] | None) -> Calibration:
     from compiler.samples import sample_inputs
 
-    samples = sample_inputs(specs, seed=1, runs=_RANDOM_SAMPLES)
+    samples = sample_inputs(specs, seed=1, runs=_RANDOM_SAMPLES, ranges=ranges)
     return Calibration(
         lambda: iter(samples),
         {
@@ -110,8 +118,9 @@ def _files(path: Path, specs: Sequence, preprocess: str | None) -> Calibration:
         for file in arrays:
             yield from cut_samples(_read(file), specs, str(file))
 
-    description = {"kind": "files", "path": str(path), "sha256": _digest(arrays)}
-    return Calibration(samples, {**description, "samples": _count(samples(), str(path))})
+    count = _count(samples(), str(path))
+    description = {"kind": "files", "path": str(path), "sha256": _digest(arrays), "samples": count}
+    return Calibration(samples, description)
 
 
 def _images(

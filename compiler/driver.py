@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,8 +113,11 @@ def build(
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
     if calibration is not None:
         from compiler.calibration import load_calibration
+        from compiler.samples import index_ranges
 
-        loaded = load_calibration(calibration, imported.inputs, preprocess)
+        loaded = load_calibration(
+            calibration, imported.inputs, preprocess, index_ranges(imported.mod)
+        )
         options = replace(options, calibration=loaded)
         if warning := loaded.description.get("warning"):
             say(f"warning: {warning}")
@@ -131,7 +135,10 @@ def build(
     from compiler import verify
 
     say("verifying")
-    proof = verify.verify_build(variants, imported, graphs, options.target, threads)
+    samples = options.calibration.samples() if options.calibration else ()
+    proof = verify.verify_build(
+        variants, imported, graphs, options.target, threads, list(islice(samples, verify.RUNS))
+    )
     scratch = None if output is not None else tempfile.TemporaryDirectory(prefix="kerf-")
     say("writing")
     artifact = write_artifact(

@@ -57,18 +57,22 @@ def verify_build(
     graphs: Graphs,
     target: CpuTarget,
     threads: int = 1,
+    samples: Sequence[Sequence[np.ndarray]] = (),
 ) -> Verification:
     """Verify compiled variants: "dense" computes `graphs.original`, any other `graphs.reference`.
 
     Raises VerificationError naming the first diverging kernel. For a target that this machine
-    cannot run, only the graph is compared with the original model.
+    cannot run, only the graph is compared with the original model. Inputs are `samples` of the
+    user's, if there are any, else random ones.
     """
-    inputs = sample_inputs(imported.inputs, seed=SEED, runs=RUNS, ranges=index_ranges(imported.mod))
+    inputs = [list(sample) for sample in samples][:RUNS] or sample_inputs(
+        imported.inputs, seed=SEED, runs=RUNS, ranges=index_ranges(imported.mod)
+    )
     by_name = {v.name: graphs.original if v.name == "dense" else graphs.reference for v in variants}
     lengths = sum_lengths(graphs.original)
     if target.missing_on_host():
         references, _ = evaluate_references(inputs, imported, by_name, {})
-        found = Verification(RUNS, {}, {}, check_graph(references, lengths), references)
+        found = Verification(len(inputs), {}, {}, check_graph(references, lengths), references)
         require_passed(found)
         return found
     models = {

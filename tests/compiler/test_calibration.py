@@ -67,15 +67,88 @@ def test_unusable_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not an archive")
     for source, message in [
-        (tmp_path / "empty", "holds no .npy"),
+        (tmp_path / "empty", "holds no calibration data"),
         (tmp_path / "bad.npz", "not a readable"),
         (tmp_path / "missing.npz", "no such file"),
         ([], "holds no samples"),
         (3, "is not calibration data"),
+        (b"bytes", "is not calibration data"),
         ([np.zeros((2, 4))], "wrong shape"),
     ]:
         with pytest.raises(UserError, match=message):
             load_calibration(source, IMAGE)
+
+
+def test_inputs_must_have_as_many_samples_as_each_other(tmp_path):
+    np.savez(tmp_path / "c.npz", x=np.zeros((3, 3), "float32"), mask=np.ones((2, 2), "int64"))
+    with pytest.raises(UserError, match="different numbers of samples"):
+        load_calibration(tmp_path / "c.npz", PAIR)
+
+
+def test_a_generator_can_be_gone_through_twice_and_files_are_identified(tmp_path, rng):
+    data = rng.standard_normal((3, 2, 3)).astype("float32")
+    found = load_calibration((row for row in data), IMAGE)
+    for _ in range(2):
+        np.testing.assert_array_equal([s[0] for s in found.samples()], data)
+    sums = []
+    for name, scale in (("a", 1), ("b", 1), ("c", 2)):
+        np.savez(tmp_path / f"{name}.npz", x=data[0] * scale)
+        sums.append(load_calibration(tmp_path / f"{name}.npz", IMAGE).description["sha256"])
+    assert sums[0] == sums[1] != sums[2]
+
+
+PICTURE = [TensorSpec("x", (1, 3, 4, 4), "float32")]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i, size in enumerate(((8, 10), (12, 8))):
+        pixels = np.zeros((size[1], size[0], 3), "uint8")
+        pixels[..., 0], pixels[..., 1] = 255, 51 * (i + 1)
+        image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_images_are_prepared_as_said_and_that_is_recorded(pictures):
+    text = "resize=6,crop=4,mean=0.5/0.1/0,std=0.5/0.2/1"
+    found = load_calibration(pictures, PICTURE, text)
+    assert found.description["samples"] == 2
+    assert found.description["preprocess"]["crop"] == 4
+    for i, (array,) in enumerate(found.samples()):
+        wanted = [(1 - 0.5) / 0.5, (0.2 * (i + 1) - 0.1) / 0.2, 0.0]
+        np.testing.assert_allclose(
+            array, np.broadcast_to(np.reshape(wanted, (1, 3, 1, 1)), (1, 3, 4, 4)), atol=1e-5
+        )
+    swapped = next(load_calibration(pictures, PICTURE, "resize=6,crop=4,channels=bgr").samples())[0]
+    assert swapped[0, 2].min() == pytest.approx(1) and swapped[0, 0].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--preprocess"),
+        ("crop=5", "another size"),
+        ("rotate=5", "unknown key"),
+        ("crop=0", "1 or more"),
+        ("std=0", "above 0"),
+        ("mean=1/2", "another number of channels"),
+        ("channels=cmyk", "one of rgb"),
+    ],
+)
+def test_images_refuse(pictures, text, message):
+    with pytest.raises(UserError, match=message):
+        load_calibration(pictures, PICTURE, text)
+
+
+def test_what_is_no_image_and_preparing_what_is_none(pictures, tmp_path):
+    (tmp_path / "2.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="not a readable image"):
+        load_calibration(tmp_path, PICTURE, "resize=6,crop=4")
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "a.npy", np.zeros((1, 3, 4, 4), "float32"))
+    with pytest.raises(UserError, match="is for images"):
+        load_calibration(tmp_path / "arrays", PICTURE, "crop=4")
 
 
 def test_observed_values_are_those_of_the_graph(rng):
