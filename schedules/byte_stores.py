@@ -36,7 +36,8 @@ class Cell:
 
 def store_cells(kernel: Emission, target: CpuTarget, rows: list[list[Cell]]) -> None:
     """Store every cell through the epilogue; a row's cells lie side by side."""
-    if str(kernel.output.dtype) != "uint8" or target.tier not in ("avx512", "avx2"):
+    packed = [lanes for lanes in _SIGNED if lanes <= target.lanes]
+    if str(kernel.output.dtype) != "uint8" or target.arch != "x86_64" or not packed:
         for cell in (cell for row in rows for cell in row):
             kernel.store(cell.value, [*cell.lead, span(cell.channel, cell.lanes)])
         return
@@ -46,9 +47,12 @@ def store_cells(kernel: Emission, target: CpuTarget, rows: list[list[Cell]]) -> 
             at = [*cell.lead, span(cell.channel, cell.lanes)]
             value = kernel.epilogue(cell.value, at)
             wide = _before_saturation(value)
-            if wide is None or cell.lanes != target.lanes:
+            if wide is None or cell.lanes not in packed:
                 T.buffer_store(kernel.output, value, at)
                 continue
+            if waiting and waiting[0][1].lanes != cell.lanes:
+                _store_packed(kernel, waiting)
+                waiting = []
             waiting.append([number, cell, wide])
             if len(waiting) == _TOGETHER:
                 _store_packed(kernel, waiting)

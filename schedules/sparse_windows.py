@@ -17,12 +17,10 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Fused
+from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import small
-from schedules.sparse_elements import elements_of
 from schedules.sparse_planes import Planes, scratch
-from schedules.sparse_elements import elements_of
 from schedules.sparse_planes import Point as PlanesPoint
-from schedules.sparse_elements import elements_of
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import CpuTarget

@@ -25,6 +25,7 @@ from passes.quantized.lowering_elementwise import (
     lower_quantize,
 )
 from passes.quantized.lowering_pooling import lower_average_pool
+from passes.quantized.lowering_sparse import lower_sparse
 from passes.quantized.operators import (
     DEQUANTIZE,
     DEQUANTIZE_ADD,
@@ -240,6 +241,8 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         weight = pad_channels(weight)
         problem = replace(problem, c=shape_of(x)[-1])
     shift = 128 if reads_signed_pixels(target) else 0
+    if "grain" in attrs:
+        return lower_sparse(bb, call, x, weight, problem, attrs, target)
     offset = attrs["zero_point"] - shift
     point = point_for(int8_contraction, problem, target)
     packed = [relax.const(pack_weights(weight, problem, point))]

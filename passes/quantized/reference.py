@@ -6,14 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from passes.numpy_images import conv2d
-from passes.quantized.operators import (
-    DEQUANTIZE,
-    DEQUANTIZE_ADD,
-    INT8_AVERAGE_POOL,
-    INT8_CONV2D,
-    INT8_DENSE,
-    QUANTIZE,
-)
 
 
 def int8_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -87,13 +79,3 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     )  # towards the exact value, in units of the last place
     odd = np.where((lost != 0) & even & np.isfinite(total), bits + away, bits)
     return odd.view(np.float64).astype(np.float32)
-
-
-REFERENCES = {
-    INT8_CONV2D: int8_conv2d,
-    INT8_DENSE: int8_dense,
-    INT8_AVERAGE_POOL: int8_average_pool,
-    QUANTIZE: quantize,
-    DEQUANTIZE: dequantize,
-    DEQUANTIZE_ADD: dequantize_add,
-}

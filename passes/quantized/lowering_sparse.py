@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lower integer layers whose weight has zeros: the sparse kernels, with quads of four input channels as their elements.
+
+    rewrite: kerf.int8_conv2d(x, w, grain="block:4x4")  ->  call_tir(sparse_conv, (x, pointer, index, values, order, slot)) + starts
+
+A quad is 4 bytes, as a float is: its pattern, its packing and its panels are those of `passes/sparse`. Pixels outside the
+image are the zero point, so that all sums of an output channel start alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import relax, tirx
+
+from passes.layers import shape_of
+from passes.lower import call_te
+from passes.sparse.format import block_pattern
+from passes.sparse.lowering import definition, pack_at
+from schedules import sparse_planes, sparse_windows
+from schedules.fused import annotations
+from schedules.sparse_problem import Problem
+from schedules.target import CpuTarget
+from schedules.terms import reads_signed_pixels
+from schedules.windows import Problem as Windows
+
+QUAD = 4
+# Grain of an integer weight -> grain of the matrix of its quads: output channels that share a pattern.
+_OF_QUADS = {"in:4": "element", "block:4x4": "out:4", "block:8x4": "out:8"}
+
+
+def quads_of(weight: np.ndarray) -> np.ndarray:
+    """int8 [O, C/groups, R, S], channels a multiple of 4 -> int32 [O, C/groups/4, R, S]: the bytes of four channels."""
+    o, c, r, s = weight.shape
+    moved = weight.reshape(o, c // QUAD, QUAD, r, s).transpose(0, 1, 3, 4, 2)
+    return np.ascontiguousarray(moved).view(np.int32)[..., 0]
+
+
+def stored_share(weight: np.ndarray, grain: str) -> float:
+    """Share of a weight [O, C, R, S] (channels a multiple of 4) that a grain stores."""
+    outputs = _outputs(grain)
+    return float(block_pattern(quads_of(weight), outputs).mean())
+
+
+def _outputs(grain: str) -> int:
+    name = _OF_QUADS[grain]
+    return 1 if name == "element" else int(name.split(":")[1])
+
+
+def _product_with(zero_point: int, shift: int):
+    """A term of the definition: four products, of bytes of a quad with neighbouring channels."""
+
+    def product(weight, x, place: tuple, inside):
+        total = None
+        for byte in range(QUAD):
+            up, down = tirx.const(24 - 8 * byte, "int32"), tirx.const(24, "int32")
+            w = tirx.shift_right(tirx.shift_left(weight, up), down)
+            pixel = x[(*place[:-1], place[-1] * QUAD + byte)].astype("int32")
+            if inside is not None:
+                pixel = tirx.if_then_else(inside, pixel, tirx.const(zero_point, "int32"))
+            term = w * (pixel - shift)
+            total = term if total is None else total + term
+        return total
+
+    return product
+
+
+def lower_sparse(
+    bb: relax.BlockBuilder, call: relax.Call, x, weight: np.ndarray, windows: Windows,
+    attrs: dict, target: CpuTarget,
+) -> relax.Expr:  # fmt: skip
+    """A layer of either operator, x and weight [O, C/groups, R, S] padded to multiples of 4 channels per group."""
+    grain, zero_point = attrs["grain"], attrs["zero_point"]
+    quads, outputs, shape = quads_of(weight), _outputs(grain), shape_of(call)
+    stored = int(block_pattern(quads, outputs).sum())
+    dense = len(shape_of(call.args[1])) == 2
+    if dense:
+        problem = Problem(
+            1, 1, windows.w, windows.c // QUAD, windows.o, 1, windows.w, block=outputs, stored=stored
+        )  # fmt: skip
+        quads = quads[:, :, 0, 0]
+    else:
+        p = windows
+        problem = Problem(
+            p.n, p.h, p.w, p.c // QUAD, p.o, p.oh, p.ow, (p.r, p.s), p.stride, p.dilation,
+            p.padding, p.groups, outputs, stored,
+        )  # fmt: skip
+    structure = sparse_windows if sparse_windows.suits(problem) else sparse_planes
+    point = structure.default_point(problem, target)
+    packed = pack_at(quads, _OF_QUADS[grain], problem, structure, point)
+    arrays = [
+        relax.const(a)
+        for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
+    ]
+    loops = structure.__name__.rpartition(".")[2]
+    notes = annotations(
+        loops, problem=problem.to_dict(), point=point.to_dict(), zero_point=zero_point
+    )
+    shift = 128 if reads_signed_pixels(target) else 0
+    product, zero = _product_with(zero_point, shift), tirx.const(0, "int32")
+    lines = point.lines if structure is sparse_windows else 0
+    kernel = definition(problem, lines, packed, shape, notes, product, zero)
+    kind = "dense" if dense else f"conv{windows.r}x{windows.s}"
+    hint = f"int8_sparse_{kind}_{grain.replace(':', '')}"
+    total = call_te(bb, kernel, x, *arrays, hint=hint, indices=(1, 2, 4, 5))
+    if zero_point == shift:
+        return total
+    starts = (shift - zero_point) * weight.reshape(len(weight), -1).astype(np.int64).sum(axis=1)
+    return relax.op.add(bb.emit(total), relax.const(starts.astype(np.int32)))
