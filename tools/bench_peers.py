@@ -5,7 +5,8 @@ weights.
     python tools/bench_peers.py resnet50 vit_s16 --work bench/ --json peers.json --markdown peers.md
 
 Each network is built three times (dense; 90 % of the weights pruned one by one; 90 % pruned in
-groups of four output channels) and all engines run interleaved in one process, so that a ratio
+groups of four output channels), with `--builds` also in int8 and pruned in int8, beside which the
+other engines run what ONNX Runtime's quantizer makes of the model. All engines run interleaved in one process, so that a ratio
 does not depend on the machine's mood. Results are added to the JSON file network by network: what
 is there already is skipped, so an interrupted run goes on where it stopped.
 """
@@ -43,11 +44,15 @@ SHORT = {
 # Too small or too depthwise for pruned weights to be of interest.
 DENSE_ONLY = ("mobilenetv2", "efficientnet_b0", "convnext_t")
 PEERS = ("onnxruntime", "openvino")
+_INT8 = ("--recipe", "int8", "--calibration", "random")
 # What is built: name -> options of `compile-model build`.
 BUILDS: Mapping[str, tuple[str, ...]] = {
     "dense": ("--recipe", "dense"),
     "element": ("--recipe", "sparse", "--density", "0.1", "--grain", "element", "--prune"),
     "out4": ("--recipe", "sparse", "--density", "0.1", "--grain", "out:4", "--prune"),
+    "int8": _INT8,
+    "int8_in4": (*_INT8, "--density", "0.1", "--grain", "in:4", "--prune"),
+    "int8_block4": (*_INT8, "--density", "0.1", "--grain", "block:4x4", "--prune"),
 }
 
 
@@ -72,6 +77,10 @@ def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str
         zoo.save_pt2(module, example, files["pt2"])
         zoo.save_onnx(module, example, files["onnx"])
         np.savez(files["npz"], *[tensor.numpy() for tensor in example])
+    if any(b.startswith("int8") for b in builds) and not _quantized(files["onnx"]).exists():
+        from tools.quantize_onnx import quantize_onnx, random_samples
+
+        quantize_onnx(files["onnx"], _quantized(files["onnx"]), random_samples(files["onnx"]))
     for build in sorted({artifact_of(b, builds) for b in builds}):
         output = directory / build
         if keep and (output / "manifest.json").exists():
@@ -96,12 +105,17 @@ def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str
         log(f"{name}: built {build} in {time.perf_counter() - start:.0f} s")
 
 
+def _quantized(onnx: Path) -> Path:
+    return onnx.with_suffix(".int8.onnx")
+
+
 def measure(name: str, work: Path, *, threads: int, duration: float, builds: list[str]) -> dict:
     """One network's row: every engine interleaved in this process."""
     import numpy as np
 
     from compiler import peers
     from compiler.artifact import open_artifact
+    from compiler.comparison import as_arrays, compare
     from compiler.environment import describe_environment
     from compiler.measure import interleave, pinned, ratio, require_agreement
     from compiler.runtime import load_variants
@@ -122,23 +136,32 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
             layers[build] = [sum(r["treatment"] != "dense" for r in rows), len(rows)]
         versions, refusals = {}, {}
         wanted = engines["dense"]()
-        for peer in PEERS:
-            opener = peers.OPENERS[peer]
-            feed = dict(enumerate(inputs))
-            try:
-                opened = opener(
-                    importlib.import_module(peer), directory / f"{name}.onnx", feed, threads
-                )
-            except RuntimeError as error:  # how both say that they cannot import the model
-                refusals[peer] = str(error).strip()
-                continue
-            require_agreement(peer, opened.call(), wanted)
-            engines[peer], versions[peer] = opened.call, opened.version
+        models = {"": directory / f"{name}.onnx"}
+        if any(b.startswith("int8") for b in builds):
+            models["_int8"] = _quantized(models[""])
+        quantized = {}
+        for kind, path in models.items():
+            for peer in PEERS:
+                feed = dict(enumerate(inputs))
+                try:
+                    opened = peers.OPENERS[peer](importlib.import_module(peer), path, feed, threads)
+                except RuntimeError as error:  # how both say that they cannot import the model
+                    refusals[peer + kind] = str(error).strip()
+                    continue
+                if kind:  # another function than the dense one; how far is for the reader to see
+                    found = compare([opened.call()], [as_arrays(wanted)])
+                    quantized[peer + kind] = found.to_json()
+                else:
+                    require_agreement(peer, opened.call(), wanted)
+                    versions[peer] = opened.version
+                engines[peer + kind] = opened.call
         environment = describe_environment(threads, cores)
         latency = interleave(engines, runs=20, seconds=duration)
     faster = min(versions, key=lambda peer: latency[peer].median)
     pairs = [("dense", p) for p in versions]
     pairs += [(build, "dense") for build in builds if build != "dense"]
+    pairs += [("int8", peer) for peer in quantized if "int8" in builds]
+    pairs += [(b, "int8") for b in builds if b.startswith("int8_") and "int8" in builds]
     return {
         "network": name,
         "faster_peer": faster,
@@ -148,6 +171,7 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
         "layers_compressed": layers,
         "verify": verify,
         "peers": versions,
+        "quantized_peers": quantized,
         "refusals": refusals,
         "environment": environment,
     }
@@ -189,6 +213,7 @@ def markdown(rows: list[dict]) -> str:
         ]
         cells += [_ratio(row, f"{build}/dense") for build in ("element", "out4")]
         lines.append(f"| {row['network']} | " + " | ".join(cells) + " |")
+    lines += _int8_table([row for row in rows if "int8" in row["latency_ms"]])
     lines += [
         "",
         "Medians; ratios with their 95 % interval; * interquartile range beyond 10 %.",
@@ -199,6 +224,27 @@ def markdown(rows: list[dict]) -> str:
             f"{e['cpu']['model']}, {e['threads']} thread(s), commit {e['git_commit']}, {e['date']}."
         )
     return "\n".join(lines) + "\n"
+
+
+def _int8_table(rows: list[dict]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "",
+        "| network | Kerf int8 ms | ONNX Runtime int8 ms | OpenVINO int8 ms | int8 / OpenVINO int8 "
+        "| int8 / dense | 90 % in:4 / int8 | 90 % block:4x4 / int8 |",
+        "| --- | ---: | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ms = {
+            n: f"{v['median']:.2f}{'*' if v['noisy'] else ''}" for n, v in row["latency_ms"].items()
+        }
+        engines = ("int8", "onnxruntime_int8", "openvino_int8")
+        cells = [ms.get(name, "cannot import") for name in engines]
+        cells += [_ratio(row, f"int8/{other}") for other in ("openvino_int8", "dense")]
+        cells += [_ratio(row, f"{build}/int8") for build in ("int8_in4", "int8_block4")]
+        lines.append(f"| {row['network']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _ratio(row: dict, name: str) -> str:
@@ -247,7 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     known = set() if options.again else {r["network"] for r in read_rows(options.json)}
     for name in options.networks:
-        builds = ["dense"] if name in DENSE_ONLY else options.builds
+        builds = options.builds
+        if name in DENSE_ONLY:
+            builds = [b for b in builds if b in ("dense", "int8")]
         if name in known and not options.prepare:
             log(f"{name}: measured already (--again measures it anew)")
             continue

@@ -61,7 +61,7 @@ def test_short_names_stand_for_networks(tool):
     assert tool.parse([]).networks == list(tool.NETWORKS)
 
 
-@pytest.mark.parametrize("bad", [["alexnet"], ["--builds", "element"], ["--builds", "dense,int8"]])
+@pytest.mark.parametrize("bad", [["alexnet"], ["--builds", "element"], ["--builds", "dense,int4"]])
 def test_unknown_names_are_refused(tool, bad, capsys):
     with pytest.raises(SystemExit):
         tool.parse(bad)
