@@ -249,6 +249,8 @@ def _rebuild(expr, values: dict, load):
             return load(e.source, [go(i) for i in e.indices])
         if isinstance(e, (tvm.ir.prim.expr.IntImm, tvm.ir.prim.expr.FloatImm)):
             return e
+        if (truth := _tested_truth(e)) is not None:
+            return go(truth)
         if isinstance(e, tvm.ir.prim.expr.Cast):
             inner = go(e.value)
             return inner.astype(_with_lanes(e, _lanes(inner)))
@@ -278,6 +280,14 @@ def _rebuild(expr, values: dict, load):
         )
 
     return go(expr)
+
+
+def _tested_truth(e):
+    """The truth value c of 0 < integer(c), which is how a select tests it; TVM's simplifier fails on vectors of those."""
+    is_test = isinstance(e, tvm.ir.prim.expr.LT) and isinstance(e.b, tvm.ir.prim.expr.Cast)
+    if is_test and isinstance(e.a, tvm.ir.prim.expr.IntImm) and int(e.a.value) == 0:
+        return e.b.value if str(e.b.value.ty.dtype) == "bool" else None
+    return None
 
 
 def _same_lanes(parts: list) -> list:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from passes.binary import operators, reference
 from passes.binary.lowering import LOWERINGS
 from passes.binary.recognize import found_in
+from passes.binary.samples import samples
 from passes.binary.treat_graph import PARAMETERS, rewrite
 from passes.family import Family
 
@@ -25,4 +26,5 @@ FAMILY = Family(
     rewrite=rewrite,
     found_in=found_in,
     jumps=(operators.BINARY_PACK,),
+    samples=samples,
 )

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary architectures with random weights, and their float twins, for tests and benchmarks.
+
+    python tools/zoo_binary.py birealnet18 reactnet quicknet --format pt2,onnx -o models/ [--tiny]
+
+The first convolution, the last dense layer and what changes the number of channels stay real, as in the papers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compiler.nn.binary import BinaryBlock, BinaryConv2d, RPReLU, sign
+from tools import zoo
+
+
+class BiRealUnit(nn.Module):
+    """y = BN(conv(sign(x))) + shortcut(x): a 3x3 binary convolution with its own real shortcut. arXiv:1808.00278."""
+
+    def __init__(self, channels: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv = BinaryConv2d(channels, outputs, 3, stride=stride, padding=1)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.around = nn.Identity()
+        if stride != 1:
+            self.around = nn.Sequential(
+                nn.AvgPool2d(2), nn.Conv2d(channels, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+            )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(sign(x))) + self.around(x)
+
+
+def stages(widths: list[int], depth: int, make: Callable[[int, int, int], nn.Module]) -> nn.Module:
+    """`depth` units per width, the first of each but the first width with stride 2; make(channels, outputs, stride)."""
+    units, channels = [], widths[0]
+    for width in widths:
+        for i in range(depth):
+            units.append(make(channels, width, 2 if i == 0 and width != widths[0] else 1))
+            channels = width
+    return nn.Sequential(*units)
+
+
+class Classifier(nn.Module):
+    """stem, body, mean over the image, dense layer."""
+
+    def __init__(self, stem: nn.Module, body: nn.Module, width: int, classes: int):
+        super().__init__()
+        self.stem, self.body, self.head = stem, body, nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def birealnet18(tiny: bool) -> nn.Module:
+    """Bi-Real net with ResNet-18's widths: 16 binary convolutions of 3x3."""
+    widths = [32, 64] if tiny else [64, 128, 256, 512]
+    stem = nn.Sequential(
+        nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0]), nn.MaxPool2d(3, 2, 1)
+    )  # fmt: skip
+    return Classifier(stem, stages(widths, 2 if tiny else 4, BiRealUnit), widths[-1], 10 if tiny else 1000)  # fmt: skip
+
+
+def reactnet(tiny: bool) -> nn.Module:
+    """ReActNet-A: MobileNetV1's widths, 3x3 and 1x1 binary convolutions with learned thresholds. arXiv:2003.03488."""
+    plan = [(32, 64, 1), (64, 128, 2)] if tiny else [
+        (32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2),
+        *[(512, 512, 1)] * 5, (512, 1024, 2), (1024, 1024, 1),
+    ]  # fmt: skip
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32))
+    units = []
+    for channels, outputs, stride in plan:
+        units += [
+            BinaryBlock(channels, channels, 3, stride=stride),
+            BinaryBlock(channels, outputs, 1),
+        ]
+    return Classifier(stem, nn.Sequential(*units), plan[-1][1], 10 if tiny else 1000)
+
+
+class QuickUnit(nn.Module):
+    """y = BN(relu(conv(sign(x)))) + x, padded with +1 (Larq's "same_one"). arXiv:2011.09398."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = BinaryConv2d(channels, channels, 3, padding=1, scale="none", pad_value=1.0)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.relu(self.conv(sign(x)))) + x
+
+
+def _quick_transition(channels: int, outputs: int) -> nn.Module:
+    """Half the size: maximum, blurring depthwise convolution, pointwise convolution."""
+    return nn.Sequential(
+        nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False),
+        nn.Conv2d(channels, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
+    )  # fmt: skip
+
+
+def quicknet(tiny: bool) -> nn.Module:
+    """QuickNet: real stem and transitions, binary units of 3x3 between."""
+    widths, depth = ([32, 64], 1) if tiny else ([64, 128, 256, 512], 4)
+    stem = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False), nn.Conv2d(16, widths[0], 1, bias=False), nn.BatchNorm2d(widths[0]),
+    )  # fmt: skip
+    units: list[nn.Module] = []
+    for i, width in enumerate(widths):
+        if i:
+            units.append(_quick_transition(widths[i - 1], width))
+        units += [QuickUnit(width) for _ in range(depth)]
+    return Classifier(stem, nn.Sequential(*units, nn.ReLU()), widths[-1], 10 if tiny else 1000)
+
+
+# name -> (architecture, input extent, tiny input extent, the float architecture it is compared with)
+ZOO: dict[str, tuple[Callable[[bool], nn.Module], int, int, str]] = {
+    "birealnet18": (birealnet18, 224, 32, "resnet18"),
+    "reactnet": (reactnet, 224, 32, "resnet18"),
+    "quicknet": (quicknet, 224, 32, "resnet18"),
+}
+
+
+def build(
+    name: str, *, tiny: bool = False, batch: int = 1, seed: int = 0
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """`(module in eval mode, example inputs)`, images float32 [N, 3, S, S]. Raises KeyError for an unknown name."""
+    architecture, extent, tiny_extent, _ = ZOO[name]
+    torch.manual_seed(seed)
+    module, size = architecture(tiny), tiny_extent if tiny else extent
+    zoo.randomise(module)
+    with torch.no_grad():
+        for each in module.modules():
+            if isinstance(each, RPReLU):
+                each.slope.uniform_(0.1, 0.4)
+    zoo.calibrate_batch_norm(module, torch.randn(4, 3, size, size))
+    return module.eval(), (torch.randn(batch, 3, size, size),)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=[*ZOO, "all"], metavar="NAME", help=", ".join(["all", *ZOO]))  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, default=Path("."))
+    parser.add_argument("--format", default="pt2", help="pt2, onnx or pt2,onnx")
+    parser.add_argument("--tiny", action="store_true", help="small widths and inputs, for tests")
+    options = parser.parse_args(arguments)
+    formats = options.format.split(",")
+    if not set(formats) <= {"pt2", "onnx"}:
+        parser.error(f"--format: {options.format!r} is not pt2, onnx or pt2,onnx")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in ZOO if "all" in options.names else options.names:
+        module, example = build(name, tiny=options.tiny)
+        for suffix in formats:
+            path = options.output / f"{name}.{suffix}"
+            {"pt2": zoo.save_pt2, "onnx": zoo.save_onnx}[suffix](module, example, path)
+            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
