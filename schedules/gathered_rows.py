@@ -25,6 +25,7 @@ from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules import contraction
+from schedules.emission import reduce_lanes
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused, annotations
 from schedules.register_tile import Contraction
@@ -35,6 +36,7 @@ from schedules.row_lists import (
     RowSum,
     close_list,
     compact,
+    is_nonzero,
     start_lists,
     store_row_sums,
 )
@@ -44,7 +46,10 @@ from schedules.windows import Problem, loop, span, splat, unravel, vectors
 # Share of the second-level cache for the weights of one block; the next one is fetched beside it.
 _BLOCK = 0.1
 _LINE = 16  # float32 values in a cache line
-# Share (1 / this) of the limit by which the rows seen so far may be ahead of it.
+# Rows of x that are counted to know on which side of the limit it probably lies.
+_SAMPLED = 16
+# Rows listed may pass the limit by this much, and be ahead of their share of it by this part, when the sample was wrong.
+_SPARE = 1.25
 _AHEAD = 8
 _TOO_MANY = 1 << 30
 
@@ -195,7 +200,7 @@ class _Tiles:
         problem, point = self.problem, self.point
         whole = self.rows * problem.c
         padding = self.rows * self.chunks * (point.sums - 1)
-        self.limit = min(point.limit, whole) + padding
+        self.limit = min(int(_SPARE * point.limit), whole) + padding
         dense = Contraction(self.kernel, self.shape, problem, point.dense, self.target.threads)
         if point.limit <= 0:
             dense.emit()
@@ -218,6 +223,8 @@ class _Tiles:
         """A list per row of x and chunk; nothing more once the limit will probably be passed."""
         chunk = self.point.chunk
         start_lists(self.lists, count)
+        if self.point.limit < self.rows * self.problem.c:
+            self._sample(count)
 
         def one(m, c, extent: int) -> None:
             first = c * chunk
@@ -225,7 +232,6 @@ class _Tiles:
             compact(self.x, at, first, extent, self.lists, count, self.target)
             close_list(self.lists, m * self.chunks + c, count, self.point.sums)
 
-        # Rows denser than the limit allows on average are noticed early: writing long lists in vain would cost.
         per_row, ahead = self.limit // self.rows, self.limit // _AHEAD
         with T.serial(0, self.rows) as m:
             allowed = (
@@ -239,6 +245,29 @@ class _Tiles:
                     one(m, self.chunks - 1, self.last)
                 with T.Else():
                     T.buffer_store(count, T.int32(_TOO_MANY), [0])
+
+    def _sample(self, count) -> None:
+        """Count some rows of x; where they hold too much, nothing is to be listed: writing lists in vain would cost."""
+        columns, lanes = self.problem.c, self.target.lanes
+        stride = max(1, self.rows // _SAMPLED)
+        sampled = -(-self.rows // stride)
+        found = T.alloc_buffer((lanes,), "int32")
+        whole = span(0, lanes)
+        T.buffer_store(found, splat(T.int32(0), lanes), [whole])
+        with T.serial(0, sampled) as row:
+            base = T.Bind(row * (stride * columns))
+            if columns >= lanes:
+                with T.serial(0, columns // lanes) as i:
+                    more = is_nonzero(T.bind(self.x[span(base + i * lanes, lanes)]))
+                    one, none = splat(T.int32(1), lanes), splat(T.int32(0), lanes)
+                    T.buffer_store(found, found[whole] + tirx.Select(more, one, none), [whole])
+            for k in range(columns // lanes * lanes, columns):
+                more = is_nonzero(T.bind(self.x[base + k])).astype("int32")
+                T.buffer_store(found, found[0] + more, [0])
+        total = reduce_lanes(T.bind(found[whole]), lambda a, b: a + b)
+        with T.If(total > int(self.point.limit * sampled / self.rows)):
+            with T.Then():
+                T.buffer_store(count, T.int32(_TOO_MANY), [0])
 
     def _gather(self) -> None:
         full = self.problem.o // self.panel

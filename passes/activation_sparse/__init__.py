@@ -7,6 +7,7 @@ from passes.activation_sparse import reference
 from passes.activation_sparse.lowering import lower_dense, lower_gated
 from passes.activation_sparse.operators import DENSE, GATED, register
 from passes.activation_sparse.rewrite import PARAMETERS, found_in, observed_in, rewrite
+from passes.activation_sparse.samples import samples
 from passes.family import Family
 
 FAMILY = Family(
@@ -18,4 +19,5 @@ FAMILY = Family(
     rewrite=rewrite,
     found_in=found_in,
     observed_in=observed_in,
+    samples=samples,
 )

@@ -18,8 +18,9 @@ from schedules import contraction, gathered_rows
 from schedules.dispatch import schedule_function
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
+from schedules.windows import Problem
 
-_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+_DENSITIES = (0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _RUNS = 7
 # Weights come from memory in a network: so many bytes of copies take turns.
 _COLD_BYTES = 64 << 20
@@ -29,36 +30,39 @@ _MARGIN = 0.85
 _ESTIMATES = ((8, 0.3), (64, 0.15), (1 << 30, 0.25))
 
 
-def crossover(rows: int, inputs: int, outputs: int, target: CpuTarget) -> float:
-    """The density in [0, 1] up to which gathering rows is the faster way."""
+def crossover(rows: int, inputs: int, outputs: int, target: CpuTarget, density: float) -> float:
+    """The density in [0, 1] up to which gathering rows is the faster way, by the kernel made for `density`."""
     if rows == 1:
         return 1.0  # one row of activations reads what it needs: never slower, see gathered_rows
     if target.missing_on_host():
-        return next(density for most, density in _ESTIMATES if rows <= most)
-    return _measure(rows, inputs, outputs, target.with_threads(1))
+        return next(limit for most, limit in _ESTIMATES if rows <= most)
+    target = target.with_threads(1)
+    problem = gathered_rows.dense_problem(rows, inputs, outputs)
+    dense = point_for(contraction, problem, target)
+    point = gathered_rows.default_point(problem, target, density, 1.0, dense)
+    return _measure(problem, replace(point, limit=rows * inputs), target)
 
 
 @functools.lru_cache(maxsize=64)
-def _measure(rows: int, inputs: int, outputs: int, target: CpuTarget) -> float:
+def _measure(problem: Problem, point: gathered_rows.Point, target: CpuTarget) -> float:
     """The first density whose interpolated time passes that of the dense kernel; runs alternate."""
-    problem = gathered_rows.dense_problem(rows, inputs, outputs)
-    dense = point_for(contraction, problem, target)
-    shape = (rows, inputs)
+    shape = (problem.row, problem.c)
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
-    packed = pack_weights(weight[:, :, None, None], problem, dense)
-    kernels = [_compile(define_dense(shape, problem, dense), shape, packed, target)]
-    inputs_at = []
-    for density in _DENSITIES:
-        point = gathered_rows.default_point(problem, target, density, 1.0, dense)
-        point = replace(point, limit=rows * inputs)
-        define = gathered_rows.define(shape, problem, point)
-        kernels.append(_compile(define, shape, packed, target))
-        hidden = rng.standard_normal(shape, dtype=np.float32) * (rng.random(shape) < density)
-        inputs_at.append(tvm.runtime.tensor(hidden))
-    times = _times(kernels, packed, inputs_at, (rows, outputs))
-    ratios = [t / times[0] for t in times[1:]]
-    return _MARGIN * first_above(_DENSITIES, ratios)
+    weight = rng.standard_normal((problem.o, problem.c), dtype=np.float32)
+    packed = pack_weights(weight[:, :, None, None], problem, point.dense)
+    dense, gathered = (
+        _compile(define, shape, packed, target)
+        for define in (
+            define_dense(shape, problem, point.dense),
+            gathered_rows.define(shape, problem, point),
+        )
+    )
+    rows = [
+        rng.standard_normal(shape, dtype=np.float32) * (rng.random(shape) < d) for d in _DENSITIES
+    ]
+    given = [tvm.runtime.tensor(x) for x in rows]
+    times = _times([dense, *[gathered] * len(given)], packed, given, (problem.row, problem.o))
+    return _MARGIN * first_above(_DENSITIES, [t / times[0] for t in times[1:]])
 
 
 def _compile(define, shape, packed: np.ndarray, target: CpuTarget):
@@ -74,7 +78,7 @@ def _compile(define, shape, packed: np.ndarray, target: CpuTarget):
 def _times(
     kernels: list, packed: np.ndarray, inputs_at: list, shape: tuple[int, int]
 ) -> list[float]:
-    """Median seconds of each kernel on its own input; the first, which is dense, on the last of them."""
+    """Least seconds of each kernel on its own input; the first, which is dense, on the last of them."""
     out = tvm.runtime.tensor(np.zeros(shape, np.float32))
     copies = max(2, min(16, _COLD_BYTES // packed.nbytes))
     weights = [tvm.runtime.tensor(packed) for _ in range(copies)]
@@ -88,7 +92,7 @@ def _times(
             kernel(x, w, out)
             if run:
                 kept.append(time.perf_counter() - start)
-    return [float(np.median(kept)) for kept in samples]
+    return [min(kept) for kept in samples]
 
 
 def first_above(densities, ratios) -> float:
@@ -101,5 +105,4 @@ def first_above(densities, ratios) -> float:
             share = (1 - previous[1]) / (ratio - previous[1])
             return previous[0] + share * (density - previous[0])
         previous = (density, ratio)
-    density, ratio = previous
-    return min(1.0, density / ratio)
+    return densities[-1]

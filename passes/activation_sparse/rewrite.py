@@ -236,7 +236,7 @@ def _judge(mlp: Mlp, density: float | None, context: Context) -> float | Decline
         return Declined(
             "how many activations are zero is not known: give --calibration, or the density"
         )
-    limit = crossover(mlp.tokens, mlp.width, weight.shape[0], context.target)
+    limit = crossover(mlp.tokens, mlp.width, weight.shape[0], context.target, density)
     if density >= limit:
         return Declined(
             f"{density:.0%} of the activations are not zero; dense is faster above {limit:.0%}"
