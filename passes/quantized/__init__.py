@@ -23,6 +23,7 @@ from passes.quantized.reference import (
     int8_dense,
     quantize,
 )
+from passes.quantized.samples import samples
 from passes.quantized.take_imported import describe_imported
 from passes.quantized.treat_graph import prune, rewrite
 
@@ -43,4 +44,5 @@ FAMILY = Family(
     rewrite=rewrite,
     found_in=describe_imported,
     jumps=(QUANTIZE,),
+    samples=samples,
 )

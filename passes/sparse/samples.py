@@ -1,41 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample problems of the sparse operators: shapes that every test of a family runs over."""
+"""Graphs that weight sparsity takes or declines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numpy as np
+from tvm import relax
+
+from passes.samples import Layers, Sample, graph
+from passes.treatment import Treatment
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One layer: `x` channels last, `w` in the framework's order; empty `attrs` for a matrix product."""
-
-    operator: str
-    x: tuple[int, ...]
-    w: tuple[int, ...]
-    grain: str
-    density: float
-    attrs: tuple[tuple[str, object], ...] = ()
+def _with_zeros(layers: Layers, shape: tuple[int, ...], block: int, density: float):
+    """A weight of which whole vectors of `block` output channels are zero."""
+    weight = layers.rng.standard_normal(shape).astype("float32")
+    kept = layers.rng.random((shape[0] // block, *shape[1:])) < density
+    return relax.const(weight * np.repeat(kept, block, axis=0))
 
 
-def _conv(
-    x, w, grain, density, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
-) -> Sample:
-    attrs = (("strides", strides), ("padding", padding), ("dilation", dilation), ("groups", groups))
-    return Sample("kerf.sparse_conv2d", x, w, grain, density, attrs)
+def _network(block: int, density: float):
+    def body(layers: Layers, x):
+        y = layers.conv2d("a", x, 64, weight=_with_zeros(layers, (64, 64, 3, 3), block, density))
+        y = layers.emit(relax.op.nn.relu(y))
+        return layers.conv2d("b", y, 64, weight=_with_zeros(layers, (64, 64, 1, 1), block, density))
+
+    return graph((1, 64, 14, 14), body)
 
 
 def samples() -> list[Sample]:
-    """Awkward ones first: single pixels, primes, remainders of every tile."""
+    """Zeros by element and by vector, pruning, and weights without zeros."""
+    pruned = Treatment("sparse", {"grain": "out:4", "density": 0.1}, prune=True)
     return [
-        _conv((1, 1, 1, 4), (1, 4, 1, 1), "element", 0.5),
-        _conv((1, 7, 7, 17), (33, 17, 3, 3), "element", 0.1, padding=(1, 1, 1, 1)),
-        _conv((2, 5, 9, 8), (20, 8, 3, 3), "out:4", 0.3, strides=(2, 2), padding=(1, 0, 2, 1)),
-        _conv((1, 13, 6, 12), (16, 12, 5, 5), "out:8", 0.2, dilation=(2, 1), padding=(2, 2, 2, 2)),
-        _conv((1, 9, 9, 32), (32, 8, 3, 3), "out:8", 0.3, groups=4, padding=(1, 1, 1, 1)),
-        _conv((1, 8, 8, 3), (10, 3, 7, 7), "element", 0.2, strides=(2, 2), padding=(3, 3, 3, 3)),
-        _conv((1, 6, 6, 64), (48, 64, 1, 1), "out:16", 0.1),
-        Sample("kerf.sparse_dense", (33, 40), (19, 40), "element", 0.2),
-        Sample("kerf.sparse_dense", (1, 17, 64), (24, 64), "out:8", 0.1),
-        Sample("kerf.sparse_dense", (2, 3, 5, 24), (36, 24), "out:4", 0.2),
+        Sample("element", _network(1, 0.05), dict.fromkeys("ab", Treatment("sparse"))),
+        Sample("out:8", _network(8, 0.1), dict.fromkeys("ab", Treatment("sparse"))),
+        Sample("pruned", _network(1, 1.0), dict.fromkeys("ab", pruned)),
+        Sample("no zeros", _network(1, 1.0), dict.fromkeys("ab", Treatment("sparse")), "no zeros"),
     ]

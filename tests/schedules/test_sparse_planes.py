@@ -15,7 +15,7 @@ from passes import layers
 from passes.sparse import lowering, reference
 from passes.sparse.format import block_of
 from passes.sparse.operators import sparse_call
-from passes.sparse.samples import Sample, samples
+from passes.sparse.problems import SampleProblem, problems
 from schedules import sparse_planes, sparse_vector, sparse_windows
 from schedules.dispatch import loop_structure
 from schedules.errors import ScheduleError
@@ -34,7 +34,7 @@ def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
     )
 
 
-def fused_kernel(sample: Sample, weight, target, *, point=None, epilogue: str = "bias relu"):
+def fused_kernel(sample: SampleProblem, weight, target, *, point=None, epilogue: str = "bias relu"):
     """(definition, scheduled PrimFunc, arguments but x and y, attributes, y's shape) of one layer with an epilogue."""
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(sample.x, "float32"))
@@ -125,19 +125,19 @@ def check(cases: dict, target, rng) -> None:
 
 
 def test_every_sample_on_every_tier(host_tiers, rng):
-    check({f"sample{i}": (s, None) for i, s in enumerate(samples())}, host_tiers[0], rng)
+    check({f"sample{i}": (s, None) for i, s in enumerate(problems())}, host_tiers[0], rng)
     for target in host_tiers[1:]:
-        check({f"sample{i}": (samples()[i], None) for i in (1, 2, 4, 7)}, target, rng)
+        check({f"sample{i}": (problems()[i], None) for i in (1, 2, 4, 7)}, target, rng)
 
 
 def test_every_point_computes_the_same(host_tiers, rng):
     """Tiles of several widths, chunked panels, parts with a remainder, split tiles, both row counts of a block."""
     target = host_tiers[0]
-    conv = Sample(
+    conv = SampleProblem(
         "kerf.sparse_conv2d", (1, 7, 9, 20), (56, 20, 3, 3), "out:8", 0.3,
         (("strides", (1, 1)), ("padding", (1, 1, 1, 1)), ("dilation", (1, 1)), ("groups", 1)),
     )  # fmt: skip
-    dense = Sample("kerf.sparse_dense", (70, 50), (41, 50), "element", 0.2)
+    dense = SampleProblem("kerf.sparse_dense", (70, 50), (41, 50), "element", 0.2)
     cases = {
         "chunked": (conv, Point(vectors=3, rows=8, chunk=64, part=16)),
         "half_blocks": (conv, Point(vectors=2, rows=4, chunk=180, part=24)),
@@ -157,7 +157,7 @@ def test_every_point_computes_the_same(host_tiers, rng):
 
 
 def test_the_scheduled_kernel_equals_its_definition(host_tiers, rng):
-    sample = samples()[2]
+    sample = problems()[2]
     weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
     definition, kernel, arrays, _, shape = fused_kernel(sample, weight, host_tiers[0])
     lib = build({"definition": definition, "kernel": kernel}, host_tiers[0])
@@ -167,7 +167,7 @@ def test_the_scheduled_kernel_equals_its_definition(host_tiers, rng):
 
 
 def test_special_values_reach_the_outputs_that_use_them_and_no_other(host_tiers, rng):
-    sample = Sample(
+    sample = SampleProblem(
         "kerf.sparse_conv2d", (1, 5, 6, 8), (12, 8, 3, 3), "element", 0.15,
         (("strides", (1, 1)), ("padding", (1, 1, 1, 1)), ("dilation", (1, 1)), ("groups", 1)),
     )  # fmt: skip
@@ -257,13 +257,13 @@ def test_a_few_rows_of_activations(host_tiers, rng):
     """One row and several, outputs that are no multiple of the block, more partial sums than non-zeros."""
     Vector = sparse_vector.Point
     cases = {
-        "one_row": (Sample("kerf.sparse_dense", (1, 100), (70, 100), "out:4", 0.2), None),
-        "element": (Sample("kerf.sparse_dense", (1, 300), (33, 300), "element", 0.1), None),
-        "three_rows": (Sample("kerf.sparse_dense", (3, 1, 40), (17, 40), "out:8", 0.3), Vector(3)),
-        "four_rows": (Sample("kerf.sparse_dense", (2, 2, 64), (48, 64), "out:16", 0.1), Vector(1)),
-        "less_than_a_block": (Sample("kerf.sparse_dense", (1, 50), (3, 50), "out:4", 0.3), Vector(16)),
+        "one_row": (SampleProblem("kerf.sparse_dense", (1, 100), (70, 100), "out:4", 0.2), None),
+        "element": (SampleProblem("kerf.sparse_dense", (1, 300), (33, 300), "element", 0.1), None),
+        "three_rows": (SampleProblem("kerf.sparse_dense", (3, 1, 40), (17, 40), "out:8", 0.3), Vector(3)),
+        "four_rows": (SampleProblem("kerf.sparse_dense", (2, 2, 64), (48, 64), "out:16", 0.1), Vector(1)),
+        "less_than_a_block": (SampleProblem("kerf.sparse_dense", (1, 50), (3, 50), "out:4", 0.3), Vector(16)),
         "pixel": (
-            Sample(
+            SampleProblem(
                 "kerf.sparse_conv2d", (1, 1, 1, 24), (20, 24, 1, 1), "out:8", 0.3,
                 (("strides", (1, 1)), ("padding", (0, 0, 0, 0)), ("dilation", (1, 1)), ("groups", 1)),
             ),
@@ -278,7 +278,7 @@ def test_images_of_few_channels_use_windows_at_every_grain(host_tiers, rng):
     attrs = (("strides", (2, 2)), ("padding", (3, 3, 3, 3)), ("dilation", (1, 1)), ("groups", 1))
     cases = {
         grain.replace(":", ""): (
-            Sample("kerf.sparse_conv2d", (2, 19, 23, c), (24, c, 7, 7), grain, 0.15, attrs),
+            SampleProblem("kerf.sparse_conv2d", (2, 19, 23, c), (24, c, 7, 7), grain, 0.15, attrs),
             None,
         )
         for c, grain in ((3, "element"), (3, "out:4"), (1, "out:8"))

@@ -18,7 +18,7 @@ from passes.evaluate import evaluate
 from passes.lower import lower_operators
 from passes.quantized import FAMILY, lowering, reference
 from passes.quantized import operators as int8
-from passes.quantized.samples import Sample, dense_samples, depthwise_samples
+from passes.quantized.problems import SampleProblem, dense_problems, depthwise_problems
 from schedules import dispatch, int8_depthwise, terms
 from schedules.errors import KerfError
 from schedules.target import NAMED, CpuTarget, detect_host
@@ -95,7 +95,7 @@ def check(body: Callable, inputs: list[np.ndarray], target: CpuTarget) -> list[n
     return got
 
 
-def layer(sample: Sample, x, weight: np.ndarray) -> relax.Call:
+def layer(sample: SampleProblem, x, weight: np.ndarray) -> relax.Call:
     w = relax.const(weight)
     more = {"name": "l", "zero_point": sample.zero_point, "grain": sample.grain}
     if sample.attrs is None:
@@ -103,7 +103,7 @@ def layer(sample: Sample, x, weight: np.ndarray) -> relax.Call:
     return int8.int8_conv2d(x, w, layout="NHWC", **dict(sample.attrs), **more)
 
 
-def check_samples(samples: list[Sample], target: CpuTarget, rng, draw=None) -> list[np.ndarray]:
+def check_samples(samples: list[SampleProblem], target: CpuTarget, rng, draw=None) -> list[np.ndarray]:
     draw = draw or (lambda s: rng.integers(0, 256, s.x))
     inputs = [draw(s).astype("uint8") for s in samples]
     weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
@@ -114,14 +114,14 @@ def check_samples(samples: list[Sample], target: CpuTarget, rng, draw=None) -> l
 @pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
 def test_sums_are_exact(target, rng):
     first = target is tiers()[0]
-    dense, depthwise = dense_samples(), depthwise_samples()
+    dense, depthwise = dense_problems(), depthwise_problems()
     check_samples(dense if first else [dense[i] for i in (2, 11)], target, rng)
     check_samples(depthwise if first else depthwise[2:3], target, rng)
 
 
 def test_two_threads(rng):
     target = tiers()[0].with_threads(2)
-    check_samples([dense_samples()[i] for i in (6, 10)] + depthwise_samples()[:1], target, rng)
+    check_samples([dense_problems()[i] for i in (6, 10)] + depthwise_problems()[:1], target, rng)
 
 
 @pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
@@ -146,14 +146,14 @@ def test_nothing_saturates(target):
 
 def test_borders_count_nothing(rng):
     """An image that is its zero point everywhere sums to 0, at the borders as inside; and so with padding beyond reach."""
-    padded = [dense_samples()[i] for i in (2, 7, 8)] + [depthwise_samples()[i] for i in (2, 7)]
+    padded = [dense_problems()[i] for i in (2, 7, 8)] + [depthwise_problems()[i] for i in (2, 7)]
     got = check_samples(padded, tiers()[0], rng, lambda s: np.full(s.x, s.zero_point))
     assert not any(g.any() for g in got)
 
 
 def test_border_pixels_alone(rng):
     """One pixel in each corner differs from the zero point: every sum near it comes from the taps inside the image."""
-    sample = Sample((1, 6, 7, 20), (40, 20, 5, 5), 131, (("padding", (2, 2, 2, 2)),))
+    sample = SampleProblem((1, 6, 7, 20), (40, 20, 5, 5), 131, (("padding", (2, 2, 2, 2)),))
 
     def corners(s):
         x = np.full(s.x, s.zero_point)
@@ -184,7 +184,7 @@ def test_pixels_read_as_signed_bytes(rng, monkeypatch):
         monkeypatch.setattr(module, "dot_product", lambda target: signed)
         monkeypatch.setattr(module, "reads_signed_pixels", lambda target: True)
     monkeypatch.setattr(lowering, "reads_signed_pixels", lambda target: True)
-    samples = [dense_samples()[i] for i in (2, 10)] + depthwise_samples()[2:3]
+    samples = [dense_problems()[i] for i in (2, 10)] + depthwise_problems()[2:3]
     check_samples(samples, tiers()[0], rng)
 
 
@@ -192,14 +192,14 @@ def test_plain_arithmetic(rng, monkeypatch):
     """What targets without any instruction for it use."""
     for module in (terms, int8_depthwise):
         monkeypatch.setattr(module, "dot_product", lambda target: terms._plain)
-    check_samples([dense_samples()[2], depthwise_samples()[2]], tiers()[-1], rng)
+    check_samples([dense_problems()[2], depthwise_problems()[2]], tiers()[-1], rng)
 
 
 @pytest.mark.parametrize("feature, instruction", [("dotprod", "sdot"), ("i8mm", "usdot")])
 def test_aarch64_compiles_to_its_dot_product(feature, instruction, rng):
     features = ("neon", "dotprod", feature) if feature != "dotprod" else ("neon", "dotprod")
     target = CpuTarget("arm", "aarch64", features)
-    samples = [dense_samples()[2], depthwise_samples()[1]]
+    samples = [dense_problems()[2], depthwise_problems()[1]]
     weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
     inputs = [np.zeros(s.x, "uint8") for s in samples]
     mod, loops = scheduled(
