@@ -9,6 +9,7 @@ cost is measured on kernels that do nothing and subtracted.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -280,9 +281,14 @@ def useful_shares(layers: Sequence[Mapping]) -> dict[str, float]:
     """Layer -> share of its operations that the compressed variant has to do, from the manifest."""
     shares = {}
     for row in layers:
-        density = (row.get("found") or {}).get("density")
+        found = row.get("found") or {}
+        density = found.get("density")
         compressed = row.get("treatment", "dense") != "dense" and density is not None
-        shares[row["name"]] = float(density) if compressed else 1.0
+        # The kernel's operations are counted on the layer as it is now, the density on what it was.
+        lost = math.prod(
+            a / b for b, a in (found.get("inputs", (1, 1)), found.get("outputs", (1, 1)))
+        )
+        shares[row["name"]] = min(1.0, float(density) / lost) if compressed else 1.0
     return shares
 
 

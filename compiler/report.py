@@ -205,12 +205,19 @@ def _kernel_name(kernel: str) -> str:
 
 
 def describe_found(found: Mapping) -> str:
-    """`90% zeros, out:4`: the zeros of a weight and the coarsest grain they support."""
+    """`90% zeros, out:4; 64 -> 45 filters`: the zeros of a weight, the coarsest grain they lie in, and what left."""
+    parts = []
     density = found.get("density")
-    if density is None or density == 1:
-        return ""
-    grain = found.get("grain")
-    return f"{1 - density:.0%} zeros" + (f", {grain}" if grain and grain != "element" else "")
+    if density is not None and density != 1:
+        grain = found.get("grain")
+        parts.append(
+            f"{1 - density:.0%} zeros" + (f", {grain}" if grain and grain != "element" else "")
+        )
+    for key, name in (("outputs", "filters"), ("inputs", "inputs")):
+        before, after = found.get(key, (0, 0))
+        if before != after:
+            parts.append(f"{before} -> {after} {name}")
+    return "; ".join(parts)
 
 
 def _template(reason: str) -> str:

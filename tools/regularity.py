@@ -133,7 +133,11 @@ def accuracy_study(directory: Path, seeds: int, epochs: int) -> dict[str, dict[f
     start = time.perf_counter()
     for i, (grain, density) in enumerate(points):
         values = [
-            kept(path, f"{grain}/{density}/{epochs} epochs/{s}", lambda s=s, g=grain, d=density: pruned(g, d, s))
+            kept(
+                path,
+                f"{grain}/{density}/{epochs} epochs/{s}",
+                lambda s=s, g=grain, d=density: pruned(g, d, s),
+            )
             for s in range(seeds)
         ]
         found.setdefault(grain, {})[density] = float(np.mean(values))
@@ -197,7 +201,8 @@ def _count_loads(name: str, density: float) -> dict[str, dict[str, float]]:
         problems = [
             layer_problem(Layer(c), grain.runs_as()) for c in masked if c.op.name == "kerf.conv2d"
         ]
-        counts = [_sparse_loads(p, default_point(p, target), target.lanes) for p in problems]
+        points = ((p, default_point(p, target)) for p in problems)
+        counts = [_sparse_loads(p, at, target.lanes) for p, at in points if hasattr(at, "vectors")]
         found[grain.name] = _sum(counts)
     return found
 

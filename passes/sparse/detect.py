@@ -17,6 +17,8 @@ _CONSTRAINTS = ("1:2", "1:4", "2:4", "1:8", "2:8", "4:8")
 _TOLERATED_FILL = 1.05
 # An N:M constraint is told from chance by how nearly it is used up.
 _USED = 0.9
+# Output channels looked at together.
+_ROWS = 64
 # Shown for every weight with zeros: what the kernels with shared output vectors would have to store.
 _SHOWN = ("element", "out:4", "out:8", "out:16")
 
@@ -51,7 +53,7 @@ def coarsest_grain(weight: np.ndarray) -> Grain | None:
     candidates = [g for g in map(Grain.parse, _BLOCKS) if 1 < g.size(weight.shape) <= weight.size]
     # The sort is stable: ties keep the order of the list.
     for grain in sorted(candidates, key=lambda g: -g.size(weight.shape)):
-        if covered(grain, grain.pattern(nonzero), weight.shape) <= _TOLERATED_FILL * kept:
+        if _fill_is_tolerated(grain, nonzero, (_TOLERATED_FILL - 1) * kept):
             return grain
     for grain in map(Grain.parse, _CONSTRAINTS):
         if (
@@ -61,6 +63,20 @@ def coarsest_grain(weight: np.ndarray) -> Grain | None:
         ):
             return grain
     return element
+
+
+def _fill_is_tolerated(grain: Grain, nonzero: np.ndarray, limit: float) -> bool:
+    """Whether the blocks that hold a non-zero hold at most `limit` zeros. Some rows at a time: most grains fail early."""
+    outputs = len(nonzero)
+    block = grain.block_shape(nonzero.shape)[0]
+    step = max(block, _ROWS // block * block)
+    fill = 0
+    for first in range(0, outputs, step):
+        part = nonzero[first : first + step]
+        fill += covered(grain, grain.pattern(part), part.shape) - np.count_nonzero(part)
+        if fill > limit:
+            return False
+    return True
 
 
 def found(weight: np.ndarray) -> dict:

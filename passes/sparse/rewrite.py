@@ -17,10 +17,9 @@ from passes.channel_slots import ChannelSlots
 from passes.family import Context, Layer, Rewritten
 from passes.remove_dead_filters import LayerChannels, compact
 from passes.rewriting import bindings_of
-from passes.sparse.detect import found
 from passes.sparse.prune_filters import prune_filters
 from passes.sparse.treat import treat
-from passes.treat_layers import is_layer, layers_of, rewrite_layers
+from passes.treat_layers import decide, is_layer, layers_of, rewrite_layers
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 
@@ -100,21 +99,12 @@ def _decision(
     layer: Layer, treatment: Treatment, outcome: relax.Call | Declined, channels: LayerChannels
 ) -> Decision:
     taken = not isinstance(outcome, Declined) or smaller_as_asked(treatment, channels)
-    facts = dict(found(layer.weight))
+    decision = decide(layer, treatment, None if taken else outcome.reason)
+    facts, declined = dict(decision.found), decision.declined
     if channels.changed:
         facts |= {"inputs": list(channels.inputs), "outputs": list(channels.outputs)}
-    declined = None if taken else outcome.reason
     if channels.reason:
         facts["dead_filters_stay"] = channels.reason
-        if declined is not None and facts["grain"] == "filter":
+        if declined and "filter" in (facts.get("grain"), treatment.parameters.get("grain")):
             declined = f"its dead filters stay: {channels.reason}"
-    return Decision(
-        layer=layer.name,
-        operator=layer.operator,
-        weight_shape=tuple(layer.weight.shape),
-        asked=treatment.family,
-        treatment="sparse" if taken else "dense",
-        declined=declined,
-        found=facts,
-        parameters=dict(treatment.parameters),
-    )
+    return replace(decision, found=facts, declined=declined)

@@ -11,7 +11,7 @@ from passes import family_named
 from passes.evaluate import evaluate
 from passes.family import Context
 from passes.layers import conv2d, dense
-from passes.sparse.operators import SPARSE_CONV2D
+from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE
 from passes.treat_layers import layers_of, treat_layers
 from passes.treatment import Treatment
 from schedules.errors import RecipeError
@@ -23,14 +23,14 @@ PRUNE = Treatment("sparse", {"grain": "out:4", "density": 0.1}, prune=True)
 
 @pytest.fixture
 def network(build, rng):
-    """A stem too small to pay, two 3x3 convolutions, and a dense layer of one row."""
+    """A 1x1 stem too small to pay, two 3x3 convolutions, and a dense layer of one row."""
 
     def weight(*shape):
         return relax.const(rng.standard_normal(shape).astype("float32"))
 
     def body(builder, x):
-        for name, (o, c) in {"stem": (64, 3), "a": (128, 64), "b": (128, 128)}.items():
-            x = builder.emit(conv2d(x, weight(o, c, 3, 3), name=name, padding=(1, 1, 1, 1)))
+        for name, (o, c, k) in {"stem": (64, 3, 1), "a": (128, 64, 3), "b": (128, 128, 3)}.items():
+            x = builder.emit(conv2d(x, weight(o, c, k, k), name=name, padding=(k // 2,) * 4))
             x = builder.emit(relax.op.nn.relu(x))
         x = builder.emit(relax.op.mean(x, axis=[2, 3]))
         return dense(x, weight(10, 128), name="head")
@@ -48,14 +48,14 @@ def test_takes_the_layers_that_pay_and_leaves_the_others_their_weights(network):
     by_name = {d.layer: d for d in found.decisions}
     assert [d.layer for d in found.decisions] == ["stem", "a", "b", "head"]
     assert {n: d.treatment for n, d in by_name.items()} == {
-        "stem": "dense", "a": "sparse", "b": "sparse", "head": "dense",
+        "stem": "dense", "a": "sparse", "b": "sparse", "head": "sparse",
     }  # fmt: skip
-    assert operators(found.treated) == ["kerf.conv2d", SPARSE_CONV2D, SPARSE_CONV2D, "kerf.dense"]
+    assert operators(found.treated) == ["kerf.conv2d", SPARSE_CONV2D, SPARSE_CONV2D, SPARSE_DENSE]
     assert operators(found.reference) == operators(network)
     for before, after in zip(layers_of(network), layers_of(found.reference)):
         taken = by_name[before.name].treatment == "sparse"
         assert np.array_equal(before.weight, after.weight) is not taken
-        assert (after.weight == 0).mean() == pytest.approx(0.9 if taken else 0.0, abs=0.01)
+        assert (after.weight == 0).mean() == pytest.approx(0.9 if taken else 0.0, abs=0.02)
         assert by_name[before.name].pruned is taken
         assert bool(by_name[before.name].declined) is not taken
 
