@@ -14,7 +14,8 @@ behind a jump therefore come from the kernels themselves, and each is compared o
 Between jumps everything is continuous, and `compiler.comparison`'s tolerance holds: the outputs need no wider one. Sums of
 steps are exact integers, so only the handful of float operations before a rounding count.
 
-Which operators jump the families say (`Family.jumps`): elementwise, rising with their first argument.
+Which operators jump the families say (`Family.jumps`): elementwise, rising with their first argument, or giving a bit in a
+uint32 per element (binary).
 """
 
 from __future__ import annotations
@@ -124,8 +125,19 @@ def _judge(
         float(error[np.isfinite(error)].max(initial=0.0)), magnitude(exact), terms
     )
     low, high = again(exact - moved), again(exact + moved)
-    wrong = int(np.count_nonzero((found < low) | (found > high)))
+    if (
+        found.dtype == np.uint32
+    ):  # signs, a bit each: of those that differ, the ones that no move would turn
+        found, wanted, low, high = (_bits(words) for words in (found, wanted, low, high))
+        differ = found != wanted
+        wrong = int(np.count_nonzero(differ & (low == high)))
+    else:
+        wrong = int(np.count_nonzero((found < low) | (found > high)))
     return Steps(1, wanted.size, int(np.count_nonzero(differ)) - wrong, wrong)
+
+
+def _bits(words: np.ndarray) -> np.ndarray:
+    return np.unpackbits(np.ascontiguousarray(words).view(np.uint8))
 
 
 def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | None:
