@@ -29,6 +29,9 @@ from schedules.target import CpuTarget
 
 Progress = Callable[[str], None]
 
+# Kernels allocate what they need: nothing to shrink, and trying takes half the time of compiling large ones.
+_NEEDLESS_PASSES = ["s_tir.CompactBufferAllocation"]
+
 
 @dataclass(frozen=True)
 class Graphs:
@@ -147,7 +150,8 @@ def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVa
         lowered = tvm.transform.Sequential(
             backend.dataflow_lower_passes(tvm_target) + backend.finalize_passes(tvm_target)
         )(scheduled)
-    executable = tvm.compile(lowered, tvm_target, relax_pipeline=tvm.transform.Sequential([]))
+    with tvm.transform.PassContext(disabled_pass=_NEEDLESS_PASSES):
+        executable = tvm.compile(lowered, tvm_target, relax_pipeline=tvm.transform.Sequential([]))
     return CompiledVariant(
         name=name,
         executable=executable,

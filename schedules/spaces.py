@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from schedules import batch_matmul, contraction, depthwise, winograd
+from schedules import batch_matmul, contraction, depthwise, sparse_spaces, winograd
 from schedules.errors import UserError
 from schedules.target import CpuTarget
 from schedules.windows import tile_rows, vectors
@@ -72,6 +72,8 @@ def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
         "batch_matmul": _batch_matmul,
         "winograd": _winograd,
     }
+    if loops in sparse_spaces.CHOICES:
+        return Space(*sparse_spaces.CHOICES[loops](problem, default, target))
     return spaces[loops](problem, default, target) if loops in spaces else None
 
 
