@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from compiler.frontend.onnx_graph import OnnxGraph
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-# What quantizers append to the name of a weight.
-_SUFFIX = re.compile(r"_(quantized|q|quant|int8)$")
+# What quantizers make of the name of a weight: ONNX Runtime `fc.weight_quantized`, NNCF `q_output_fc.weight_1`.
+_QUANTIZED = re.compile(r"(?P<runtime>.+)_quantized|q_output_(?P<nncf>.+)_\d+")
 # Types of integers that only weights may have: they are gone once the constants are computed.
 _NARROW = ("int4", "uint4", "int2", "uint2")
 
@@ -47,7 +47,7 @@ def fold_dequantize(graph: OnnxGraph, node: onnx.NodeProto, evaluate: Callable) 
             return False
         floats = results[0]
     graph.constants[name] = floats
-    owner = layer_name(_SUFFIX.sub("", graph.names.get(stored, "")))
+    owner = layer_name(_unquantized(graph.names.get(stored, "")))
     if owner and not is_anonymous(owner):
         graph.names[name] = owner
     is_grid = (
@@ -57,6 +57,12 @@ def fold_dequantize(graph: OnnxGraph, node: onnx.NodeProto, evaluate: Callable) 
         axis = attributes.get("axis", 1) % max(1, floats.ndim) if scale.size > 1 else None
         graph.grids[name] = Grid(scale.reshape(-1), axis)
     return True
+
+
+def _unquantized(name: str) -> str:
+    """What a weight was called before it was quantized."""
+    found = _QUANTIZED.fullmatch(name)
+    return (found["runtime"] or found["nncf"]) if found else name
 
 
 def _dequantized(

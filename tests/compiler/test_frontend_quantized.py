@@ -242,3 +242,60 @@ def test_a_changed_weight_is_not_taken_for_the_file_s(rng, tmp_path):
     taken = take_imported(changed, {name: Treatment("int8") for name in LAYERS})
     declined = {d.layer: d.declined for d in taken.decisions if d.declined}
     assert set(declined) == {"c2"} and "changed" in declined["c2"]
+
+
+def test_files_of_nncf(rng):
+    """Float biases, signed and unsigned activations in one file, scales along axis -2."""
+    nncf = pytest.importorskip("nncf")
+    data = nncf.Dataset([{"x": x} for x in images(rng, 8)])
+    imported = import_model(nncf.quantize(float_model(rng), data, subset_size=8))
+    mod = canonicalize(imported.mod)
+    assert {layer.name for layer in layers_of(mod)} == LAYERS
+    taken = take_imported(mod, {name: Treatment("int8") for name in LAYERS})
+    assert not [d.declined for d in taken.decisions if d.declined]
+    for x in images(rng, 4):
+        wanted = imported.reference([x])[0]
+        assert np.abs(run(mod, x) - wanted).max() < 0.02 * np.abs(wanted).max()
+        assert np.abs(run(taken.treated, x) - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_a_weight_as_nncf_stores_it(rng):
+    """`q_output_fc.weight_1`, a float bias, scales along axis -2; the input signed."""
+    integers = rng.integers(-127, 128, (5, 12)).astype("int8")
+    tensors = {
+        "q_output_fc.weight_1": integers, "s": np.float32(0.02), "z": np.int8(3), "w_scale": rng.random(5).astype("float32"),
+        "w_zero": np.zeros(5, "int8"), "fc.bias": rng.random(5).astype("float32"),
+    }  # fmt: skip
+    node = helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("DequantizeLinear", ["q_output_fc.weight_1", "w_scale", "w_zero"], ["w"], axis=-2),
+        node("Gemm", ["d", "w", "fc.bias"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 5])],
+        initializer=[numpy_helper.from_array(a, n) for n, a in tensors.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    imported = import_model(model)
+    taken = take_imported(canonicalize(imported.mod), {"fc": Treatment("int8")})
+    assert [(d.layer, d.declined) for d in taken.decisions] == [("fc", None)]
+    x = rng.standard_normal((2, 12)).astype("float32")
+    wanted = imported.reference([x])[0]
+    # A float bias becomes a whole number of what one step of the sum is worth.
+    half_a_step = tensors["s"] * tensors["w_scale"] / 2
+    assert np.all(np.abs(run(taken.treated, x) - wanted) <= half_a_step + 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["u8_per_channel", "s8_per_tensor", "u8_weights"])
+def test_builds_are_verified_against_the_file(rng, tmp_path, written):
+    """The kernels compute what the graphs say, bytes exactly; without calibration data."""
+    from compiler.driver import build
+
+    model = quantize(rng, tmp_path, quant_format=Format.QDQ, **WRITTEN[written])
+    artifact = build(model, recipe="int8", choose="asked")
+    taken = {row["name"] for row in artifact.layers if row["treatment"] == "int8"}
+    assert taken == (LAYERS if written != "u8_weights" else taken - {"c1"})
