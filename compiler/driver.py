@@ -267,12 +267,13 @@ def compile_variants(
             name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target
         )
 
+    context = options.context
+    say("treating layers")  # before anything is compiled: what a family refuses is known at once
+    found = treat_layers(original, treatments, context)
+    decisions = found.decisions
     if dense is None:
         say("compiling the dense variant")
         dense = compile_one("dense", original)
-    context = options.context
-    found = treat_layers(original, treatments, context)
-    decisions = found.decisions
     if found.changes_anything:
         say("compiling the compressed variant")
         compressed = compile_one("compressed", found.treated)

@@ -29,7 +29,7 @@ from passes.quantized.plan_bytes import (
     window_mean,
 )
 from passes.quantized.ranges import STEPS, Affine
-from passes.rewriting import Graph, bindings_of, constant, rewrite_module, scalar, variables
+from passes.rewriting import Graph, bindings_of, constant, rewrite_module, variables
 
 
 @dataclass(frozen=True)
@@ -233,24 +233,23 @@ class _Rewriter:
         return None
 
     def _bounded_in_units(self, var: relax.Var, value: relax.Call, unit: float, to: Affine | None):
-        """ReLU, and the minimum with a number."""
+        """ReLU, and the minimum with a positive constant: a number, or one per channel."""
         x = value.args[0]
-        bound = 0.0 if is_operator(value, ["relax.nn.relu"]) else scalar(value.args[1])
-        if bound is None:
-            return None
         is_lower = is_operator(value, ["relax.nn.relu"])
-        saturates = to is not None and (
-            to.zero_point == 0 if is_lower else np.rint(bound / to.scale) + to.zero_point >= STEPS
+        if not is_lower and not (is_const(value.args[1]) and const_array(value.args[1]).min() >= 0):
+            return None
+        bound = np.zeros(()) if is_lower else const_array(value.args[1])
+        saturates = to is not None and bool(
+            to.zero_point == 0
+            if is_lower
+            else (np.rint(bound / to.scale) + to.zero_point >= STEPS).all()
         )
+        # Neither bound changes which values the other one's saturation takes care of.
         only = len(self.plan.uses.readers[x]) == 1 and x not in self.affine
-        inner = self._in_units(x, unit, to) if only and saturates else self._operand(var, x, unit)
+        inner = self._in_units(x, unit, to) if only else self._operand(var, x, unit)
         if inner is None or saturates:
             return inner
-        return (
-            relax.op.nn.relu(inner)
-            if is_lower
-            else relax.op.minimum(inner, _over(np.asarray(bound), unit))
-        )
+        return relax.op.nn.relu(inner) if is_lower else relax.op.minimum(inner, _over(bound, unit))
 
     def _mean_in_units(self, value: relax.Call, unit: float) -> relax.Expr:
         x = value.args[0]

@@ -116,6 +116,19 @@ def test_the_ceiling_of_relu6_vanishes_only_if_bytes_end_there(quantized, rng):
     assert "minimum" not in names(clipped[1].treated)
 
 
+def test_a_ceiling_per_channel_stays_but_the_relu_below_it_goes(quantized, rng):
+    def body(b, x):
+        y = b.emit(op.nn.relu(conv(b, x, rng, 4, name="a")))
+        y = b.emit(
+            op.minimum(y, relax.const(np.array([0.1, 0.5, 2, 9], "float32").reshape(1, 4, 1, 1)))
+        )
+        return conv(b, y, rng, 4, 1, name="b", padding=(0, 0, 0, 0))
+
+    _, found, error = quantized((1, 4, 8, 8), body)
+    assert "relu" not in names(found.treated) and names(found.treated).count("minimum") == 1
+    assert error < 0.02
+
+
 def test_a_residual_joins_as_bytes(quantized, rng):
     def body(b, x):
         x = b.emit(op.nn.relu(conv(b, x, rng, 8, name="stem")))
