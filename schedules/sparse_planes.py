@@ -15,6 +15,7 @@ position, `slot[chunk * O + o]` (for the definition only) where channel o is: po
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -22,6 +23,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.byte_stores import Cell, store_cells
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.sparse_elements import FloatElements, QuadElements, elements_of
@@ -75,8 +77,12 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     if chunk * row_bytes > limit:
         passes = -(-chunk * row_bytes // (target.l2_bytes // 3))
         chunk = -(-chunk // passes)
-    part = max(lanes, problem.block)
-    part = min(max(part, 64), 64) if chunk == problem.panel_rows else max(part, 128)
+    part = 128 if chunk < problem.panel_rows else 64
+    if problem.outputs * 4 >= _FAR_APART:
+        part = 256
+        if problem.block == 4 and problem.pixels >= 8 * lanes:
+            vectors = min(vectors, 3)
+    part = max(part, lanes, problem.block)
     tiles = tiles_of(problem.pixels, lanes, vectors)[0]
     splits = 1
     if target.threads > 1 and tiles < 2 * target.threads:
@@ -159,7 +165,7 @@ class Planes:
         with T.serial(begin, end) as part:
             first_channel = T.Bind(part * self.point.part)
             channels = self.parts[-1][1]
-            if count > 1:
+            if channels != self.point.part and count > 1:
                 channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
             if self.chunks > 1:
                 self._clear(sums, channels, width)
@@ -300,13 +306,14 @@ class Planes:
             for q in range(4):
                 with self._stored(T.Bind(first + g * lanes + s * 4 + q)) as place:
                     at = T.Bind((g * 4 + q) * lanes + s * 4)
-                    with T.serial(0, (channels + lanes - 1) // lanes) as b:
-                        c = T.Bind(tirx.min(b * lanes, channels - lanes))
+
+                    def load(c, at=at):
                         quads = [
                             sums[T.ramp((c + 4 * k) * width + at, 1, 4)] for k in range(pieces)
                         ]
-                        indices = [*place, T.ramp(first_channel + c, 1, lanes)]
-                        self.kernel.store(joined_quads(quads), indices)
+                        return joined_quads(quads)
+
+                    self._store_channels(load, place, first_channel, channels)
 
     def _store_few(self, sums, first, width) -> None:
         """Store fewer channels than one vector holds."""
@@ -335,10 +342,25 @@ class Planes:
                 for k, value in enumerate(columns):
                     T.buffer_store(staged, value, [T.ramp(c + k * stride, 1, lanes)])
             with T.serial(0, lanes) as j, self._stored(T.Bind(first + g * lanes + j)) as place:
-                with T.serial(0, blocks) as b:
-                    c = T.Bind(channel(b))
-                    value = staged[T.ramp(c + j * stride, 1, lanes)]
-                    self.kernel.store(value, [*place, T.ramp(first_channel + c, 1, lanes)])
+
+                def load(c, j=j):
+                    return staged[T.ramp(c + j * stride, 1, lanes)]
+
+                self._store_channels(load, place, first_channel, channels)
+
+    def _store_channels(self, load, place: list, first_channel, channels) -> None:
+        """Store the vectors `load(c)` of one pixel's channels c, of a part's; bytes several vectors at a time."""
+        lanes = self.lanes
+        together = 1
+        if self.elements.dtype == "int32" and isinstance(channels, int) and channels % lanes == 0:
+            together = math.gcd(channels // lanes, 4)
+        with T.serial(0, (channels + lanes * together - 1) // (lanes * together)) as b:
+            cells = []
+            for i in range(together):
+                c = (b * together + i) * lanes
+                c = T.Bind(c if together > 1 else tirx.min(c, channels - lanes))
+                cells.append(Cell(load(c), tuple(place), first_channel + c, lanes))
+            store_cells(self.kernel, self.target, [cells])
 
     @contextmanager
     def _stored(self, pixel):

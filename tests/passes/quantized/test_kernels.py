@@ -103,7 +103,9 @@ def layer(sample: SampleProblem, x, weight: np.ndarray) -> relax.Call:
     return int8.int8_conv2d(x, w, layout="NHWC", **dict(sample.attrs), **more)
 
 
-def check_samples(samples: list[SampleProblem], target: CpuTarget, rng, draw=None) -> list[np.ndarray]:
+def check_samples(
+    samples: list[SampleProblem], target: CpuTarget, rng, draw=None
+) -> list[np.ndarray]:
     draw = draw or (lambda s: rng.integers(0, 256, s.x))
     inputs = [draw(s).astype("uint8") for s in samples]
     weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
