@@ -139,7 +139,7 @@ def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decisi
             else f"packed from float32: {fold}"
         )
         if len(found.input.steps.planes) > 1:
-            shown["sign of 0"] = "0, exactly: twice the bits"
+            shown["zeros"] = "exact, on two planes of bits"
     return Decision(
         layer=layer.name,
         operator=layer.operator,
