@@ -39,6 +39,7 @@ from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import CpuTarget
 
 _LINE = 64  # bytes of a cache line
+_FAR_APART = 4096  # bytes: outputs of neighbouring pixels this far apart lie in different pages
 
 
 @dataclass(frozen=True)

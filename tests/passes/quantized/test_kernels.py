@@ -16,10 +16,15 @@ from tvm.relax.backend.cpu_generic import pipeline
 from passes import layers
 from passes.evaluate import evaluate
 from passes.lower import lower_operators
-from passes.quantized import FAMILY, lowering, reference
+from passes.quantized import FAMILY, lowering, lowering_sparse, reference
 from passes.quantized import operators as int8
-from passes.quantized.problems import SampleProblem, dense_problems, depthwise_problems
-from schedules import dispatch, int8_depthwise, terms
+from passes.quantized.problems import (
+    SampleProblem,
+    dense_problems,
+    depthwise_problems,
+    sparse_problems,
+)
+from schedules import dispatch, int8_depthwise, sparse_elements, terms
 from schedules.errors import KerfError
 from schedules.target import NAMED, CpuTarget, detect_host
 
@@ -103,12 +108,24 @@ def layer(sample: SampleProblem, x, weight: np.ndarray) -> relax.Call:
     return int8.int8_conv2d(x, w, layout="NHWC", **dict(sample.attrs), **more)
 
 
+def weight_of(sample: SampleProblem, rng) -> np.ndarray:
+    """int8 weights, whole blocks of them zero where the sample has a grain."""
+    weight = rng.integers(-128, 128, sample.w).astype("int8")
+    if sample.grain is None:
+        return weight
+    outputs = {"in:4": 1, "block:4x4": 4, "block:8x4": 8}[sample.grain]
+    (o, c), taps = sample.w[:2], sample.w[2:]
+    kept = rng.random((-(-o // outputs), -(-c // 4), *taps)) < sample.density
+    kept.flat[0] = True
+    return weight * kept.repeat(outputs, 0)[:o].repeat(4, 1)[:, :c]
+
+
 def check_samples(
     samples: list[SampleProblem], target: CpuTarget, rng, draw=None
 ) -> list[np.ndarray]:
     draw = draw or (lambda s: rng.integers(0, 256, s.x))
     inputs = [draw(s).astype("uint8") for s in samples]
-    weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
+    weights = [weight_of(s, rng) for s in samples]
     body = lambda bb, *xs: [layer(*of) for of in zip(samples, xs, weights)]  # noqa: E731
     return check(body, inputs, target)
 
@@ -121,8 +138,22 @@ def test_sums_are_exact(target, rng):
     check_samples(depthwise if first else depthwise[2:3], target, rng)
 
 
+@pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
+def test_sparse_sums_are_exact(target, rng):
+    samples = sparse_problems()
+    samples = samples if target is tiers()[0] else samples[1:2] + samples[-2:-1]
+    inputs = [np.zeros(s.x, "uint8") for s in samples]
+    weights = [weight_of(s, rng) for s in samples]
+    body = lambda bb, *xs: [layer(*of) for of in zip(samples, xs, weights)]  # noqa: E731
+    loops = set(scheduled(graph(body, inputs), target)[1].values())
+    assert {"sparse_planes", "sparse_windows"} <= loops
+    assert not {"int8_contraction", "contraction"} & loops
+    check_samples(samples, target, rng)
+
+
 def test_two_threads(rng):
     target = tiers()[0].with_threads(2)
+    check_samples(sparse_problems()[1:2], target, rng)
     check_samples([dense_problems()[i] for i in (6, 10)] + depthwise_problems()[:1], target, rng)
 
 
@@ -182,11 +213,12 @@ def test_pixels_read_as_signed_bytes(rng, monkeypatch):
             held = held + x * w
         return held
 
-    for module in (terms, int8_depthwise):
+    for module in (terms, int8_depthwise, sparse_elements):
         monkeypatch.setattr(module, "dot_product", lambda target: signed)
+    for module in (terms, int8_depthwise, sparse_elements, lowering, lowering_sparse):
         monkeypatch.setattr(module, "reads_signed_pixels", lambda target: True)
-    monkeypatch.setattr(lowering, "reads_signed_pixels", lambda target: True)
     samples = [dense_problems()[i] for i in (2, 10)] + depthwise_problems()[2:3]
+    samples += [sparse_problems()[i] for i in (2, 3)]
     check_samples(samples, tiers()[0], rng)
 
 
@@ -238,7 +270,7 @@ def requantized(bb, y, rng, *, outputs: int, zero_point: int, residual=None, rel
 )
 def test_epilogues_are_exact(target, outputs, rng):
     """Widths that are packed together, alone, and not at all; every zero point; one kernel per layer."""
-    x = rng.integers(0, 256, (1, 9, 9, outputs)).astype("uint8")
+    x = rng.integers(0, 256, (1, 5, 5, outputs)).astype("uint8")
     w = rng.integers(-128, 128, (outputs, outputs, 3, 3)).astype("int8")
     per_channel = rng.integers(-128, 128, (outputs, 1, 3, 3)).astype("int8")
     matrix = rng.integers(-128, 128, (outputs, outputs)).astype("int8")
