@@ -164,13 +164,16 @@ def _fold(program: ExportedProgram, constants: dict, names: dict) -> dict[fx.Nod
                 *fx.map_arg(node.args, constants.__getitem__),
                 **fx.map_arg(node.kwargs, constants.__getitem__),
             )
-            sizes = [
-                constants[n].nbytes
+            # Counted in elements: truth values that choose between two numbers are no broadcast.
+            elements = sum(
+                constants[n].numel()
                 for n in node.all_input_nodes
                 if isinstance(constants[n], torch.Tensor)
-            ]
-            grown = isinstance(value, torch.Tensor) and value.nbytes > max(
-                _FOLDED_BYTES, 2 * sum(sizes)
+            )
+            grown = (
+                isinstance(value, torch.Tensor)
+                and value.nbytes > _FOLDED_BYTES
+                and value.numel() > 2 * elements
             )
             if grown and not is_dequantize(node):
                 continue
