@@ -17,7 +17,7 @@ from passes.rewriting import ints
 _COLUMNS_LIMIT = 1 << 23
 
 
-def _windows(
+def windows(
     x: np.ndarray, kernel, strides, dilation, fill=0.0, padding=(0, 0, 0, 0), ceil_mode=False
 ) -> np.ndarray:
     """[N, C, H, W] -> a view [N, C, OH, OW, R, S] of the padded input."""
@@ -43,7 +43,7 @@ def convolve(x, w, strides, padding, dilation, groups) -> np.ndarray:
     """Direct 2-D convolution of x [N, C, H, W] with w [O, C/groups, R, S]."""
     n = x.shape[0]
     o, per_group = w.shape[:2]
-    view = _windows(x, w.shape[2:], strides, dilation, padding=padding)
+    view = windows(x, w.shape[2:], strides, dilation, padding=padding)
     oh, ow = view.shape[2:4]
     out = np.empty((n, groups, o // groups, oh, ow), x.dtype)
     if per_group == 1:  # depthwise: one multiplication per tap beats a matrix product of one row
@@ -172,9 +172,9 @@ def _pool2d(reduce_max: bool):
         padding, ceil = _padding(attrs.padding, 2), bool(attrs.ceil_mode)
         if reduce_max:
             lowest = np.iinfo(x.dtype).min if np.issubdtype(x.dtype, np.integer) else -np.inf
-            y = _windows(x, kernel, strides, dilation, lowest, padding, ceil).max((4, 5))
+            y = windows(x, kernel, strides, dilation, lowest, padding, ceil).max((4, 5))
         else:
-            total = _windows(x, kernel, strides, dilation, 0, padding, ceil).sum((4, 5))
+            total = windows(x, kernel, strides, dilation, 0, padding, ceil).sum((4, 5))
             ones = np.ones((1, 1, *x.shape[2:]), x.dtype)
             if attrs.count_include_pad:  # explicit padding counts, what ceil_mode adds does not
                 top, left, bottom, right = padding
@@ -182,7 +182,7 @@ def _pool2d(reduce_max: bool):
                     ones, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=1
                 )
                 padding = [0, 0, 0, 0]
-            counts = _windows(ones, kernel, strides, dilation, 0, padding, ceil).sum((4, 5))
+            counts = windows(ones, kernel, strides, dilation, 0, padding, ceil).sum((4, 5))
             counts = counts[:, :, : total.shape[2], : total.shape[3]]
             y = total / counts
         return y.transpose(0, 2, 3, 1) if last else y

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quadratic neurons by Winograd's algorithm: the kernel of `winograd` with several products for each output.
 
-x is transformed once for all branches that read it and its square, taken in registers, once more for the branch b; the
+The square of x, taken in registers, is transformed for the branch b, then x once for all branches that read it; the
 branches' results meet after their inverse transforms, where an output is stored. Weights are packed
 `[panels][branches * (m+2)^2][C][panel]`.
 """
@@ -37,8 +37,8 @@ class Problem(winograd.Problem):
 
 
 def sources_of(form: str) -> tuple[bool, ...]:
-    """For each source that is transformed whether it is squared: x itself, x^2, or both."""
-    return tuple(sorted({branch == SQUARED for branch in form}))
+    """For each source that is transformed whether it is squared: x^2, then x, which most branches read."""
+    return tuple(sorted({branch == SQUARED for branch in form}, reverse=True))
 
 
 def pack_weights(weights: dict[str, np.ndarray], form: str, point: Point) -> np.ndarray:
@@ -76,8 +76,10 @@ class _Emitter(winograd.Emitter):
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
         x, u, *shifts = kernel.inputs
         self.squared, self.shifts = sources_of(problem.form), shifts[0] if shifts else None
-        self.sources = len(self.squared)
-        self.branches = tuple(self.squared.index(b == SQUARED) for b in problem.form)
+        self.groups = tuple(
+            tuple(i for i, b in enumerate(problem.form) if (b == SQUARED) == squared)
+            for squared in self.squared
+        )
         super().__init__(kernel, problem, point, target, x, u)
 
     def source(self, value, index: int):

@@ -262,12 +262,11 @@ def _strides(size: int, channels: int) -> tuple[int, int]:
 class Emitter:
     """State of one emission.
 
-    A subclass may transform the input several times over (`sources`) and sum several products for each output
-    (`branches`: which source each one reads), to be combined where they are stored.
+    A subclass may sum several products for each output, its branches, to be combined where it is stored. `groups` has
+    the branches of each source that is transformed, in order; branches are numbered as their weights lie.
     """
 
-    sources = 1
-    branches = (0,)
+    groups = ((0,),)
 
     kernel: object
     problem: Problem
@@ -291,14 +290,23 @@ class Emitter:
         by_channels = parallel and not by_tiles
         with loop(blocks, parallel=by_tiles) as block:
             base = tirx.min(block * point.block, self.tiles - point.block)
-            v = [workspace(point.block * self.strides[1]) for _ in range(self.sources)]
-            with loop(point.block, parallel=by_channels) as tile:
-                self._transform_input(v, base, tile)
+            v = workspace(point.block * self.strides[1])
             whole, rest = divmod(self.problem.o, point.panel)
-            with loop(whole, parallel=by_channels) as panel:
-                self._emit_panel(v, base, panel, point.panel)
-            if rest:
-                self._emit_panel(v, base, tirx.const(whole, "int32"), rest)
+            kept: dict = {}
+            for source, branches in enumerate(self.groups):
+                with loop(point.block, parallel=by_channels) as tile:
+                    self._transform_input(v, base, tile, source)
+                if source + 1 < len(self.groups):
+                    kept |= {b: self._keep(whole + bool(rest)) for b in branches}
+                with loop(whole, parallel=by_channels) as panel:
+                    self._emit_panel(v, base, panel, point.panel, branches, kept)
+                if rest:
+                    at = tirx.const(whole, "int32")
+                    self._emit_panel(v, base, at, rest, branches, kept)
+
+    def _keep(self, panels: int):
+        """A buffer for a branch's results, for a block of tiles and so many panels, until the last branch is there."""
+        return workspace(self.point.block, self.point.m**2, panels * self.point.panel)
 
     def source(self, value, index: int):
         """What source `index` is made of, from a vector of x."""
@@ -308,8 +316,8 @@ class Emitter:
         """The outputs at `channel`, a vector of indices, from those of the branches."""
         return values[0]
 
-    def _transform_input(self, v: list, base, tile) -> None:
-        """v[source][tile, e, c] = (B^T d B)[e] of tile `base + tile`."""
+    def _transform_input(self, v, base, tile, source: int) -> None:
+        """v[tile, e, c] = (B^T d B)[e] of tile `base + tile` of a source."""
         p, size = self.problem, self.size
         n, i, j = unravel(base + tile, p.tiles(self.point.m))
         top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
@@ -318,14 +326,13 @@ class Emitter:
         def emit(pixel: Callable) -> None:
             def body(channel, _slot, _fresh):
                 lane = ramp(channel, row.lanes)
-                for index, matrices_of in enumerate(v):
 
-                    def load(q, t, index=index):
-                        return self.source(pixel(q, t, lane), index)
+                def load(q, t):
+                    return self.source(pixel(q, t, lane), source)
 
-                    for q, t, value in transform(self.bt, load, row.lanes):
-                        at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
-                        T.buffer_store(matrices_of, value, [ramp(at, row.lanes)])
+                for q, t, value in transform(self.bt, load, row.lanes):
+                    at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
+                    T.buffer_store(v, value, [ramp(at, row.lanes)])
 
             row.each(body, 1)
 
@@ -359,24 +366,37 @@ class Emitter:
                         fill(lambda lane: splat(0.0, row.lanes))
         return patch
 
-    def _emit_panel(self, v: list, base, panel, channels: int) -> None:
-        """The output channels of one panel (its first `channels`) for a block of tiles."""
+    def _emit_panel(
+        self, v, base, panel, channels: int, branches: tuple[int, ...], kept: dict
+    ) -> None:
+        """The output channels of one panel (its first `channels`) for a block of tiles: branches of one source."""
         point, lanes = self.point, self.point.lanes
         vectors = -(-channels // lanes)
         tile = Tile(point.rows, vectors, lanes)
+        product = workspace(point.block * self.product_strides[1])
         acc = tile.allocate()
-        products = []
-        for branch, source in enumerate(self.branches):
-            product = workspace(point.block * self.product_strides[1])
-            self._multiply(tile, acc, v[source], product, panel, branch)
-            products.append(product)
-        with T.serial(0, point.block) as t:
-            if channels == point.panel:
-                with T.serial(0, vectors) as vector:
-                    self._transform_output(products, base, t, panel, vector * lanes, lanes)
-            else:
-                for offset, width in covering(channels, lanes):
-                    self._transform_output(products, base, t, panel, offset, width)
+        # Of another source: for all panels. Of this one: for this panel.
+        kept = {b: (buffer, panel * point.panel) for b, buffer in kept.items()}
+        for branch in branches:
+            if branch not in kept and branch != self.last:
+                kept[branch] = (self._keep(1), 0)
+            self._multiply(tile, acc, v, product, panel, branch)
+            with T.serial(0, point.block) as t:
+
+                def store(offset, width, t=t, branch=branch):
+                    self._transform_output(product, base, t, panel, offset, width, branch, kept)
+
+                if channels == point.panel:
+                    with T.serial(0, vectors) as vector:
+                        store(vector * lanes, lanes)
+                else:
+                    for offset, width in covering(channels, lanes):
+                        store(offset, width)
+
+    @property
+    def last(self) -> int:
+        """The branch with which the others are combined."""
+        return self.groups[-1][-1]
 
     def _multiply(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
         """product[tile, e, o] = sum over c of v[tile, e, c] * u[panel, e, c, o], u being the branch's."""
@@ -412,32 +432,32 @@ class Emitter:
                 )
             )
 
-    def _transform_output(self, products: list, base, tile, panel, offset, lanes: int) -> None:
-        """Store A^T M A of one tile for `lanes` channels of a panel."""
+    def _transform_output(
+        self, product, base, tile, panel, offset, lanes: int, branch: int, kept: dict
+    ) -> None:
+        """A^T M A of one tile for `lanes` channels of a panel: kept, or combined with what was kept and stored."""
         p, m, size = self.problem, self.point.m, self.size
         height, width = p.output_hw
         n, i, j = unravel(base + tile, p.tiles(m))
         start = tile * self.product_strides[1] + offset
 
-        def transformed(product):
-            def load(q, t):
-                return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
-
-            return transform(self.at, load, lanes)
+        def load(q, t):
+            return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
 
         channel = ramp(panel * self.point.panel + offset, lanes)
-        # All of one branch before the next: each keeps its own vectors in registers while it is transformed.
-        found = [transformed(product) for product in products]
-        if len(found) > 1:
-            found = [[(r, s, T.bind(value)) for r, s, value in each] for each in found]
-        for places in zip(*found):
-            r, s, _ = places[0]
-            kept = T.bind(self.combine([value for _, _, value in places], channel))
+        for r, s, value in transform(self.at, load, lanes):
+            found = T.bind(value)
+            at = {b: (tile, r * m + s, ramp(c + offset, lanes)) for b, (_, c) in kept.items()}
+            if branch != self.last:
+                T.buffer_store(kept[branch][0], found, list(at[branch]))
+                continue
+            values = {b: buffer[at[b]] for b, (buffer, _) in kept.items()} | {branch: found}
+            result = self.combine([values[b] for b in sorted(values)], channel)
             y, x = i * m + r, j * m + s
             checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
             if not checks:
-                self.kernel.store(kept, [n, y, x, channel])
+                self.kernel.store(result, [n, y, x, channel])
                 continue
             with T.If(tirx.all(*checks)):
                 with T.Then():
-                    self.kernel.store(kept, [n, y, x, channel])
+                    self.kernel.store(result, [n, y, x, channel])

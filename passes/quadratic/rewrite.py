@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import tvm
@@ -11,6 +12,7 @@ from tvm import relax
 from passes.family import Context, Layer, Rewritten
 from passes.layers import CONV2D, DENSE, attrs_of, is_call, is_const, layers_computed_by, shape_of
 from passes.quadratic.operators import is_quadratic
+from passes.quadratic.quadratize import quadratize
 from passes.quadratic.recognize import recognize
 from passes.rewriting import bindings_of, variables
 from passes.treatment import Decision, Treatment
@@ -19,8 +21,10 @@ _SHIFTS = ("relax.add", "relax.subtract")
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
-    """Every quadratic neuron whose layers are all asked for, as one operator; exact but for rounding."""
-    found = recognize(mod, treatments)
+    """Every quadratic neuron made of layers that were asked for as one operator, exact but for rounding; before that,
+    where the recipe says so, blocks of layers replaced by fitted neurons."""
+    outcome = quadratize(mod, treatments, context)
+    found = recognize(outcome.mod, treatments)
     units = _units(found.mod)
     reasons = _Reasons(mod, treatments)
     decisions = []
@@ -28,7 +32,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         form, unit = units.get(layer.name, (None, None))
         if layer.name in found.linear:
             form, unit = "linear", found.linear[layer.name]
-        declined = None if form else reasons.of(layer)
+        declined = None if form else outcome.declined.get(layer.name) or reasons.of(layer)
         decisions.append(
             Decision(
                 layer=layer.name,
@@ -37,11 +41,23 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
                 asked="quadratic",
                 treatment="dense" if declined else "quadratic",
                 declined=declined,
+                found=outcome.fitted.get(layer.name, {}),
                 parameters=dict(treatments[layer.name].parameters),
                 unit=unit,
             )
         )
-    return Rewritten(found.mod, decisions)
+    return Rewritten(found.mod, decisions, outcome.mod if outcome.fitted else None)
+
+
+def parse_fit_error(value: object) -> float:
+    """A squared error relative to the variance, in (0, 1). Raises ValueError."""
+    error = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    if not 0 < error < 1:
+        raise ValueError(f"fit_error must be in (0, 1), not {value}")
+    return error
+
+
+PARAMETERS = {"fit_error": parse_fit_error}
 
 
 def found_in(mod: tvm.IRModule) -> dict[str, dict]:
