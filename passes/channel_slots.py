@@ -10,6 +10,7 @@ only where weights are zero. A residual sum thus keeps a channel that is alive i
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,8 +115,11 @@ class ChannelSlots:
         for slot in slots:
             self.pinned.setdefault(int(slot), reason)
 
-    def removable(self) -> np.ndarray:
-        """bool by slot: its class may go. At least one channel of every tensor stays, and groups stay of one size."""
+    def removable(self, blocks: Collection[tuple[relax.Var, int]] = ()) -> np.ndarray:
+        """bool by slot: its class may go. At least one channel of every tensor stays, and groups stay of one size.
+
+        `blocks`: tensors that lose neighbouring channels only so many at once, aligned.
+        """
         roots = self.roots(np.arange(len(self.parents)))
         free = np.ones(len(self.parents), bool)  # by root
         free[roots[list(self.pinned)]] = False
@@ -125,6 +129,8 @@ class ChannelSlots:
             before = free.sum()
             for ins, outs in self.grouped:
                 _keep_groups_even(free, roots[ins], roots[outs])
+            for var, block in blocks:
+                _keep_whole_blocks(free, roots[self.channels[var].slots], block)
             for found in self.channels.values():
                 if free[roots[found.slots]].all():
                     free[roots[found.slots[0]]] = False
@@ -397,6 +403,13 @@ def _keep_groups_even(free: np.ndarray, ins: np.ndarray, outs: np.ndarray) -> No
         fewest = min((int(free[slots[g]].sum()) for g in left), default=0)
         for g in left:
             free[slots[g][free[slots[g]]][fewest:]] = False
+
+
+def _keep_whole_blocks(free: np.ndarray, slots: np.ndarray, block: int) -> None:
+    """Let channels go only if all of their aligned block go. In place, by root."""
+    for first in range(0, len(slots), block):
+        here = slots[first : first + block]
+        free[here] &= free[here].all()
 
 
 def _name(value: relax.Expr) -> str:

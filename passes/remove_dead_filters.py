@@ -51,10 +51,10 @@ class LayerChannels:
 
 
 class _Compactor:
-    def __init__(self, func: relax.Function):
+    def __init__(self, func: relax.Function, blocks: Mapping[str, int]):
         self.func, self.graph = func, Graph(func)
         self.slots = ChannelSlots(func)
-        self.removable = self.slots.removable()
+        self.removable = self.slots.removable(block_vars(func, blocks))
         self.layers: dict[str, LayerChannels] = {}
 
     def run(self) -> relax.Function:
@@ -168,10 +168,19 @@ def _sliced(arg: relax.Expr, axis: int, rank: int, size: int, kept: np.ndarray) 
     return constant(np.take(array, kept, axis=axis - (rank - array.ndim)))
 
 
-def compact(mod: tvm.IRModule) -> tuple[tvm.IRModule, Mapping[str, LayerChannels]]:
+def block_vars(func: relax.Function, blocks: Mapping[str, int]) -> list[tuple[relax.Var, int]]:
+    """The results of layers by name, for `ChannelSlots.removable`."""
+    found = [b for b in bindings_of(func) if is_call(b.value, CONV2D) or is_call(b.value, DENSE)]
+    return [(b.var, blocks[n]) for b in found if (n := attrs_of(b.value)["name"]) in blocks]
+
+
+def compact(
+    mod: tvm.IRModule, blocks: Mapping[str, int] | None = None
+) -> tuple[tvm.IRModule, Mapping[str, LayerChannels]]:
     """`mod` without what can go, and the channels of each layer of `main` before and after. The module given, if nothing
-    can."""
-    compactor = _Compactor(mod["main"])
+    can. `blocks`: layers by name that lose neighbouring filters only so many at once, aligned: their zeros lie in such
+    blocks, and a filter less would shift all behind it."""
+    compactor = _Compactor(mod["main"], blocks or {})
     main = compactor.run()
     if not any(c.changed for c in compactor.layers.values()):
         return mod, compactor.layers

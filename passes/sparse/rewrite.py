@@ -15,8 +15,10 @@ from tvm import relax
 
 from passes.channel_slots import ChannelSlots
 from passes.family import Context, Layer, Rewritten
-from passes.remove_dead_filters import LayerChannels, compact
+from passes.layers import attrs_of
+from passes.remove_dead_filters import LayerChannels, block_vars, compact
 from passes.rewriting import bindings_of
+from passes.sparse.format import block_of
 from passes.sparse.prune_filters import prune_filters
 from passes.sparse.treat import treat
 from passes.treat_layers import decide, is_layer, layers_of, rewrite_layers
@@ -36,9 +38,14 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         if t.prune and t.parameters.get("grain") == "filter"
     }
     mod = prune_filters(mod, densities) if densities else mod
-    compacted, channels = compact(mod)
     asked = [layer for layer in layers_of(mod) if layer.name in treatments]
     outcomes = {a.name: treat(a, treatments[a.name].parameters, context.target) for a in asked}
+    blocks = {
+        name: block
+        for name, outcome in outcomes.items()
+        if not isinstance(outcome, Declined) and (block := block_of(attrs_of(outcome)["grain"])) > 1
+    }
+    compacted, channels = compact(mod, blocks)
     refused = {
         name
         for name, outcome in outcomes.items()
@@ -61,7 +68,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         for layer in asked
     ]
     smaller = {d.layer for d in decisions if d.treatment != "dense" and channels[d.layer].changed}
-    units = units_of(mod, smaller) if smaller else {}
+    units = units_of(mod, smaller, blocks) if smaller else {}
     decisions = [replace(d, unit=units.get(d.layer)) for d in decisions]
     return Rewritten(treated, decisions, reference=mod if densities else None)
 
@@ -75,11 +82,11 @@ def smaller_as_asked(treatment: Treatment, channels: LayerChannels) -> bool:
     return channels.changed and not pruned_otherwise
 
 
-def units_of(mod: tvm.IRModule, names: Set[str]) -> dict[str, str]:
+def units_of(mod: tvm.IRModule, names: Set[str], blocks: Mapping[str, int]) -> dict[str, str]:
     """The unit of each of these layers: what one of them loses, its neighbours gain, so those that lose the same channels
     are timed and kept together, under the name of the first. Layers on their own have none."""
     slots = ChannelSlots(mod["main"])
-    going = slots.removable()
+    going = slots.removable(block_vars(mod["main"], blocks))
     unit = {name: name for name in names}
     owner: dict[int, str] = {}
     for binding in bindings_of(mod["main"]):

@@ -306,6 +306,14 @@ def test_a_filter_of_nan_is_alive(net, build):
     assert weights(RemoveDeadFilters()(mod)) == [(3, 3, 3, 3), (4, 3, 3, 3)]
 
 
+def test_a_layer_whose_zeros_lie_in_blocks_loses_whole_blocks(net, build, rng):
+    dead = (0, 1, 2, 3, 5, 6, 12, 13, 14, 15)
+    mod = build([X], lambda bb, x: net.conv(bb, relu(bb, net.conv(bb, x, 16, dead=dead)), 4))
+    assert [w[0] for w in weights(compact(mod)[0])] == [6, 4]
+    assert [w[0] for w in weights(compact(mod, {"conv1": 4})[0])] == [8, 4]
+    assert [w[0] for w in weights(compact(mod, {"conv1": 8})[0])] == [16, 4]
+
+
 def test_two_outputs_that_share_a_tensor_pin_it(net, compacted):
     def body(bb, x):
         y = relu(bb, net.conv(bb, x, 6, dead=(1,)))
