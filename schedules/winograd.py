@@ -104,13 +104,11 @@ def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
     return np.ascontiguousarray(split.transpose(1, 0, 3, 2))
 
 
-def default_point(
-    problem: Problem, m: int, target: CpuTarget, sources: int = 1, branches: int = 1
-) -> Point:
+def default_point(problem: Problem, m: int, target: CpuTarget, branches: int = 1) -> Point:
     """Block and register tile with the least padding, and fewer blocks where each must fetch the weights anew.
 
     A block's matrices share the second-level cache with what streams through it: 45 % of it if the weights stay there
-    too, 70 % if they do not anyway.
+    too, 70 % if they do not anyway. Several branches of weights (see `Emitter`) go through the same matrices in turn.
     """
     lanes = target.lanes
     channel_vectors = -(-problem.o // lanes)
@@ -118,9 +116,7 @@ def default_point(
     most_rows = min(14, (target.registers - 2 - vectors) // vectors)
     tiles = int(np.prod(problem.tiles(m)))
     resident = 4 * (m + 2) ** 2 * problem.c * problem.o * branches <= target.l2_bytes
-    bytes_per_tile = 4 * (
-        sources * _strides(m + 2, problem.c)[1] + branches * _strides(m + 2, vectors * lanes)[1]
-    )
+    bytes_per_tile = 4 * (_strides(m + 2, problem.c)[1] + _strides(m + 2, vectors * lanes)[1])
     most_tiles = max(
         most_rows, int((0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile
     )
@@ -152,7 +148,7 @@ _PRODUCT_EFFICIENCY, _DIRECT_EFFICIENCY = 0.9, 0.95
 
 def cost(problem: Problem, m: int, target: CpuTarget, sources: int = 1, branches: int = 1) -> float:
     """Estimated cycles of F(m x m) on one core, weights not in cache."""
-    point = default_point(problem, m, target, sources, branches)
+    point = default_point(problem, m, target, branches)
     tiles, entries, lanes = int(np.prod(problem.tiles(m))), (m + 2) ** 2, target.lanes
     panels = -(-problem.o // point.panel) * point.panel
     computed = -(-tiles // point.block) * -(-point.block // point.rows) * point.rows

@@ -55,8 +55,7 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.
 
 def default_point(problem: Problem, m: int, target: CpuTarget, tuned: bool = False) -> Point:
     """The default parameters of F(m x m), or what tuning recorded."""
-    branches, sources = len(problem.form), len(sources_of(problem.form))
-    point = winograd.default_point(problem, m, target, sources, branches)
+    point = winograd.default_point(problem, m, target, len(problem.form))
     return point_for(quadratic_winograd, problem, target, point) if tuned else point
 
 
