@@ -18,8 +18,9 @@ from schedules.target import CpuTarget
 Lowering = Callable[[relax.BlockBuilder, relax.Call, CpuTarget], relax.Expr]
 # (attributes, *arguments as numpy arrays) -> result: slow, obviously right, any float dtype.
 Reference = Callable[..., np.ndarray]
-# (graph, names of its variables or inputs) -> per calibration sample the values of these, by name.
-Observe = Callable[[tvm.IRModule, Sequence[str]], Iterator[Mapping[str, np.ndarray]]]
+# (graph, names of its variables or inputs[, values of further inputs that the graph has behind the model's]) -> per
+# calibration sample the values of these names.
+Observe = Callable[..., Iterator[Mapping[str, np.ndarray]]]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ def packed_shape(problem: Problem, point: Point) -> tuple[int, ...]:
 
 
 def starts_shape(problem: Problem, point: Point) -> tuple[int, ...]:
-    """[panels of all groups, R, S, channels of a panel]; R = S = 1 where nothing is padded."""
-    taps = (problem.r, problem.s) if any(problem.padding) else (1, 1)
+    """[panels of all groups, R, S + 1, channels of a panel], the last of a kernel row being the sum of its taps; a single
+    sum where nothing is padded."""
+    taps = (problem.r, problem.s + 1) if any(problem.padding) else (1, 1)
     return (packed_shape(problem, point)[0], *taps, point.panel)
 
 
@@ -82,4 +83,7 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The tile with the least estimated time, and the order that moves the least memory."""
     quads = in_quads(problem)
-    return contraction.point_of_tile(quads, _tile(quads, target), target)
+    point = contraction.point_of_tile(quads, _tile(quads, target), target)
+    if quads.c == 1 and not quads.flat and quads.dilation[1] == 1:
+        return replace(point, unroll=quads.s)  # a kernel row is as many steps, too few for a loop
+    return point

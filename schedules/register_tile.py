@@ -277,9 +277,8 @@ class Contraction:
                 continue
             total = self._register(width)
             T.buffer_store(total, splat(tirx.const(0, self.terms.dtype), width), [span(0, width)])
-            rows = T.serial(*kernel_rows(self.problem, pixels.oh))
-            with rows as r, T.serial(0, self.problem.s) as s:
-                add(total, total[span(0, width)], r, s, v, width)
+            with T.serial(*kernel_rows(self.problem, pixels.oh)) as r:
+                add(total, total[span(0, width)], r, self.problem.s, v, width)
             for p in everyone:
                 T.buffer_store(bank[p][v], total[span(0, width)], [span(0, width)])
 

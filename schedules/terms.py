@@ -56,8 +56,8 @@ class FloatTerms:
 class QuadTerms:
     """uint8 times int8, summed in int32: the last index of x and of the weights counts quads of bytes.
 
-    `starts` is None, or int32 [panels, R, S, channels of a panel]: what each tap inside the image adds to a sum, so that
-    pixels may have an offset. R = S = 1 where every tap is inside.
+    `starts` is None, or int32 [panels, R, S + 1, channels of a panel]: what each tap inside the image adds to a sum, so
+    that pixels may have an offset, and what all taps of a kernel row add. [panels, 1, 1, ...] where all are always inside.
     """
 
     dtype = "int32"
