@@ -7,28 +7,20 @@ float32 buys most accuracy for its time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-import tvm
-
-from passes.family import Observe
-from passes.rewriting import variables
 
 
 def rank_sensitivity(
-    mod: tvm.IRModule,
-    layers: Sequence[str],
-    quantize: Callable[[Collection[str]], tvm.IRModule],
-    observe: Observe,
+    layers: Sequence[str], outputs: Callable[[Collection[str]], list[np.ndarray]]
 ) -> dict[str, float]:
     """Noise over signal, in power, of the worst output when one layer alone is quantized; the most sensitive layer first.
 
-    `quantize(names)` is `mod` with these layers quantized, under the same names of its outputs. Every layer costs one
-    compilation and one run over the calibration data.
+    `outputs(names)` are the network's outputs on all calibration data with these layers quantized, each flat.
     """
-    wanted = _outputs(mod, observe)
-    found = {layer: _noise(wanted, _outputs(quantize({layer}), observe)) for layer in layers}
+    wanted = outputs(())
+    found = {layer: _noise(wanted, outputs({layer})) for layer in layers}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -37,11 +29,10 @@ def most_sensitive(sensitivity: Mapping[str, float], count: int) -> list[str]:
     return sorted(sensitivity, key=lambda layer: -sensitivity[layer])[:count]
 
 
-def _outputs(mod: tvm.IRModule, observe: Observe) -> list[np.ndarray]:
-    """Every output over all samples, flat."""
-    names = [var.name for var in variables(mod["main"].body.body)]
-    samples = [[s[name].reshape(-1) for name in names] for s in observe(mod, names)]
-    return [np.concatenate(values).astype("float64") for values in zip(*samples)]
+def joined(samples: Iterable[Mapping[str, np.ndarray]], names: Sequence[str]) -> list[np.ndarray]:
+    """The values of each name over all samples, flat, float64."""
+    parts = [[sample[name].reshape(-1) for name in names] for sample in samples]
+    return [np.concatenate(values).astype("float64") for values in zip(*parts)]
 
 
 def _noise(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:

@@ -24,10 +24,12 @@ from passes.quantized.parameters import DEFAULTS
 from passes.quantized.plan_bytes import BytesPlan, plan_bytes, tensors
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import NEED_HISTOGRAM, Affine, choose_range
-from passes.quantized.rank_sensitivity import most_sensitive, rank_sensitivity
+from passes.quantized.rank_sensitivity import joined, most_sensitive, rank_sensitivity
+from passes.quantized.switch_layers import SWITCHES, switch_layers
 from passes.quantized.take_imported import is_quantized, take_imported
 from passes.quantized.tricks import prepare
 from passes.quantized.weights import overflows, quantize_weight
+from passes.rewriting import variables
 from passes.sparse.grains import Grain
 from passes.treat_layers import describe_weight, layers_of
 from passes.treatment import Decision, Treatment
@@ -102,22 +104,33 @@ class Calibrated:
         count = max((int(p["keep_float"]) for p in self.parameters.values()), default=0)
         if not count:
             return {}
-        able = [n for n in self.weights if n not in self.reasons]
-        found = rank_sensitivity(self.mod, able, self.quantize, self.observe)
+        plan, bytes_of = self._plan(set(self.weights), self.reasons)
+        switched, order = switch_layers(self.mod, plan, bytes_of, self.weights)
+        names = [var.name for var in variables(switched["main"].body.body)]
+
+        def outputs(chosen: Collection[str]) -> list[np.ndarray]:
+            switches = np.array([n in chosen for n in order], "float32")
+            return joined(self.observe(switched, names, {SWITCHES: switches}), names)
+
+        found = rank_sensitivity(order, outputs)
         return {name: found[name] for name in most_sensitive(found, count)}
 
-    def quantize(self, names: Collection[str] | None = None) -> tvm.IRModule:
-        """The graph with these layers on bytes, all by default, but for those that have a reason not to be."""
-        chosen = set(self.weights) if names is None else set(names)
-        reasons = self.reasons if names is None else dict(self.reasons)
+    def quantize(self) -> tvm.IRModule:
+        """The graph on bytes, but for the layers that have a reason not to be."""
+        plan, bytes_of = self._plan(set(self.weights), self.reasons)
+        return QuantizeLayers(plan, bytes_of, self.weights)(self.mod) if plan.layers else self.mod
+
+    def _plan(
+        self, chosen: set[str], reasons: dict[str, str]
+    ) -> tuple[BytesPlan, dict[relax.Var, Affine]]:
+        """The plan for these layers and the bytes of its groups; layers that cannot be on bytes get a reason."""
         while True:
             plan = plan_bytes(self.mod, chosen - set(reasons))
             self._observe(plan)
             bytes_of, refused = _ranges(plan, self.seen, self.parameters)
             if not refused:
-                break
+                return plan, bytes_of
             reasons |= refused
-        return QuantizeLayers(plan, bytes_of, self.weights)(self.mod) if plan.layers else self.mod
 
     def _observe(self, plan: BytesPlan) -> None:
         """Statistics of every source of the plan that has none yet."""

@@ -12,7 +12,7 @@ from tvm import relax
 from passes import layers
 from passes.evaluate import evaluate
 from passes.quantized.fit_weights import add_biases, clipped_scale, fit_weights
-from passes.quantized.rank_sensitivity import most_sensitive, rank_sensitivity
+from passes.quantized.rank_sensitivity import joined, most_sensitive, rank_sensitivity
 from passes.quantized.round_weights import gram_matrix, round_weight
 from passes.quantized.tricks import PARAMETERS, prepare
 from passes.quantized.weights import quantize_weight
@@ -178,11 +178,14 @@ def test_sensitivity_finds_the_layer_that_bytes_ruin(build, rng, observing):
 
     mod = build([(1, 3, 6, 6)], body)
 
-    def quantize(names):
-        fitted = fit_weights(mod, {n: {"per_channel": True} for n in names}, None)
-        return with_weights(mod, fitted.weights)
+    observe = observing([[floats(rng, 1, 3, 6, 6)]])
+    out = [mod["main"].body.body.name]
 
-    found = rank_sensitivity(mod, ["a", "b", "c"], quantize, observing([[floats(rng, 1, 3, 6, 6)]]))
+    def outputs(names):
+        fitted = fit_weights(mod, {n: {"per_channel": True} for n in names}, None)
+        return joined(observe(with_weights(mod, fitted.weights), out), out)
+
+    found = rank_sensitivity(["a", "b", "c"], outputs)
     assert next(iter(found)) == "b" and found["b"] > 100 * found["c"] > 0
     assert most_sensitive(found, 1) == ["b"]
 

@@ -317,3 +317,28 @@ def test_the_plan_groups_what_shares_a_scale(build, rng):
     assert len(plan.held) == 3
     alone = plan_bytes(mod, {"b"})
     assert {v.name for v in alone.held} < {v.name for v in plan.held}
+
+
+def test_the_layer_that_bytes_ruin_stays_float(build, observing, rng):
+    """Its input has one outlier that decides the scale, and the range must hold it."""
+
+    def body(b, x):
+        y = b.emit(op.nn.relu(conv(b, x, rng, 8, name="a")))
+        big = np.zeros((1, 8, 1, 1), "float32")
+        big[0, 3] = 3000.0
+        y = b.emit(op.add(y, relax.const(big)))
+        w = floats(rng, 8, 8, 1, 1)
+        w[:, 3] = 0
+        z = b.emit(layers.conv2d(y, relax.const(w), name="b"))
+        return conv(b, b.emit(op.nn.relu(z)), rng, 4, name="c")
+
+    mod = build([(1, 3, 8, 8)], body)
+    asked = dict.fromkeys("abc", Treatment("int8", {**PLAIN, "keep_float": 1}))
+    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 3, 8, 8)] for _ in range(2)]))
+    found = treat_layers(mod, asked, context)
+    assert {d.layer: d.treatment for d in found.decisions} == {
+        "a": "int8",
+        "b": "dense",
+        "c": "int8",
+    }
+    assert "noise" in next(d.declined for d in found.decisions if d.layer == "b")
