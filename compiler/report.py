@@ -298,6 +298,13 @@ def verify_lines(document: Mapping) -> list[Text]:
         if check.get("winograd_kernels"):
             count = check["winograd_kernels"]
             extra = f"; {count} Winograd kernels, whose rounding error is larger (--winograd never)"
+        if steps := check.get("steps"):
+            extra += (
+                f"; {steps['elements']} values in {steps['tensors']} tensors rounded as they should "
+                f"be, {steps['ties']} at ties"
+                if not steps["wrong"]
+                else f"; {steps['wrong']} of {steps['elements']} values rounded to wrong steps"
+            )
         lines.append(
             Text(
                 f"{name}: {verdict}, kernels within {check['max_abs']:.2g} of float64 "
