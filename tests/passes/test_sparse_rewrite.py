@@ -100,7 +100,7 @@ def test_dead_filters_that_are_there_leave_without_being_asked_for(network):
     ("grain", "runs"), [("row", "element"), ("kernel", "element"), ("block:8x8", "out:8")]
 )
 def test_grains_without_a_kernel_run_as_one_that_represents_them(network, grain, runs):
-    found, by_name = treat(network, names=("b",), grain=grain, density=0.1)
+    _found, by_name = treat(network, names=("b",), grain=grain, density=0.1)
     decision = by_name["b"]
     assert decision.treatment == "sparse" and decision.found["grain"] == grain
     assert decision.found["runs_as"] == runs
