@@ -65,9 +65,11 @@ def pack_weights(weight: np.ndarray, problem: Problem, point: Point) -> np.ndarr
 
 
 def pack_starts(weight: np.ndarray, offset: int, problem: Problem, point: Point) -> np.ndarray:
-    """int32 `int8_contraction.starts_shape`: -offset * (sum of a tap's weights, or of all where nothing is padded)."""
+    """int32 `int8_contraction.starts_shape`: -offset * the sums of weights of a tap, a kernel row, or all taps."""
     taps = -offset * weight.astype(np.int64).sum(axis=1)
-    if not any(problem.padding):
+    if any(problem.padding):
+        taps = np.concatenate([taps, taps.sum(axis=2, keepdims=True)], axis=2)
+    else:
         taps = taps.sum(axis=(1, 2), keepdims=True)
     panels = _panels(taps.astype(np.int32), problem, point)
     return np.ascontiguousarray(panels.transpose(0, 2, 3, 1))
