@@ -14,8 +14,9 @@ behind a jump therefore come from the kernels themselves, and each is compared o
 Between jumps everything is continuous, and `compiler.comparison`'s tolerance holds: the outputs need no wider one. Sums of
 steps are exact integers, so only the handful of float operations before a rounding count.
 
-Which operators jump the families say (`Family.jumps`): elementwise, rising with their first argument, or giving a bit in a
-uint32 per element (binary).
+Which operators jump the families say (`Family.jumps`): elementwise, rising with their first argument, giving integers, a
+bit in a uint32 per element (binary), or floats of which some are set to zero (a threshold): of these, zero or not is the
+step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import tvm
 
 from compiler.comparison import Steps, magnitude, rounding_tolerance
 from compiler.runtime import LoadedModel
-from passes.layers import is_call
+from passes.layers import is_call, shape_of
 from passes.rewriting import bindings_of
 
 Reference = Callable[..., np.ndarray]
@@ -47,14 +48,27 @@ def jumps_in(mod: tvm.IRModule, names: frozenset[str]) -> bool:
     return any(is_call(b.value, name) for b in bindings_of(mod["main"]) for name in names)
 
 
-def written_tensors(model: LoadedModel, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Copies of the integer tensors that kernels write in one run, in call order."""
+def float_jump_sizes(mod: tvm.IRModule, names: frozenset[str]) -> frozenset[int]:
+    """Elements of the float tensors that jumping operators of a graph give."""
+    calls = [b.value for b in bindings_of(mod["main"]) if any(is_call(b.value, n) for n in names)]
+    return frozenset(math.prod(shape_of(c)) for c in calls if "float" in str(c.ty.dtype))
+
+
+def written_tensors(
+    model: LoadedModel, inputs: Sequence[np.ndarray], float_sizes: frozenset[int] = frozenset()
+) -> list[np.ndarray]:
+    """Copies of the integer tensors that kernels write in one run, in call order, and of the float ones of these sizes."""
     kept: list[np.ndarray] = []
+
+    def is_kept(tensor: tvm.runtime.Tensor) -> bool:
+        if str(tensor.dtype).startswith(("uint", "int")):
+            return True
+        return str(tensor.dtype) == "float32" and math.prod(tensor.shape) in float_sizes
 
     def watch(_function, name, before, _result, *arguments):
         if not before and name in model.kernel_names:
             tensors = [a for a in arguments if isinstance(a, tvm.runtime.Tensor)]
-            if tensors and str(tensors[-1].dtype).startswith(("uint", "int")):
+            if tensors and is_kept(tensors[-1]):
                 kept.append(tensors[-1].numpy().copy())
         return 0
 
@@ -117,8 +131,8 @@ def _judge(
     """How one tensor of steps compares: `exact` and `plain` are the values before rounding in both precisions."""
     if found is None:
         return Steps(1, wanted.size, 0, wanted.size)
-    differ = found != wanted
-    if not differ.any():
+    differ = _differ(found, wanted)
+    if not differ.any() and found.dtype.kind != "f":
         return Steps(1, wanted.size, 0, 0)
     error = np.abs(plain.astype("float64") - exact)
     moved = rounding_tolerance(
@@ -133,7 +147,12 @@ def _judge(
         wrong = int(np.count_nonzero(differ & (low == high)))
     else:
         wrong = int(np.count_nonzero((found < low) | (found > high)))
-    return Steps(1, wanted.size, int(np.count_nonzero(differ)) - wrong, wrong)
+    return Steps(1, wanted.size, max(0, int(np.count_nonzero(differ)) - wrong), wrong)
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Which elements lie on different steps."""
+    return (a == 0) != (b == 0) if a.dtype.kind == "f" else a != b
 
 
 def _bits(words: np.ndarray) -> np.ndarray:
@@ -147,10 +166,10 @@ def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | N
     """
     best, fewest = None, wanted.size + 1
     for tensor in written:
-        if tensor.dtype != wanted.dtype:
+        if tensor.dtype != wanted.dtype and {tensor.dtype.kind, wanted.dtype.kind} != {"f"}:
             continue
         for candidate in _layouts(tensor, wanted.shape):
-            differing = int(np.count_nonzero(candidate != wanted))
+            differing = int(np.count_nonzero(_differ(candidate, wanted)))
             if differing < fewest:
                 best, fewest = candidate, differing
     return best

@@ -28,7 +28,14 @@ from compiler.comparison import (
     verify,
 )
 from compiler.divergence import find_first_divergence
-from compiler.jumps import Replay, jumping_operators, jumps_in, replayed, written_tensors
+from compiler.jumps import (
+    Replay,
+    float_jump_sizes,
+    jumping_operators,
+    jumps_in,
+    replayed,
+    written_tensors,
+)
 from compiler.runtime import LoadedModel, from_variant, load_variants
 from compiler.samples import index_ranges, sample_inputs
 from schedules.errors import UserError, VerificationError
@@ -143,7 +150,8 @@ def _evaluate_jumping(
     """As `_evaluate_both`, but from one rounding to steps to the next, on the kernels' own steps."""
     from passes.evaluate import evaluate
 
-    replay = Replay(written_tensors(model, arrays), _float_terms(graph))
+    written = written_tensors(model, arrays, float_jump_sizes(graph, jumping))
+    replay = Replay(written, _float_terms(graph))
     results = {}
     for dtype, wrap in (("float64", replay.exact), ("float32", replay.plain)):
         own = replayed(_references(), jumping, wrap)

@@ -51,4 +51,8 @@ def calibrate_threshold(hidden: np.ndarray, weight: np.ndarray, bound: float) ->
             high = middle
         if high - low <= 1:
             break
-    return float(magnitudes[low - 1]) if low else 0.0
+    if not low:
+        return 0.0
+    # Between two values that were seen: on none of them may rounding decide.
+    above = magnitudes[low] if low < magnitudes.size else magnitudes[low - 1]
+    return float((magnitudes[low - 1] + above) / 2)

@@ -2,6 +2,7 @@
 """Lower the activation-sparse operators to gathered rows.
 
 rewrite: kerf.activation_sparse_dense(h, w)  ->  call_tir(gathered_rows, (h, packed w))
+         kerf.activation_cut(h)  ->  call_tir(cut, h), which joins the kernel that computes h
          kerf.activation_sparse_gated(x, g, up, bias, down)  ->  call_tir(gathered_gate, (x, g, up, bias, packed down))
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from tvm import relax
+from tvm import relax, te, tirx
 
 from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
@@ -42,3 +43,18 @@ def lower_gated(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     hint = f"gathered_gate_{problem.inputs}_{problem.hidden}_{problem.outputs}"
     define = gathered_gate.define(shapes, problem)
     return call_te(bb, define, x, gate, *map(relax.const, packed), hint=hint)
+
+
+def lower_cut(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
+    """Elementwise, by comparisons that NaN fails."""
+    threshold = attrs_of(call)["threshold"]
+    high, low, zero = (tirx.const(v, "float32") for v in (threshold, -threshold, 0.0))
+
+    def define(x):
+        def value(*at):
+            within = tirx.Select(x(*at) >= low, zero, x(*at))
+            return tirx.Select(x(*at) <= high, within, x(*at))
+
+        return te.compute(x.shape, value, name="cut")
+
+    return bb.call_te(define, call.args[0], primfunc_name_hint="cut")

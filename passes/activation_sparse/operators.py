@@ -6,8 +6,10 @@
 `kerf.activation_sparse_gated(x, g, up, bias, down)`
     x [..., D] and g [..., K] of one row, up [K, D], bias [K], down [O, K] constant -> [..., O]:
     (g * (x up^T + bias)) down^T
+`kerf.activation_cut(h)`
+    h where its magnitude is above the attribute `threshold`, else 0; NaN stays NaN
 
-float32. Both compute the dense function; `density` (the share of non-zeros expected in h or g) and `crossover` (the
+float32. The first two compute the dense function; `density` (the share of non-zeros expected in h or g) and `crossover` (the
 density above which the dense loop is faster) choose the kernel. Constants stay as they are until lowered.
 """
 
@@ -16,12 +18,14 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 from tvm import relax
 
 from passes.layers import attrs_of, infer_dense, operator_call, register_operator, shape_of
 
 DENSE = "kerf.activation_sparse_dense"
 GATED = "kerf.activation_sparse_gated"
+CUT = "kerf.activation_cut"
 
 
 def _infer_gated(call: relax.Call) -> relax.TensorType:
@@ -34,6 +38,13 @@ def register() -> None:
     """Register the operators; idempotent."""
     register_operator(DENSE, infer_dense)
     register_operator(GATED, _infer_gated)
+    register_operator(CUT, lambda call: call.args[0].ty)
+
+
+def cut(x, threshold: float) -> relax.Call:
+    """`x` without its values of magnitude at most `threshold`, which is rounded to float32."""
+    register()
+    return operator_call(CUT, [x], threshold=float(np.float32(threshold)))
 
 
 def sparse_dense(call: relax.Call, density: float, crossover: float) -> relax.Call:

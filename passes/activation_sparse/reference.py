@@ -25,3 +25,8 @@ def sparse_gated(
     used = values != 0 if np.isfinite(row).all() else np.ones(values.shape, bool)
     hidden = values[used] * (up[used].astype(x.dtype) @ row + bias[used])
     return (down[:, used].astype(x.dtype) @ hidden).reshape(*gate.shape[:-1], -1)
+
+
+def cut(attrs: dict, x: np.ndarray) -> np.ndarray:
+    """x where |x| > threshold, else 0; NaN stays."""
+    return np.where(np.abs(x) <= attrs["threshold"], x.dtype.type(0), x)

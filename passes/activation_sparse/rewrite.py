@@ -26,7 +26,7 @@ from passes.activation_sparse.crossover import crossover
 from passes.activation_sparse.find_mlps import Mlp, find_mlps
 from passes.activation_sparse.fold_zeroth_bias import fold_zeroth_biases
 from passes.activation_sparse.measure_density import DensityMeter, measure_density
-from passes.activation_sparse.operators import sparse_dense, sparse_gated
+from passes.activation_sparse.operators import CUT, cut, sparse_dense, sparse_gated
 from passes.activation_sparse.zeros import Zeros
 from passes.family import Context, Rewritten
 from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const, shape_of
@@ -174,22 +174,20 @@ def _names(mlps: Mapping[str, Mlp]) -> dict[str, str]:
 
 
 def _with_thresholds(mod: tvm.IRModule, thresholds: Mapping[str, float]) -> tvm.IRModule:
-    """The input of each of these layers with its small values set to zero; NaN is not small."""
+    """The input of each of these layers with its small values set to zero."""
     if not thresholds:
         return mod
 
-    def cut(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    def put(value: relax.Expr, graph: Graph) -> relax.Expr | None:
         if not (is_call(value, DENSE) and attrs_of(value)["name"] in thresholds):
             return None
         hidden, weight = value.args
-        if graph.call(hidden, "relax.where") is not None:
+        if graph.call(hidden, CUT) is not None:
             return None
-        limit = np.asarray(thresholds[attrs_of(value)["name"]], str(hidden.ty.dtype))
-        small = relax.op.less_equal(relax.op.abs(hidden), constant(limit))
-        kept = relax.op.where(small, constant(np.zeros((), limit.dtype)), hidden)
+        kept = cut(hidden, thresholds[attrs_of(value)["name"]])
         return relax.Call(value.op, [kept, weight], value.attrs)
 
-    return rewrite_module(mod, lambda func: rewrite_function(func, (cut,)))
+    return rewrite_module(mod, lambda func: rewrite_function(func, (put,)))
 
 
 # ---- which
