@@ -20,6 +20,7 @@ from tvm import relax
 
 from passes.layers import (
     CONV2D,
+    DENSE,
     attrs_of,
     const_array,
     infer_conv2d,
@@ -86,3 +87,11 @@ def quadratic_call(
         QUADRATIC_CONV2D if is_conv else QUADRATIC_DENSE, args, name=layers[0], layers=list(dict.fromkeys(layers)),
         form=form, flops=2 * macs * len(form), **{k: attrs[k] for k in GEOMETRY if k in attrs},
     )  # fmt: skip
+
+
+def plain_layer(like: relax.Call, x: relax.Expr, weight: np.ndarray, name: str) -> relax.Call:
+    """The dense layer with a quadratic operator's geometry."""
+    attrs = attrs_of(like)
+    operator = CONV2D if like.op.name == QUADRATIC_CONV2D else DENSE
+    geometry = {k: attrs[k] for k in GEOMETRY if k in attrs}
+    return operator_call(operator, [x, constant(weight.astype("float32"))], name=name, **geometry)

@@ -34,13 +34,13 @@ from passes.layers import (
     const_array,
     is_call,
     is_const,
-    operator_call,
     shape_of,
 )
 from passes.quadratic.operators import (
     GEOMETRY,
     QUADRATIC_CONV2D,
     is_quadratic,
+    plain_layer,
     quadratic_call,
     shifts_of,
     weights_of,
@@ -303,14 +303,6 @@ class _Rules:
             return None
         weights = {"b": const_array(layer.args[1])}
         return quadratic_call(layer, x, weights, None, [attrs_of(layer)["name"]])
-
-
-def plain_layer(like: relax.Call, x: relax.Expr, weight: np.ndarray, name: str) -> relax.Call:
-    """The dense layer with a quadratic operator's geometry."""
-    attrs = attrs_of(like)
-    operator = CONV2D if like.op.name == QUADRATIC_CONV2D else DENSE
-    geometry = {k: attrs[k] for k in GEOMETRY if k in attrs}
-    return operator_call(operator, [x, constant(weight.astype("float32"))], name=name, **geometry)
 
 
 def _along_outputs(weight: np.ndarray, factor: np.ndarray) -> np.ndarray:

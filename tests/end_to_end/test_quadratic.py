@@ -45,7 +45,7 @@ def test_whole_build(network, tmp_path):
     assert rows["0.r"]["found"]["quadratic"] == "rgb" and rows["3.g"]["found"]["quadratic"] == "rg"
     assert rows["5.g"]["found"]["quadratic"].startswith("linear")
     loops = [k["loops"] for k in artifact.manifest["variants"]["compressed"]["kernels"]]
-    assert sum(name.startswith("quadratic") for name in loops) == 3
+    assert sum(name.startswith("quadratic") for name in loops) >= 3
     with torch.no_grad():
         wanted = network(x).numpy()
     found = compiler.load(tmp_path / "q")(x.numpy())

@@ -69,7 +69,7 @@ def operands(sample: Sample, rng) -> tuple[dict, np.ndarray | None, np.ndarray]:
     return weights, shifts, rng.standard_normal(outputs).astype(np.float32)
 
 
-def lowered(sample: Sample, operand, target, point=None, lower=lowering.lower_quadratic):
+def lowered(sample: Sample, operand, target, point=None, lower=lowering.lower_fused):
     """(definition, kernel, arrays between x and y, call) of the layer, a constant and ReLU."""
     weights, shifts, constant = operand
     x, call = sample.call(weights, shifts)
@@ -127,7 +127,7 @@ def expected(call, sample: Sample, operand, x) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(evaluate(np.asarray) + constant, 0), 2 * size * terms * 2.0**-24
 
 
-def check(cases: dict, target, rng, lower=lowering.lower_quadratic, slack=1) -> None:
+def check(cases: dict, target, rng, lower=lowering.lower_fused, slack=1) -> None:
     """{name: (sample, point)}: compile all as one module, compare each with its reference."""
     made = {}
     for name, (sample, point) in cases.items():
