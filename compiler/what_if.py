@@ -149,7 +149,8 @@ def what_if(
         points.append(point)
         found = WhatIf(name, study.key, latency, size, tuple(points), describe_environment(threads))
         if state is not None:
-            _write_state(state, found)
+            others = (p for key, p in known.items() if key not in wanted)
+            _write_state(state, replace(found, points=(*found.points, *others)))
     return found
 
 
