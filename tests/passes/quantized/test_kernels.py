@@ -46,6 +46,13 @@ def tiers() -> list[CpuTarget]:
     ]
 
 
+def each_tier() -> list:
+    """`tiers()` as test parameters: the first and the one without VNNI that most machines have always, others as slow ones."""
+    always = {tiers()[0].name, "avx2"}
+    slow = pytest.mark.slow
+    return [pytest.param(t, id=t.name, marks=() if t.name in always else slow) for t in tiers()]
+
+
 def graph(body: Callable, inputs: list[np.ndarray]) -> tvm.IRModule:
     """`main` with one input per array, returning the tuple of what `body(builder, *inputs)` gives."""
     layers.register()
@@ -130,7 +137,7 @@ def check_samples(
     return check(body, inputs, target)
 
 
-@pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
+@pytest.mark.parametrize("target", each_tier())
 def test_sums_are_exact(target, rng):
     first = target is tiers()[0]
     dense, depthwise = dense_problems(), depthwise_problems()
@@ -138,7 +145,7 @@ def test_sums_are_exact(target, rng):
     check_samples(depthwise if first else depthwise[2:3], target, rng)
 
 
-@pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
+@pytest.mark.parametrize("target", each_tier())
 def test_sparse_sums_are_exact(target, rng):
     samples = sparse_problems()
     samples = samples if target is tiers()[0] else samples[1:2] + samples[-2:-1]
@@ -157,7 +164,7 @@ def test_two_threads(rng):
     check_samples([dense_problems()[i] for i in (6, 10)] + depthwise_problems()[:1], target, rng)
 
 
-@pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
+@pytest.mark.parametrize("target", each_tier())
 def test_nothing_saturates(target):
     """All pixels 255, all weights 127 or -128: 16-bit sums of two products would overflow."""
     x = np.full((1, 4, 4, 64), 255, "uint8")
@@ -253,7 +260,7 @@ def test_aarch64_compiles_to_its_dot_product(feature, instruction, rng):
 def requantized(bb, y, rng, *, outputs: int, zero_point: int, residual=None, relu=False):
     """Bias, multiplier, residual, activation, bytes: what follows a sum."""
     bias = rng.integers(-9999, 9999, outputs).astype("int32")
-    scale = (rng.random(outputs) * 1e-3).astype("float32")
+    scale = (rng.random(outputs) * 4e-3).astype("float32")
     y = bb.emit(op.astype(bb.emit(op.add(bb.emit(y), relax.const(bias))), "float32"))
     y = bb.emit(op.multiply(y, relax.const(scale)))
     if residual is not None:
@@ -263,13 +270,12 @@ def requantized(bb, y, rng, *, outputs: int, zero_point: int, residual=None, rel
     return int8.quantize(y, scale=1.0, zero_point=zero_point)
 
 
-@pytest.mark.parametrize(
-    "target, outputs",
-    [*((tiers()[0], n) for n in (7, 96)), *((t, 40) for t in tiers())],
-    ids=lambda v: getattr(v, "name", v),
-)
+@pytest.mark.parametrize("outputs", [7, 40, 96])
+@pytest.mark.parametrize("target", each_tier())
 def test_epilogues_are_exact(target, outputs, rng):
     """Widths that are packed together, alone, and not at all; every zero point; one kernel per layer."""
+    if target is not tiers()[0]:
+        outputs = {7: 3, 40: 24, 96: 32}[outputs]  # the same cases in narrower registers
     x = rng.integers(0, 256, (1, 5, 5, outputs)).astype("uint8")
     w = rng.integers(-128, 128, (outputs, outputs, 3, 3)).astype("int8")
     per_channel = rng.integers(-128, 128, (outputs, 1, 3, 3)).astype("int8")
@@ -287,7 +293,7 @@ def test_epilogues_are_exact(target, outputs, rng):
 
     inputs = [x, rng.integers(0, 256, x.shape).astype("uint8")]
     got = check(body, inputs, target)
-    assert all(len(np.unique(g)) > 20 for g in got)
+    assert all(len(np.unique(g)) > 10 for g in got)
 
 
 SPECIAL = np.array(
@@ -299,7 +305,7 @@ SPECIAL = np.array(
 )
 
 
-@pytest.mark.parametrize("target", tiers(), ids=lambda t: t.name)
+@pytest.mark.parametrize("target", each_tier())
 def test_quantize_special_values(target):
     scales = [(1.0, 0), (1.0, 255), (0.1, 3), (0.0371, 128)]
     body = lambda bb, x: [int8.quantize(x, scale=s, zero_point=z) for s, z in scales]  # noqa: E731
