@@ -199,9 +199,9 @@ class _Study:
         arrays = random_inputs(self.imported.inputs)
         times, _ = kernel_times({"dense": model}, arrays, runs=20, seconds=4.0)
         self.layer_us = layer_sums(model.kernels, times["dense"])
+        self.kernels_us = sum(times["dense"])
         self.latency = total_us({"dense": model}, arrays, seconds=2.0)["dense"]
         if earlier is not None:
-            self.layer_us = {n: us * earlier / self.latency for n, us in self.layer_us.items()}
             self.latency = earlier
         self.weights_bytes = sum(c.nbytes for c in whole.constants)
         self.layer_bytes = _bytes_by_layer(whole)
@@ -237,7 +237,7 @@ class _Study:
         return Point(
             grain,
             density,
-            self.latency - saved,
+            self.latency * (1 - saved / self.kernels_us),
             self.weights_bytes - smaller,
             stored,
             tuple(layers),
