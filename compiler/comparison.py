@@ -22,7 +22,8 @@ Integer outputs must be equal wherever the float32 evaluation agrees with the fl
 
 A graph that rounds to steps in between (int8) is cut there: `compiler.jumps` compares every tensor of steps on its own,
 element by element, and both evaluations continue with the kernels' steps. What is said above then holds from one cut to
-the next, and for the outputs, as it stands.
+the next, and for the outputs, as it stands. Where floats are compared or rounded in a graph that is not cut there, E is
+the most that several evaluations nearby show, and the kernels are also compared one by one: `compiler.float_steps`.
 """
 
 from __future__ import annotations
@@ -231,11 +232,13 @@ def verify(
     lengths: Mapping[str, int],
     kernels: Mapping[str, Sequence[KernelCall]],
     steps: Mapping[str, Steps] | None = None,
+    graph: KernelCheck | None = None,
 ) -> Verification:
     """Both questions for every variant in `run`, callables on arrays such as `LoadedModel`.
 
     `lengths` gives the length of each layer's sums, `steps` what `compiler.jumps` found inside a
-    variant. Nothing is raised: see `require_passed`.
+    variant, `graph` how the original framework's outputs compare. Nothing is raised: see
+    `require_passed`.
     """
     original = [r.outputs for r in references]
     checks, distances = {}, {}
@@ -247,7 +250,6 @@ def verify(
             found, exact, float32, rounding_terms(lengths, used), used, (steps or {}).get(name)
         )
         distances[name] = compare(found, original)
-    graph = check_graph(references, lengths)
     return Verification(len(references), checks, distances, graph, tuple(references))
 
 

@@ -48,11 +48,14 @@ class Divergence:
 
 
 def find_first_divergence(
-    model: LoadedModel, unscheduled: tvm.IRModule, inputs: Sequence[np.ndarray]
+    model: LoadedModel,
+    unscheduled: tvm.IRModule,
+    inputs: Sequence[np.ndarray],
+    flips: float = 0.0,
 ) -> Divergence | None:
     """The first kernel of `model` on `inputs` that differs from its definition in `unscheduled`;
-    None if none does."""
-    definitions = _Definitions(unscheduled)
+    None if none does. A share `flips` of the elements of a tensor may."""
+    definitions = _Definitions(unscheduled, flips)
     found: list[Divergence] = []
     position = [0]
 
@@ -75,7 +78,8 @@ def find_first_divergence(
 class _Definitions:
     """Unscheduled PrimFuncs, compiled when first needed."""
 
-    def __init__(self, mod: tvm.IRModule):
+    def __init__(self, mod: tvm.IRModule, flips: float):
+        self.flips = flips
         self.functions = {
             gv.name_hint: f for gv, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)
         }
@@ -98,7 +102,7 @@ class _Definitions:
             error, limit = difference(got, wanted), self._tolerance(call, wanted, loops)
             if wanted.dtype == np.uint8 and np.mean(got != wanted) <= _TIES:
                 limit = 1.0
-            if not error <= limit:
+            if not error <= limit and _share_beyond(got, wanted, limit) > self.flips:
                 layers = tuple(call.layers) if call else ()
                 return [Divergence(index, name, layers, loops, number, error, limit)]
         return []
@@ -119,6 +123,14 @@ class _Definitions:
             return 0.0
         length = max((call.flops if call else 0) / (2 * max(wanted.size, 1)), 16.0)
         return SLACK * AMPLIFICATION.get(loops, 1.0) * magnitude(wanted) * UNIT * math.sqrt(length)
+
+
+def _share_beyond(got: np.ndarray, wanted: np.ndarray, limit: float) -> float:
+    """The share of elements that differ by more than `limit`, or in being finite."""
+    if got.dtype == np.uint32:  # signs, a bit each
+        got, wanted = (np.unpackbits(a.view(np.uint8)) for a in (got, wanted))
+    same = np.abs(got.astype("float64") - wanted.astype("float64")) <= limit
+    return float(np.mean(~(same | (got == wanted) | (np.isnan(got) & np.isnan(wanted)))))
 
 
 def written_parameters(func: tirx.PrimFunc) -> list[bool]:

@@ -168,6 +168,7 @@ def verified(tiny, references, variants) -> Verification:
         references,
         lengths=LENGTHS,
         kernels={v.name: v.kernels for v in variants},
+        graph=check_graph(references, LENGTHS),
     )
 
 

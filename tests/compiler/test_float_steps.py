@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks of signs as ordinary graphs: what rounding may do to them is measured, and their kernels are compared singly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tvm import relax
+
+import compiler
+from compiler.float_steps import compares_floats, farthest
+
+
+@pytest.mark.parametrize(
+    ("make", "jumps"),
+    [
+        (lambda x: relax.op.sign(x), True),
+        (lambda x: relax.op.where(relax.op.greater(x, x), x, x), True),
+        (lambda x: relax.op.nn.relu(x), False),
+        (lambda x: relax.op.less(relax.op.astype(x, "int32"), relax.const(3)), False),
+    ],
+)
+def test_what_jumps(make, jumps):
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((3,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            out = builder.emit_output(builder.emit(make(x)))
+        builder.emit_func_output(out)
+    assert compares_floats(builder.get()) is jumps
+
+
+def test_a_tie_is_found_by_looking_nearby():
+    one = np.ones(1, "float32")
+
+    def above(inputs):
+        return [(inputs[0] > 1).astype("float32") * 5]
+
+    assert farthest(above, [one], above([one]))[0] == 5.0  # one unit up, and it jumps
+    assert farthest(above, [3 * one], above([3 * one]))[0] == 5.0
+    assert farthest(lambda i: [i[0] * 2], [one], [2 * one])[0] == pytest.approx(2.0, abs=1e-5)
+
+
+class Signs(torch.nn.Module):
+    """Deep enough that a flipped sign reaches every output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(torch.where(x >= 0, 1.0, -1.0)) + 0.1 * x
+        return x.mean((2, 3))
+
+
+def test_a_network_of_signs_builds_dense(rng):
+    torch.manual_seed(0)
+    built = compiler.compile_model(Signs().eval(), (torch.randn(1, 16, 20, 20),))
+    assert built.manifest["verify"]["passed"]
