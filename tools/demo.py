@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small CNN on scikit-learn's digits, prune it, export ONNX, and take it through the whole
-of compile-model.
+"""Train a small CNN on scikit-learn's digits, prune it, export ONNX, and take it through
+compile-model: as a sparse network and as an int8 one.
 
 `make demo` runs this. Everything is written below .demo/ (or --directory).
 """
@@ -8,6 +8,7 @@ of compile-model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shlex
 import subprocess
@@ -21,6 +22,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compiler.nn.pruning import Pruner
 
 SIZE = 16  # the 8x8 digits are enlarged: at 8x8 a layer is over in microseconds
 
@@ -74,45 +79,23 @@ def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return images[:-360], labels[:-360], images[-360:], labels[-360:]
 
 
-def train(model: nn.Module, images, labels, *, epochs: int, rate: float, masks: dict) -> None:
-    """Adam with a one-cycle rate; weights outside `masks` stay zero."""
+def train(
+    model: nn.Module, images, labels, *, epochs: int, rate: float, pruner: Pruner | None = None
+) -> None:
+    """Adam with a one-cycle rate; what `pruner` masked stays zero."""
     optimizer = torch.optim.Adam(model.parameters(), rate)
     steps = epochs * (len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images))[: len(images) // 64 * 64].split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            apply_masks(model, masks)
+    with pruner.attached(optimizer) if pruner else contextlib.nullcontext():
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images))[: len(images) // 64 * 64].split(64):
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     model.eval()
-
-
-@torch.no_grad()
-def apply_masks(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in masks:
-            parameter.mul_(masks[name])
-
-
-@torch.no_grad()
-def magnitude_masks(model: nn.Module, density: float, group: int) -> dict[str, torch.Tensor]:
-    """Keep the `density` of groups with the largest norm; a group is `group` neighbouring output
-    channels of one weight.
-
-    The first and the last layer stay whole: they are small and the accuracy depends on them.
-    """
-    masks = {}
-    for name, weight in model.named_parameters():
-        if weight.dim() != 4 or name.startswith("stem"):
-            continue
-        norms = weight.reshape(weight.shape[0] // group, group, -1).square().sum(1)
-        kept = norms >= norms.flatten().quantile(1 - density)
-        masks[name] = kept[:, None].expand(-1, group, -1).reshape(weight.shape).float()
-    return masks
 
 
 @torch.no_grad()
@@ -159,9 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path(".demo"))
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument(
-        "--group", type=int, default=4, help="output channels pruned together: 1, 4, 8, 16"
-    )
+    parser.add_argument("--grain", default="out:4", help="what is pruned together")
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
@@ -170,24 +151,35 @@ def main() -> int:
     start = time.perf_counter()
     x, y, test_x, test_y = digits()
     model = DigitNet().to(memory_format=torch.channels_last)
-    train(model, x, y, epochs=options.epochs, rate=4e-3, masks={})
+    train(model, x, y, epochs=options.epochs, rate=4e-3)
     right = accuracy(model, test_x, test_y)
     print(f"trained in {time.perf_counter() - start:.0f} s: {right:.1%} right")
-    masks = magnitude_masks(model, options.density, options.group)
-    apply_masks(model, masks)
+    # The first and the last layer are small, and the accuracy depends on them.
+    pruner = Pruner(model, options.grain, skip=("stem.0", "head"))
+    pruner.prune(options.density)
     right = accuracy(model, test_x, test_y)
     print(f"pruned to {options.density:.0%} of the weights: {right:.1%} right")
-    train(model, x, y, epochs=options.epochs, rate=2e-3, masks=masks)
+    train(model, x, y, epochs=options.epochs, rate=2e-3, pruner=pruner)
     print(f"fine-tuned: {accuracy(model, test_x, test_y):.1%} right")
 
     source, artifact = options.directory / "digits.onnx", options.directory / "digits.kerf"
-    export(model, test_x[:1], source)
+    export(pruner.finish(), test_x[:1], source)
     command("inspect", str(source))
     command("build", str(source), "-o", str(artifact), "--recipe", "sparse", "--force")
     command("verify", str(artifact))
     command("bench", str(artifact), "--duration", "5", "--against", "onnxruntime")
+
+    samples, labelled = options.directory / "samples.npz", options.directory / "labelled.npz"
+    np.savez(samples, x=x[:64].numpy())
+    np.savez(labelled, x=test_x.numpy(), labels=test_y.numpy())
+    int8 = options.directory / "digits.int8.kerf"
+    command(
+        "build", str(source), "-o", str(int8), "--recipe", "int8", "--force",
+        "--calibration", str(samples), "--eval", str(labelled),
+    )  # fmt: skip
     right = compiled_accuracy(artifact, test_x, test_y)
     print(f"\nthe compiled sparse model: {right:.1%} right")
+    print(f"the compiled int8 model: {compiled_accuracy(int8, test_x, test_y):.1%} right")
     print(f"the demo took {time.perf_counter() - start:.0f} s")
     return 0
 

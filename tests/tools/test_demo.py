@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's own parts: what it prunes, and that pruned weights stay zero through training."""
+"""The demo's own parts: that pruned weights stay zero through training, and what it trains and tests on."""
 
 from __future__ import annotations
 
@@ -21,28 +21,16 @@ def demo():
     return module
 
 
-@pytest.mark.parametrize("group", [1, 4, 16])
-def test_masks_drop_whole_groups_of_output_channels(demo, group):
-    torch.manual_seed(0)
-    masks = demo.magnitude_masks(demo.DigitNet(), 0.1, group)
-    assert "block1.body.0.0.weight" in masks
-    assert not [name for name in masks if name.startswith(("stem", "head"))]
-    for mask in masks.values():
-        blocks = mask.reshape(mask.shape[0] // group, group, -1)
-        assert torch.equal(blocks.amin(1), blocks.amax(1))
-        assert mask.mean().item() == pytest.approx(0.1, abs=0.01)
-
-
 def test_pruned_weights_stay_zero_while_training(demo):
     torch.manual_seed(0)
     images, labels, _, _ = demo.digits()
     model = demo.DigitNet()
-    masks = demo.magnitude_masks(model, 0.1, 4)
-    demo.apply_masks(model, masks)
+    pruner = demo.Pruner(model, "out:4", skip=("stem.0", "head"))
+    pruner.prune(0.1)
     before = model.block1.body[0][0].weight.detach().clone()
-    demo.train(model, images[:128], labels[:128], epochs=1, rate=1e-3, masks=masks)
-    weights = dict(model.named_parameters())
-    assert all((weights[name][mask == 0] == 0).all() for name, mask in masks.items())
+    demo.train(model, images[:128], labels[:128], epochs=1, rate=1e-3, pruner=pruner)
+    assert not pruner.revived()
+    assert {"stem.0", "head"}.isdisjoint(pruner.masks) and "block1.body.0.0" in pruner.masks
     assert not torch.equal(before, model.block1.body[0][0].weight)
 
 
