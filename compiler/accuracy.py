@@ -215,8 +215,8 @@ def tensor_errors(
 
 def _layers_behind(mod: tvm.IRModule, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The layers whose results, through elementwise operators, make up each variable."""
-    from passes.layers import attrs_of
-    from passes.quantized.channel_flow import Uses, is_layer
+    from passes.channel_flow import Uses
+    from passes.layers import attrs_of, is_layer
     from passes.quantized.plan_bytes import is_elementwise, tensors
 
     uses = Uses(mod)

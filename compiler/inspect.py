@@ -122,7 +122,7 @@ def _walk(mod) -> tuple[list[LayerInfo], dict[str, int]]:
     from tvm import relax
 
     from passes.family import Layer
-    from passes.treat_layers import is_layer
+    from passes.layers import is_layer
 
     layers: list[LayerInfo] = []
     others: Counter[str] = Counter()

@@ -92,6 +92,11 @@ def is_call(expr, name: str) -> bool:
     return isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == name
 
 
+def is_layer(value) -> bool:
+    """Whether a value is a dense named layer with a constant weight: what a treatment may replace."""
+    return (is_call(value, CONV2D) or is_call(value, DENSE)) and is_const(value.args[1])
+
+
 def conv2d(
     x,
     w,

@@ -18,15 +18,10 @@ from tvm.relax import PyExprMutator, expr_functor
 
 from passes import families, family_named
 from passes.family import Context, Family, Layer, Rewrite, Rewritten
-from passes.layers import CONV2D, DENSE, is_call, is_const
+from passes.layers import is_layer
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined, KerfError, UserError
 from schedules.target import CpuTarget
-
-
-def is_layer(call) -> bool:
-    """Whether a call is a dense named layer with a constant weight: what a treatment may replace."""
-    return (is_call(call, CONV2D) or is_call(call, DENSE)) and is_const(call.args[1])
 
 
 @expr_functor.mutator
@@ -133,8 +128,17 @@ def each_layer(treat: Callable[[Layer, Mapping, CpuTarget], relax.Expr | Decline
     return rewrite
 
 
-def decide(layer: Layer, treatment: Treatment, declined: str | None = None) -> Decision:
-    """The decision to do with a layer what was asked, or not to, for the reason `declined`."""
+def decide(
+    layer: Layer,
+    treatment: Treatment,
+    declined: str | None = None,
+    *,
+    found: Mapping | None = None,
+    unit: str | None = None,
+    pruned: bool = False,
+) -> Decision:
+    """The decision to do with a layer what was asked, or not to, for the reason `declined`; `found` is added to what its
+    weight shows."""
     return Decision(
         layer=layer.name,
         operator=layer.operator,
@@ -142,8 +146,10 @@ def decide(layer: Layer, treatment: Treatment, declined: str | None = None) -> D
         asked=treatment.family,
         treatment="dense" if declined else treatment.family,
         declined=declined,
-        found=describe_weight(layer.weight),
+        found={**describe_weight(layer.weight), **(found or {})},
         parameters=dict(treatment.parameters),
+        unit=unit,
+        pruned=pruned,
     )
 
 

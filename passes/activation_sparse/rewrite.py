@@ -28,9 +28,10 @@ from passes.activation_sparse.fold_zeroth_bias import fold_zeroth_biases
 from passes.activation_sparse.measure_density import DensityMeter, measure_density
 from passes.activation_sparse.operators import CUT, cut, sparse_dense, sparse_gated
 from passes.activation_sparse.zeros import Zeros
-from passes.family import Context, Rewritten
-from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const, shape_of
+from passes.family import Context, Layer, Rewritten
+from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
+from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 
@@ -311,17 +312,8 @@ def _decision(
     call = _layer_call(mod, name)
     taken = name in units
     declined = None if taken else plan.declined.get(name) or _not_an_mlp(call)
-    return Decision(
-        layer=name,
-        operator=call.op.name,
-        weight_shape=shape_of(call.args[1]),
-        asked=NAME,
-        treatment=NAME if taken else "dense",
-        declined=declined,
-        found=plan.found.get(name, {}),
-        parameters=dict(treatment.parameters),
-        unit=units.get(name),
-    )
+    found = plan.found.get(name)
+    return decide(Layer(call), treatment, declined, found=found, unit=units.get(name))
 
 
 def _layer_call(mod: tvm.IRModule, name: str) -> relax.Call:

@@ -17,9 +17,9 @@ import tvm
 from tvm import relax
 
 from passes.binary.steps import Chain, Plane, Steps, chains, float_steps
+from passes.channel_flow import Uses
 from passes.family import Layer
-from passes.layers import is_call, shape_of
-from passes.quantized.channel_flow import Uses, is_layer
+from passes.layers import is_call, is_layer, shape_of
 from passes.rewriting import ints
 from schedules.bit_words import WORD_BITS
 from schedules.errors import Declined

@@ -18,10 +18,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_flow import Uses
 from passes.layers import const_array, is_const, shape_of
 from passes.numpy_nn import NN_OPERATORS
 from passes.numpy_operators import OPERATORS, Numeric
-from passes.quantized.channel_flow import Uses
 from passes.rewriting import variables
 
 _AS_DECLARED = Numeric("")

@@ -33,10 +33,11 @@ from passes.binary.operators import (
 )
 from passes.binary.recognize import BinaryLayer, binary_weight, recognize, two_planes
 from passes.binary.steps import Chain, Plane, Steps, chains, integer_steps
+from passes.channel_flow import Uses
 from passes.family import Context, Layer, Rewritten
-from passes.layers import is_call, multiply_accumulates, operator_call, shape_of
-from passes.quantized.channel_flow import Uses, is_layer
+from passes.layers import is_call, is_layer, multiply_accumulates, operator_call, shape_of
 from passes.rewriting import Graph, constant, ints, rewrite_module
+from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment
 from schedules.bit_words import WORD_BITS
 from schedules.errors import Declined
@@ -140,17 +141,8 @@ def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decisi
         )
         if len(found.input.steps.planes) > 1:
             shown["zeros"] = "exact, on two planes of bits"
-    return Decision(
-        layer=layer.name,
-        operator=layer.operator,
-        weight_shape=tuple(layer.weight.shape),
-        asked=treatment.family,
-        treatment="dense" if declined else treatment.family,
-        declined=declined,
-        found=shown,
-        parameters=dict(treatment.parameters),
-        pruned=bool(treatment.parameters.get("binarize")) and declined is None,
-    )
+    changed = bool(treatment.parameters.get("binarize")) and declined is None
+    return decide(layer, treatment, declined, found=shown, pruned=changed)
 
 
 def _binarized(mod: tvm.IRModule, names: set[str]) -> tvm.IRModule:

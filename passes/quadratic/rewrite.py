@@ -15,7 +15,8 @@ from passes.quadratic.operators import is_quadratic
 from passes.quadratic.quadratize import quadratize
 from passes.quadratic.recognize import recognize
 from passes.rewriting import bindings_of, variables
-from passes.treatment import Decision, Treatment
+from passes.treat_layers import decide
+from passes.treatment import Treatment
 
 _SHIFTS = ("relax.add", "relax.subtract")
 
@@ -33,19 +34,8 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         if layer.name in found.linear:
             form, unit = "linear", found.linear[layer.name]
         declined = None if form else outcome.declined.get(layer.name) or reasons.of(layer)
-        decisions.append(
-            Decision(
-                layer=layer.name,
-                operator=layer.operator,
-                weight_shape=tuple(layer.weight.shape),
-                asked="quadratic",
-                treatment="dense" if declined else "quadratic",
-                declined=declined,
-                found=outcome.fitted.get(layer.name, {}),
-                parameters=dict(treatments[layer.name].parameters),
-                unit=unit,
-            )
-        )
+        fitted = outcome.fitted.get(layer.name)
+        decisions.append(decide(layer, treatments[layer.name], declined, found=fitted, unit=unit))
     return Rewritten(found.mod, decisions, outcome.mod if outcome.fitted else None)
 
 

@@ -19,10 +19,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.family import Observe
-from passes.fold_batch_norm import FoldBatchNorm
-from passes.layers import DENSE, attrs_of, const_array, is_call, shape_of
-from passes.quantized.channel_flow import (
+from passes.channel_flow import (
     Consumer,
     Flow,
     Step,
@@ -31,6 +28,9 @@ from passes.quantized.channel_flow import (
     map_constant,
     replace_values,
 )
+from passes.family import Observe
+from passes.fold_batch_norm import FoldBatchNorm
+from passes.layers import DENSE, attrs_of, const_array, is_call, shape_of
 from passes.rewriting import constant
 
 # A shift smaller than this share of the channel's range gains nothing.

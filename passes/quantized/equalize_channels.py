@@ -22,8 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.layers import attrs_of, const_array
-from passes.quantized.channel_flow import (
+from passes.channel_flow import (
     Flow,
     Step,
     flows,
@@ -34,6 +33,7 @@ from passes.quantized.channel_flow import (
     replace_values,
     with_weight,
 )
+from passes.layers import attrs_of, const_array
 
 _SWEEPS = 50
 _SETTLED = 2.0**-6

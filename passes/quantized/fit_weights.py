@@ -17,11 +17,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_flow import Uses, replace_values
 from passes.family import Layer, Observe
 from passes.fold_batch_norm import FoldBatchNorm
-from passes.layers import CONV2D, DENSE, attrs_of, is_call
+from passes.layers import CONV2D, DENSE, attrs_of, is_call, is_layer
 from passes.numpy_images import conv2d
-from passes.quantized.channel_flow import Uses, is_layer, replace_values
 from passes.quantized.quantize_layers import QuantizedWeight
 from passes.quantized.round_weights import gram_matrix, round_weight
 from passes.quantized.weights import LARGEST, quantize_weight

@@ -18,15 +18,17 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_flow import Uses, input_columns, layer_counts, replace_values, with_weight
 from passes.fold_batch_norm import FoldBatchNorm
-from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const, shape_of
-from passes.quantized.channel_flow import (
-    Uses,
-    input_columns,
+from passes.layers import (
+    CONV2D,
+    DENSE,
+    attrs_of,
+    const_array,
+    is_call,
+    is_const,
     is_layer,
-    layer_counts,
-    replace_values,
-    with_weight,
+    shape_of,
 )
 from passes.rewriting import constant
 

@@ -19,9 +19,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_flow import Uses, layer_counts, replace_values, with_weight
 from passes.family import Observe
-from passes.layers import DENSE, attrs_of, const_array, is_call, is_const, shape_of
-from passes.quantized.channel_flow import Uses, is_layer, layer_counts, replace_values, with_weight
+from passes.layers import DENSE, attrs_of, const_array, is_call, is_const, is_layer, shape_of
 from passes.rewriting import Graph, axes_of, constant
 
 _NORMS = ("relax.nn.layer_norm", "relax.nn.rms_norm")

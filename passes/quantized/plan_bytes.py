@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import tvm
 from tvm import relax
 
-from passes.layers import attrs_of, is_const, shape_of
+from passes.channel_flow import Uses
+from passes.layers import attrs_of, is_const, is_layer, shape_of
 from passes.numpy_operators import BINARY, UNARY
-from passes.quantized.channel_flow import Uses, is_layer
 from passes.rewriting import axes_of, ints
 
 _ELEMENTWISE = frozenset(

@@ -19,10 +19,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_flow import Uses, layer_counts
 from passes.family import Layer, Rewritten
 from passes.layers import attrs_of, is_call, operator_call, shape_of
 from passes.quantized import operators
-from passes.quantized.channel_flow import Uses, layer_counts
 from passes.quantized.plan_bytes import (
     BytesPlan,
     is_carrier,
@@ -35,6 +35,7 @@ from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import Affine
 from passes.quantized.weights import overflows
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
+from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment
 
 _LOWEST, _HIGHEST = -128, 127
@@ -302,18 +303,7 @@ def drop_requantize(value: relax.Expr, graph: Graph) -> relax.Expr | None:
 
 
 def _decision(layer: Layer, treatment: Treatment, declined: str | None) -> Decision:
-    from passes.treat_layers import describe_weight
-
-    return Decision(
-        layer=layer.name,
-        operator=layer.operator,
-        weight_shape=tuple(layer.weight.shape),
-        asked=treatment.family,
-        treatment=treatment.family if declined is None else "dense",
-        declined=declined,
-        found=describe_weight(layer.weight),
-        parameters=dict(treatment.parameters),
-    )
+    return decide(layer, treatment, declined)
 
 
 def describe_imported(mod: tvm.IRModule) -> dict[str, dict]:

@@ -31,7 +31,7 @@ from passes.quantized.tricks import prepare
 from passes.quantized.weights import overflows, quantize_weight
 from passes.rewriting import variables
 from passes.sparse.grains import Grain
-from passes.treat_layers import describe_weight, layers_of
+from passes.treat_layers import decide, layers_of
 from passes.treatment import Decision, Treatment
 from schedules.errors import UserError
 
@@ -147,22 +147,13 @@ class Calibrated:
 
     def decision(self, layer: Layer, treatment: Treatment) -> Decision:
         declined = self.reasons.get(layer.name)
-        found = describe_weight(layer.weight)
+        found: dict[str, object] = {}
         if declined is None:
             if (grain := self.weights[layer.name].grain) is not None:
                 found["grain"] = grain
             if notes := self.notes.get(layer.name):
                 found["tricks"] = dict(notes)
-        return Decision(
-            layer=layer.name,
-            operator=layer.operator,
-            weight_shape=tuple(layer.weight.shape),
-            asked=treatment.family,
-            treatment=treatment.family if declined is None else "dense",
-            declined=declined,
-            found=found,
-            parameters=dict(treatment.parameters),
-        )
+        return decide(layer, treatment, declined, found=found)
 
 
 def _unsuitable(layer: Layer) -> str | None:

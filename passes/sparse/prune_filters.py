@@ -18,10 +18,10 @@ from tvm import relax
 
 from passes.channel_slots import ChannelSlots
 from passes.family import Layer
-from passes.layers import const_array, is_call, is_const
+from passes.layers import const_array, is_call, is_const, is_layer
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
 from passes.sparse.prune import most_salient, saliency
-from passes.treat_layers import is_layer, rewrite_layers
+from passes.treat_layers import rewrite_layers
 
 
 def prune_filters(mod: tvm.IRModule, densities: Mapping[str, float]) -> tvm.IRModule:

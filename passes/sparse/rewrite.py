@@ -15,13 +15,13 @@ from tvm import relax
 
 from passes.channel_slots import ChannelSlots
 from passes.family import Context, Layer, Rewritten
-from passes.layers import attrs_of
+from passes.layers import attrs_of, is_layer
 from passes.remove_dead_filters import LayerChannels, block_vars, compact
 from passes.rewriting import bindings_of
 from passes.sparse.format import block_of
 from passes.sparse.prune_filters import prune_filters
 from passes.sparse.treat import treat
-from passes.treat_layers import decide, is_layer, layers_of, rewrite_layers
+from passes.treat_layers import decide, layers_of, rewrite_layers
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined
 

@@ -10,9 +10,9 @@ from tvm import relax
 
 from passes.binary.recognize import binary_weight, found_in, recognize
 from passes.binary.steps import chains, float_steps, integer_steps
+from passes.channel_flow import Uses
 from passes.family import Layer
-from passes.layers import conv2d
-from passes.quantized.channel_flow import Uses, is_layer
+from passes.layers import conv2d, is_layer
 from passes.rewriting import bindings_of
 from schedules.errors import Declined
 from tests.passes.conftest import build_function

@@ -23,6 +23,7 @@ from passes.layers import (
     const_array,
     is_call,
     is_const,
+    is_layer,
     operator_call,
     shape_of,
 )
@@ -106,15 +107,6 @@ class Uses:
             self.definitions[binding.var] = binding.value
             for var in variables(binding.value):
                 self.readers.setdefault(var, []).append(binding)
-
-
-def is_layer(value: relax.Expr | None) -> bool:
-    """Whether a value is a dense named layer with a constant weight."""
-    return (
-        value is not None
-        and (is_call(value, CONV2D) or is_call(value, DENSE))
-        and is_const(value.args[1])
-    )
 
 
 def layer_counts(uses: Uses) -> Counter[str]:
