@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# TVM would pin the threads of both processes to the same core.
+PYTEST := TVM_NUM_THREADS=1 TVM_BIND_THREADS=0 $(BIN)/python -m pytest
 CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3
 
 .PHONY: setup demo test test-slow lint format clean
@@ -42,11 +44,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint
-	TVM_NUM_THREADS=1 $(BIN)/python -m pytest --skip-slow $(PYTEST_ARGS)
+	$(PYTEST) --skip-slow -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # The long matrix: every network x front end x grain, and the deepest architectures.
 test-slow: $(STAMP)
-	TVM_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist .demo .pytest_cache .ruff_cache *.egg-info

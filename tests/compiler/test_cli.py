@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from compiler.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("inspect", "build", "verify", "run", "bench", "profile", "hardware", "tune")
+COMMANDS = ("inspect", "build", "verify", "run", "bench", "profile", "hardware", "tune", "what-if")
 
 
 @pytest.fixture
