@@ -121,6 +121,12 @@ def build(
         options = replace(options, calibration=loaded)
         if warning := loaded.description.get("warning"):
             say(f"warning: {warning}")
+    elif preprocess is not None:
+        raise UserError(
+            "says how calibration images are prepared, and there are none",
+            where="--preprocess",
+            todo="Give --calibration DIRECTORY",
+        )
     if evaluation is not None or max_drop is not None:
         options = with_evaluation(options, evaluation, max_drop, imported)
     say("simplifying the graph")

@@ -84,6 +84,11 @@ class Recipe:
         return {"name": self.name, "winograd": self.winograd, "rule": rules}
 
 
+def _option(key: str) -> str:
+    """How the command line gives a parameter of a built-in recipe."""
+    return f"--{key}" if key in ("density", "grain", "prune") else f"--set {key}"
+
+
 def built_in(name: str, **parameters) -> Recipe:
     """`dense`: nothing is compressed. Any other family's name: every layer that this family takes, the others dense."""
     prune = bool(parameters.pop("prune", False))
@@ -91,7 +96,7 @@ def built_in(name: str, **parameters) -> Recipe:
         for key in parameters:
             raise RecipeError(
                 f"the recipe 'dense' takes no {key}",
-                where=f"--{key}",
+                where=_option(key),
                 todo="Give --recipe sparse",
             )
         if prune:
@@ -99,7 +104,7 @@ def built_in(name: str, **parameters) -> Recipe:
                 "the recipe 'dense' prunes nothing", where="--prune", todo="Give --recipe sparse"
             )
         return Recipe("dense", built_in=True)
-    places = {key: f"--{key}" for key in (*parameters, "prune")}
+    places = {key: _option(key) for key in (*parameters, "prune")}
     rule = Rule("*", name, dict(parameters), prune, f"--recipe {name}", places)
     return Recipe(name, (rule,), built_in=True)
 
@@ -123,7 +128,7 @@ def load_recipe(
     elif given:
         raise RecipeError(
             "cannot be combined with a recipe of your own",
-            where=", ".join(f"--{k}" for k in given),
+            where=", ".join(_option(k) for k in given),
             todo="Write it in the rule",
         )
     else:
@@ -261,7 +266,7 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
             parsed[key] = parse(value)
         except (ValueError, TypeError) as error:
             place = rule.place(key)
-            where = place if place == f"--{key}" else f"{place}: {key}"
+            where = place if place == _option(key) else f"{place}: {key}"
             raise RecipeError(str(error), where=where) from None
     if rule.prune and family.prune is None:
         raise RecipeError(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,3 +37,9 @@ class Decision:
     parameters: Mapping[str, object] = field(default_factory=dict)
     pruned: bool = False
     unit: str | None = None
+
+
+def as_number(value: object) -> float:
+    """A parameter as a float; NaN, which no range holds, for what is no number. To Python true is 1, and "3" no error."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]

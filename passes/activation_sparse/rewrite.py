@@ -13,7 +13,6 @@ The first layer of an MLP stays a dense layer; it and the second one are one uni
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -32,17 +31,16 @@ from passes.family import Context, Layer, Rewritten
 from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
 from passes.treat_layers import decide
-from passes.treatment import Decision, Treatment
+from passes.treatment import Decision, Treatment, as_number
 from schedules.errors import Declined
 
 NAME = "activation_sparse"
 
 
 def _share(value: object, name: str, *, one: bool) -> float:
-    # true is a number to Python and would mean 1
-    share = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    share = as_number(value)
     if not (0 < share < 1 or (one and share == 1)):
-        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, not {value}")
+        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, not {value!r}")
     return share
 
 

@@ -48,6 +48,8 @@ _THROUGH = ("relax.nn.pad", "relax.nn.max_pool2d", "relax.reshape")
 
 def parse_zero(value: object) -> str:
     """What the sign of 0 is taken for where a model says 0: "exact", "+1" or "-1". Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:+d}"  # as `--set zero=+1` gives it
     if value not in ("exact", "+1", "-1"):
         raise ValueError(f"zero must be 'exact', '+1' or '-1', not {value!r}")
     return str(value)

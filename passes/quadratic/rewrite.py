@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import tvm
@@ -16,7 +15,7 @@ from passes.quadratic.quadratize import quadratize
 from passes.quadratic.recognize import recognize
 from passes.rewriting import bindings_of, variables
 from passes.treat_layers import decide
-from passes.treatment import Treatment
+from passes.treatment import Treatment, as_number
 
 _SHIFTS = ("relax.add", "relax.subtract")
 
@@ -41,9 +40,9 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
 
 def parse_fit_error(value: object) -> float:
     """A squared error relative to the variance, in (0, 1). Raises ValueError."""
-    error = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    error = as_number(value)
     if not 0 < error < 1:
-        raise ValueError(f"fit_error must be in (0, 1), not {value}")
+        raise ValueError(f"fit_error must be in (0, 1), not {value!r}")
     return error
 
 

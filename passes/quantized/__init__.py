@@ -26,6 +26,7 @@ from passes.quantized.reference import (
 from passes.quantized.samples import samples
 from passes.quantized.take_imported import describe_imported
 from passes.quantized.treat_graph import prune, rewrite
+from passes.sparse.prune import check
 
 FAMILY = Family(
     name="int8",
@@ -41,6 +42,7 @@ FAMILY = Family(
     },
     parameters=PARAMETERS,
     prune=prune,
+    check=check,
     rewrite=rewrite,
     found_in=describe_imported,
     jumps=(QUANTIZE,),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from passes.quantized import tricks
 from passes.quantized.operators import GRAINS
 from passes.quantized.ranges import OBSERVERS
+from passes.treatment import as_number
 
 DEFAULTS = {
     "observer": "mse",
@@ -23,9 +24,9 @@ def _observer(value: object) -> str:
 
 
 def _percentile(value: object) -> float:
-    number = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+    number = as_number(value)
     if not 50 < number <= 100:
-        raise ValueError(f"percentile must be above 50 and at most 100, not {value}")
+        raise ValueError(f"percentile must be above 50 and at most 100, not {value!r}")
     return number
 
 
@@ -36,9 +37,9 @@ def _switch(value: object) -> bool:
 
 
 def _density(value: object) -> float:
-    number = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+    number = as_number(value)
     if not 0 < number <= 1:
-        raise ValueError(f"density must be in (0, 1], not {value}")
+        raise ValueError(f"density must be in (0, 1], not {value!r}")
     return number
 
 

@@ -6,7 +6,6 @@ rewrite: kerf.conv2d(x, w), w with zeros  ->  kerf.sparse_conv2d(x, w, grain)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +17,7 @@ from passes.sparse.cost import estimate
 from passes.sparse.format import GRAINS, best_grain, block_of, block_pattern, grain_densities
 from passes.sparse.grains import Grain
 from passes.sparse.operators import sparse_call
+from passes.treatment import as_number
 from schedules.errors import Declined
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
@@ -35,10 +35,9 @@ def parse_grain(value: object) -> str:
 
 def parse_density(value: object) -> float:
     """A density in (0, 1]. Raises ValueError."""
-    # true is a number to Python and would mean 1
-    density = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    density = as_number(value)
     if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], not {value}")
+        raise ValueError(f"density must be in (0, 1], not {value!r}")
     return density
 
 

@@ -84,6 +84,14 @@ def test_a_malformed_recipe_names_its_line(text, message):
         ("treatment = 'dense'\ndensity = 0.5", "r.toml:6: unknown key 'density'"),
         ("treatment = 'dense'\nprune = true", "r.toml:6: the treatment 'dense' prunes nothing"),
         ("treatment = 'sparse'\nprune = true", "r.toml:6: pruning needs to know the density"),
+        ("treatment = 'int8'\nprune = true", "r.toml:6: pruning needs to know the density"),
+        (
+            "treatment = 'int8'\ndensity = [1]",
+            "r.toml:6: density: density must be in (0, 1], not [1]",
+        ),
+        ("treatment = 'quadratic'\nfit_error = true", "r.toml:6: fit_error: fit_error must be"),
+        ("treatment = 'activation_sparse'\ndensity = 'x'", "r.toml:6: density: density must be"),
+        ("treatment = 'binary'\nzero = 2", "r.toml:6: zero: zero must be"),
     ],
 )
 def test_what_families_reject_names_its_line(line, message):
@@ -179,3 +187,9 @@ def test_a_missing_or_binary_recipe_file(tmp_path):
         load_recipe(tmp_path / "r.toml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("given, meant", [(1, "+1"), (-1, "-1"), ("+1", "+1"), ("exact", "exact")])
+def test_the_sign_of_zero_as_a_number_or_a_word(given, meant):
+    rule = Rule("*", "binary", {"zero": given})
+    assert validate(Recipe("r", (rule,)))[0].parameters["zero"] == meant
