@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storing vectors of int32 that an epilogue narrows to bytes: several of them packed into one register first.
 
-    uint8(max(a, 0)), uint8(max(b, 0)), ...  ->  one permutation of packuswb(packssdw(a, b), packssdw(c, d))
+    uint8(max(min(a, 255), 0)), uint8(max(min(b, 255), 0)), ...
+        ->  one permutation of packuswb(packssdw(a, b), packssdw(c, d))
 
-Narrowing each alone costs AVX-512 two shuffles and a store of a quarter of a register. Packing saturates, so the maximum
-is not computed either.
+Narrowing each alone costs AVX-512 two shuffles and a store of a quarter of a register. Packing saturates, so neither
+bound is computed.
 """
 
 from __future__ import annotations
@@ -62,14 +63,21 @@ def store_cells(kernel: Emission, target: CpuTarget, rows: list[list[Cell]]) -> 
 
 
 def _before_saturation(value):
-    """v, int32 and at most 255, where `value` is uint8(max(v, 0)); else None."""
-    cast = tvm.ir.prim.expr.Cast
-    if not (isinstance(value, cast) and isinstance(value.value, tvm.ir.prim.expr.Max)):
+    """v, int32, where `value` is uint8(max(min(v, 255), 0)), or uint8(max(v, 0)) of a v that is at most 255; else None."""
+    cast, most, least = tvm.ir.prim.expr.Cast, tvm.ir.prim.expr.Min, tvm.ir.prim.expr.Max
+    inner = value.value if isinstance(value, cast) else None
+    if not (isinstance(inner, least) and _is_number(inner.b, 0)):
         return None
-    inner = value.value
-    zero = inner.b.value if isinstance(inner.b, tvm.ir.prim.expr.Broadcast) else inner.b
-    is_zero = isinstance(zero, tvm.ir.prim.expr.IntImm) and int(zero.value) == 0
-    return inner.a if is_zero and "int32" in str(inner.a.ty.dtype) else None
+    if "int32" not in str(inner.a.ty.dtype):
+        return None
+    bounded = isinstance(inner.a, most) and _is_number(inner.a.b, 255)
+    return inner.a.a if bounded else inner.a
+
+
+def _is_number(expr, number: int) -> bool:
+    """Whether `expr` is this number, or a vector of it."""
+    expr = expr.value if isinstance(expr, tvm.ir.prim.expr.Broadcast) else expr
+    return isinstance(expr, tvm.ir.prim.expr.IntImm) and int(expr.value) == number
 
 
 def _pack(vectors: list, lanes: int):

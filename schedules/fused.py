@@ -152,6 +152,7 @@ class Emission:
         # RewriteDataflowReshape looks for a root block, which exists only where a buffer is allocated.
         T.sblock_alloc_buffer((1,), "float32", scope="local")
         self.inputs = [self._new(p) for p in fused.inputs]
+        self._in_sums: int | None = None  # the block that `bias_of_sums` has taken
         self.output = self._buffers[-1]
         return self
 
@@ -180,6 +181,25 @@ class Emission:
     def _new(self, param):
         return self._buffers[_position(self.fused.params, param)]
 
+    def bias_of_sums(self):
+        """The int32 constant of one number per channel that the epilogue adds first, or None; it adds it no more then.
+
+        For kernels whose integer sums can start with it: addition without rounding may happen in any order.
+        """
+        fused, index = self.fused, self.fused.anchor_index + 1
+        if index >= len(fused.blocks):
+            return None
+        found = _added_vector(fused.blocks[index], fused.anchor.writes[0].source)
+        readers = [
+            b
+            for b in fused.blocks[index:]
+            if any(r.source.same_as(fused.anchor.writes[0].source) for r in b.reads)
+        ]
+        if found is None or _position(fused.params, found) is None or len(readers) > 1:
+            return None
+        self._in_sums = index
+        return self._new(found)
+
     def store(self, value, indices) -> None:
         """Write `epilogue(value)` at `indices` of the output; the last index is a ramp if `value` is a vector."""
         T.buffer_store(self.output, self.epilogue(value, indices), list(indices))
@@ -190,7 +210,9 @@ class Emission:
         produced = {
             i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition
         }
-        anchor_buffer = fused.anchor.writes[0].source
+        results = [fused.anchor.writes[0].source]
+        if self._in_sums is not None:
+            results.append(produced.pop(self._in_sums))
         bound: dict = {}
 
         def load(buffer, at):
@@ -207,7 +229,7 @@ class Emission:
             return bound[key][0]
 
         def fetch(buffer, at):
-            if buffer.same_as(anchor_buffer):
+            if any(buffer.same_as(b) for b in results):
                 for got, wanted, extent in zip(at, indices, fused.shape):
                     if extent != 1 and not (got is wanted or got.same_as(wanted)):
                         raise ScheduleError(
@@ -230,10 +252,25 @@ class Emission:
                 raise ScheduleError(f"epilogue block {block.name_hint} is not elementwise")
             return _rebuild(block.body.value, {v.var: a for v, a in zip(block.iter_vars, at)}, load)
 
-        if not fused.has_epilogue():
+        if len(fused.blocks) - 1 not in produced:
             return value
         indices = [tirx.const(i, "int32") if isinstance(i, int) else i for i in indices]
         return evaluate(len(fused.blocks) - 1, indices)
+
+
+def _added_vector(block, result):
+    """The buffer b of an elementwise block `result[..., c] + b[0, ..., c]` of int32, c its last loop; else None."""
+    value = block.body.value if isinstance(block.body, tirx.BufferStore) else None
+    if not isinstance(value, tvm.ir.prim.expr.Add) or str(value.ty.dtype) != "int32":
+        return None
+    loads = [e for e in (value.a, value.b) if isinstance(e, tvm.ir.expr.TensorLoad)]
+    others = [e for e in loads if not e.source.same_as(result)]
+    if len(loads) != 2 or len(others) != 1:
+        return None
+    found = others[0]
+    if not found.indices or any(int(d) != 1 for d in found.source.shape[:-1]):
+        return None
+    return found.source if found.indices[-1].same_as(block.iter_vars[-1].var) else None
 
 
 _BINARY = tvm.ir.prim.expr.BinaryOpExpr

@@ -55,7 +55,9 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
             raise ScheduleError(
                 "packed weights of another shape", found=str(found), wanted=str(wanted)
             )
-        terms = QuadTerms(kernel, target)
+        widths = vectors(problem.group_outputs, point.lanes)
+        whole = all(computed == stored for computed, stored in widths)
+        terms = QuadTerms(kernel, target, whole)
         Contraction(kernel, fused.shape, in_quads(problem), point, target.threads, terms).emit()
     return kernel.func
 

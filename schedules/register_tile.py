@@ -232,6 +232,7 @@ class Contraction:
         """Zero the sums, or load what the chunks before have left in the first bank."""
 
         slot = self._slot(panel, pixels)
+        biased = self.terms.bias is not None
 
         def fill(resume: bool) -> None:
             for b, bank in enumerate(banks):
@@ -240,6 +241,8 @@ class Contraction:
                         value = splat(tirx.const(0, self.terms.dtype), width)
                         if resume and b == 0:
                             value = self.partial[(*slot, p, span(v * self.point.lanes, width))]
+                        elif biased and b == 0:
+                            value = self._bias(panel, v, width)
                         T.buffer_store(register, value, [span(0, width)])
             if self.terms.starts is not None and not resume:
                 self._add_starts(banks[0], pixels, panel)
@@ -252,6 +255,13 @@ class Contraction:
                 fill(False)
             with T.Else():
                 fill(True)
+
+    def _bias(self, panel: _Panel, v: int, width: int):
+        """What vector v of the panel's sums starts with at every pixel."""
+        if self.terms.bias is None:
+            return splat(tirx.const(0, self.terms.dtype), width)
+        lead = [0] * (len(self.terms.bias.shape) - 1)
+        return self.terms.bias[(*lead, span(panel.first_output + v * self.point.lanes, width))]
 
     def _add_starts(self, bank: list, pixels: _Pixels, panel: _Panel) -> None:
         """Add to every sum what the taps inside the image start it with."""
@@ -276,7 +286,7 @@ class Contraction:
                     add(bank[p][v], bank[p][v][span(0, width)], 0, 0, v, width)
                 continue
             total = self._register(width)
-            T.buffer_store(total, splat(tirx.const(0, self.terms.dtype), width), [span(0, width)])
+            T.buffer_store(total, self._bias(panel, v, width), [span(0, width)])
             with T.serial(*kernel_rows(self.problem, pixels.oh)) as r:
                 add(total, total[span(0, width)], r, self.problem.s, v, width)
             for p in everyone:

@@ -21,7 +21,7 @@ class FloatTerms:
     """float32 pixels times float32 weights, summed in float32."""
 
     dtype = "float32"
-    starts = None  # sums begin at zero
+    starts = bias = None  # sums begin at zero
     branches = 1  # sums per output
 
     def __init__(self, kernel: Emission):
@@ -58,14 +58,17 @@ class QuadTerms:
 
     `starts` is None, or int32 [panels, R, S + 1, channels of a panel]: what each tap inside the image adds to a sum, so
     that pixels may have an offset, and what all taps of a kernel row add. [panels, 1, 1, ...] where all are always inside.
+    `bias` is None, or int32 [..., O]: what the sum of an output channel starts with everywhere. It is taken from the
+    epilogue only if `whole`: no vector of sums is wider than the channels there are, or loads would pass its end.
     """
 
     dtype = "int32"
     branches = 1
 
-    def __init__(self, kernel: Emission, target: CpuTarget):
+    def __init__(self, kernel: Emission, target: CpuTarget, whole: bool):
         self.x, self.w, *rest = kernel.inputs
         self.starts = rest[0] if rest else None
+        self.bias = kernel.bias_of_sums() if whole else None
         self.target = target
         self.dot = dot_product(target)
         self.signed = reads_signed_pixels(target)

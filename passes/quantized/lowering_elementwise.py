@@ -19,20 +19,25 @@ def _float(value: float):
     return tirx.const(float(np.float32(value)), "float32")
 
 
-def quantized(x, scale: float, zero_point: int):
-    """uint8 of a float32 expression.
+def quantized(x, scale: float, zero_point: int, bounded: bool = False):
+    """uint8 of a float32 expression, `bounded` as in `operators.quantize`.
 
     The upper bound, a whole step, comes before rounding, so that the conversion to integers cannot overflow upwards; what
-    is too low for it becomes the least integer. The lower bound comes last, in the form that `byte_stores` packs.
+    is too low for it becomes the least integer. Where neither can happen, both bounds come last. `byte_stores` packs
+    either form, and computes no bound that comes last.
     """
     reciprocal = float(np.float32(1 / scale))
     steps = x if reciprocal == 1 else x * _float(reciprocal)
+    lowest = tirx.const(0, "int32")
+    if bounded:
+        whole = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", steps) + zero_point
+        return tirx.max(tirx.min(whole, tirx.const(255, "int32")), lowest).astype("uint8")
     if zero_point:  # with zero point 0, NaN ends up as 0 by itself
         steps = tirx.Select(tirx.isnan(steps), _float(0), steps)
     highest = _float(255 - zero_point)
     steps = tirx.Select(steps > highest, highest, steps)
     nearest = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", steps)
-    return tirx.max(nearest + zero_point, tirx.const(0, "int32")).astype("uint8")
+    return tirx.max(nearest + zero_point, lowest).astype("uint8")
 
 
 def steps_of(x, zero_point: int):
@@ -42,11 +47,10 @@ def steps_of(x, zero_point: int):
 
 def lower_quantize(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
     attrs, shape = attrs_of(call), shape_of(call)
+    of = (attrs["scale"], attrs["zero_point"], bool(attrs.get("bounded")))
 
     def quantize(x):
-        return te.compute(
-            shape, lambda *i: quantized(x(*i), attrs["scale"], attrs["zero_point"]), name="quantize"
-        )
+        return te.compute(shape, lambda *i: quantized(x(*i), *of), name="quantize")
 
     return bb.call_te(quantize, call.args[0], primfunc_name_hint="quantize")
 

@@ -138,18 +138,20 @@ def int8_average_pool(
 
 
 def quantize(
-    x, *, scale: float, zero_point: int, step: float | None = None, of: str = ""
-) -> relax.Call:
+    x, *, scale: float, zero_point: int, step: float | None = None, of: str = "", bounded: bool = False
+) -> relax.Call:  # fmt: skip
     """`kerf.quantize`. The division is a multiplication by float32(1 / scale), left out where that is 1.
 
     For those who compare: `step` is what one step of the result stands for in the network, where x is not in its units
     (by default `scale`), `of` the variable of the float graph that the result stands for.
+
+    `bounded` promises that x is a number, and |x / scale| below 2^30, so that kernels may bound it after rounding.
     """
     if not (np.isfinite(scale) and scale > 0) or np.float32(1 / scale) == 0:
         raise KerfError("a scale is not a positive number", where=QUANTIZE, found=str(scale))
     return _call(
         QUANTIZE, [x], scale=float(scale), zero_point=int(zero_point),
-        step=float(scale if step is None else step), of=of,
+        step=float(scale if step is None else step), of=of, **({"bounded": 1} if bounded else {}),
     )  # fmt: skip
 
 

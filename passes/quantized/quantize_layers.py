@@ -99,6 +99,7 @@ class _Rewriter:
             zero_point=to.zero_point,
             step=to.scale,
             of=var.name,
+            bounded=steps is not None and largest_steps(steps) < 1 << 30,
         )
         self.bytes[var] = self.graph.emit(made, f"{var.name}_bytes")
 
@@ -298,6 +299,31 @@ def sink_residuals(func: relax.Function) -> relax.Function:
     return relax.Function(
         list(func.params), body, func.ret_ty, is_pure=func.is_pure, attrs=func.attrs
     )
+
+
+def largest_steps(value: relax.Expr) -> float:
+    """What |value| cannot exceed, whatever the network reads: known for what is made of int32 sums and of bytes; else inf.
+
+    Twice what exact arithmetic gives, which covers its roundings.
+    """
+    if is_const(value):
+        return 2 * float(np.abs(const_array(value)).max(initial=0))
+    if not isinstance(value, relax.Call):
+        return np.inf
+    if is_operator(value, ["relax.astype"]):
+        sums = value.args[0].args[0] if is_operator(value.args[0], ["relax.add"]) else value.args[0]
+        known = isinstance(sums, relax.Var) and str(sums.ty.dtype) == "int32"
+        return 2.0**32 if known else np.inf
+    if is_operator(value, ["relax.nn.relu"]):
+        return largest_steps(value.args[0])
+    if is_operator(value, ["relax.add", "relax.multiply"]):
+        a, b = (largest_steps(v) for v in value.args)
+        return a + b if value.op.name == "relax.add" else a * b
+    if is_call(value, operators.DEQUANTIZE):
+        return 2 * 255 * attrs_of(value)["scale"]
+    if is_call(value, operators.DEQUANTIZE_ADD):
+        return largest_steps(value.args[0]) + 2 * 255 * attrs_of(value)["scale"]
+    return np.inf
 
 
 def _over(array: np.ndarray, unit: float) -> relax.Expr:

@@ -26,6 +26,7 @@ from passes.quantized.problems import (
 )
 from schedules import dispatch, int8_depthwise, sparse_elements, terms
 from schedules.errors import KerfError
+from schedules.fused import Emission
 from schedules.target import NAMED, CpuTarget, detect_host
 
 op = relax.op
@@ -257,7 +258,9 @@ def test_aarch64_compiles_to_its_dot_product(feature, instruction, rng):
     assert f"\t{instruction}\t" in tvm.compile(kernels, target.tvm()).mod.inspect_source("asm")
 
 
-def requantized(bb, y, rng, *, outputs: int, zero_point: int, residual=None, relu=False):
+def requantized(
+    bb, y, rng, *, outputs: int, zero_point: int, residual=None, relu=False, bounded=False
+):
     """Bias, multiplier, residual, activation, bytes: what follows a sum."""
     bias = rng.integers(-9999, 9999, outputs).astype("int32")
     scale = (rng.random(outputs) * 4e-3).astype("float32")
@@ -267,7 +270,7 @@ def requantized(bb, y, rng, *, outputs: int, zero_point: int, residual=None, rel
         y = bb.emit(int8.dequantize_add(y, residual, scale=0.31, zero_point=100))
     if relu:
         y = bb.emit(op.nn.relu(y))
-    return int8.quantize(y, scale=1.0, zero_point=zero_point)
+    return int8.quantize(y, scale=1.0, zero_point=zero_point, bounded=bounded)
 
 
 @pytest.mark.parametrize("outputs", [7, 40, 96])
@@ -290,10 +293,41 @@ def test_epilogues_are_exact(target, outputs, rng):
         yield requantized(bb, conv, rng, zero_point=0, **of)
         dense = int8.int8_dense(x, relax.const(matrix), name="l", zero_point=200)
         yield requantized(bb, dense, rng, zero_point=255, residual=r, **of)
+        dense = int8.int8_dense(x, relax.const(matrix), name="l", zero_point=0)
+        yield requantized(bb, dense, rng, zero_point=128, bounded=True, **of)
+        same = {"residual": r, "zero_point": 128, "bounded": True, **of}
+        yield requantized(bb, int8.int8_conv2d(x, relax.const(w), **shared), rng, **same)
 
     inputs = [x, rng.integers(0, 256, x.shape).astype("uint8")]
     got = check(body, inputs, target)
     assert all(len(np.unique(g)) > 10 for g in got)
+
+
+def test_sums_start_with_biases(rng, monkeypatch):
+    """Biases of channels alone, and what is none: of all channels, of pixels, or added to a sum that is read otherwise too."""
+    taken = []
+    bias_of_sums = Emission.bias_of_sums
+
+    def recorded(kernel):
+        found = bias_of_sums(kernel)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Emission, "bias_of_sums", recorded)
+    x = rng.integers(0, 256, (1, 6, 6, 32)).astype("uint8")
+    w = relax.const(rng.integers(-128, 128, (32, 32, 3, 3)).astype("int8"))
+    shapes = ((32,), (1, 1, 1, 32), (), (1, 6, 6, 32))
+    biases = [relax.const(rng.integers(-(2**30), 2**30, s).astype("int32")) for s in shapes]
+    shared = {"zero_point": 7, "layout": "NHWC", "padding": (1, 1, 1, 1), "strides": (1, 1)}
+
+    def body(bb, x):
+        for i, added in enumerate(biases):
+            yield op.add(bb.emit(int8.int8_conv2d(x, w, name=f"l{i}", **shared)), added)
+        twice = bb.emit(int8.int8_conv2d(x, w, name="t", **shared))
+        yield op.subtract(bb.emit(op.add(twice, biases[0])), twice)
+
+    check(body, [x], tiers()[0])
+    assert sum(taken) == 2
 
 
 SPECIAL = np.array(
