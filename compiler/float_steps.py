@@ -49,14 +49,15 @@ def farthest(
     rng = np.random.default_rng(0)
     found = evaluate(inputs)
     for _ in range(_EVALUATIONS):
-        moved = [_moved(x, rng) if x.dtype.kind == "f" else x for x in inputs]
-        other = evaluate(moved)
+        nearby = [moved(x, rng) if x.dtype.kind == "f" else x for x in inputs]
+        other = evaluate(nearby)
         if _distance(other, exact) > _distance(found, exact):
             found = other
     return found
 
 
-def _moved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def moved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Floats moved up or down by a few units in the last place."""
     return (x * (1 + _MOVED * rng.choice([-1.0, 1.0], x.shape))).astype(x.dtype)
 
 

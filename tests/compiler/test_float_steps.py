@@ -61,3 +61,27 @@ def test_a_network_of_signs_builds_dense(rng):
     torch.manual_seed(0)
     built = compiler.compile_model(Signs().eval(), (torch.randn(1, 16, 20, 20),))
     assert built.manifest["verify"]["passed"]
+
+
+class Ties(torch.nn.Module):
+    """Sums of signs, compared with 0, which one in thirty of them is: Winograd's rounding decides about these."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 64, 3, padding=1, stride=2)
+        self.signs = torch.nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        weight = torch.where(self.signs.weight >= 0, 0.037, -0.037)
+        self.signs.weight = torch.nn.Parameter(weight)
+        self.last = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.signs(torch.where(self.stem(x) >= 0, 1.0, -1.0))
+        return self.last(torch.where(x >= 0, 1.0, -1.0).mean((2, 3)))
+
+
+def test_kernels_may_flip_sums_of_signs_at_their_threshold(monkeypatch):
+    monkeypatch.setattr("compiler.verify.require_passed", lambda *_: None)  # each kernel alone
+    torch.manual_seed(0)
+    built = compiler.compile_model(Ties().eval(), (torch.randn(1, 3, 32, 32),))
+    loops = [k["loops"] for k in built.manifest["variants"]["dense"]["kernels"]]
+    assert "winograd" in loops
