@@ -205,7 +205,8 @@ def _joins_later(plan: BytesPlan, var: relax.Var, reader, position) -> bool:
     if is_const(a) or is_const(b) or a.same_as(b) or shape_of(a) != shape_of(b):
         return False
     other = b if a.same_as(var) else a
-    if other in plan.held:
+    # A tensor that something else reads as floats is finished before the sum: its kernel cannot take that along.
+    if other in plan.held or other in plan.uses.outputs or len(plan.uses.readers[other]) != 1:
         return False
     roots = [_root(plan, v, position) for v in (var, other)]
     if any(
