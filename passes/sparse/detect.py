@@ -51,9 +51,11 @@ def coarsest_grain(weight: np.ndarray) -> Grain | None:
     if kept == 0:
         return Grain.parse("filter")
     candidates = [g for g in map(Grain.parse, _BLOCKS) if 1 < g.size(weight.shape) <= weight.size]
+    # A few zeros are no grain that would not drop a single block.
+    limit = min((_TOLERATED_FILL - 1) * kept, weight.size - kept - 1)
     # The sort is stable: ties keep the order of the list.
     for grain in sorted(candidates, key=lambda g: -g.size(weight.shape)):
-        if _fill_is_tolerated(grain, nonzero, (_TOLERATED_FILL - 1) * kept):
+        if _fill_is_tolerated(grain, nonzero, limit):
             return grain
     for grain in map(Grain.parse, _CONSTRAINTS):
         if (

@@ -180,6 +180,12 @@ def test_a_dense_weight_has_no_grain_and_one_of_zeros_is_dead(rng):
     assert coarsest_grain(np.zeros((16, 8, 3, 3), np.float32)).name == "filter"
 
 
+def test_a_few_zeros_are_no_grain_of_large_blocks(rng):
+    weight = normal(rng, (64, 64, 3, 3))
+    weight[rng.random(weight.shape) < 0.004] = 0
+    assert coarsest_grain(weight).name == "element"
+
+
 @pytest.mark.parametrize("name", ["row", "kernel", "out:4", "out:16", "block:4x4"])
 def test_zeros_beside_the_grid_are_not_taken_for_a_grain(rng, name):
     weight = pruned(rng, (64, 64, 3, 3), name, 0.2)
