@@ -166,6 +166,12 @@ def measure_accuracy(dense, compressed, evaluation: Evaluation) -> Accuracy:
                     found=f"{len(labels)} labels of a sample",
                     wanted=str(len(best[0])),
                 )
+            if not 0 <= labels.min() <= labels.max() < found[0].shape[-1]:
+                raise UserError(
+                    "labels do not fit the model's outputs",
+                    found=f"classes {labels.min()} to {labels.max()}",
+                    wanted=f"0 to {found[0].shape[-1] - 1}",
+                )
             labelled = True
             right = [r + int((b == labels).sum()) for r, b in zip(right, best)]
     agreement = agree / rows if classes else None

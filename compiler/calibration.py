@@ -47,8 +47,23 @@ def load_calibration(
 ) -> Calibration:
     """Calibration data for inputs `specs` (name, shape, dtype). Raises UserError for what cannot be used.
 
-    Random indices are below `ranges[name]` (see `compiler.samples`).
+    Indices are below `ranges[name]`, if given (see `compiler.samples`).
     """
+    found = _load(source, specs, preprocess, ranges)
+    for i, sample in enumerate(found.samples() if ranges else ()):
+        for spec, array in zip(specs, sample):
+            limit = ranges.get(spec.name)
+            if limit is not None and array.size and not 0 <= array.min() <= array.max() < limit:
+                raise UserError(
+                    f"{spec.name} holds an index out of range",
+                    where=f"calibration sample {i}",
+                    found=f"{array.min()} to {array.max()}",
+                    wanted=f"0 to {limit - 1}",
+                )
+    return found
+
+
+def _load(source, specs: Sequence, preprocess: str | None, ranges) -> Calibration:
     if isinstance(source, Calibration):
         return source
     if isinstance(source, str) and source == RANDOM:

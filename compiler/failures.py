@@ -71,7 +71,7 @@ def describe_failure(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, KerfError):
         return error.exit_code, f"compile-model: {_one_line(error)}"
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return EXIT_INTERRUPTED, "compile-model: interrupted; nothing was written"
+        return EXIT_INTERRUPTED, "compile-model: interrupted; nothing half-written"
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
     if isinstance(error, click.ClickException):

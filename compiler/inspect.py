@@ -105,11 +105,15 @@ def _shown(imported, calibration) -> dict[str, dict]:
         return shown
     from compiler.calibration import load_calibration
     from compiler.observe import Observer
+    from compiler.samples import index_ranges
     from passes.family import Context
     from schedules.target import detect_host
 
     host = detect_host()
-    context = Context(host, Observer(load_calibration(calibration, imported.inputs), host))
+    ranges = index_ranges(imported.mod)
+    context = Context(
+        host, Observer(load_calibration(calibration, imported.inputs, ranges=ranges), host)
+    )
     for family in families():
         if family.observed_in is not None:
             for layer, facts in family.observed_in(mod, context).items():

@@ -182,3 +182,15 @@ def test_observed_values_are_those_of_the_graph(rng):
             np.testing.assert_allclose(sample[name], wanted[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(KerfError, match="no such variable"):
         next(observe(mod, ["nowhere"]))
+
+
+def test_an_index_out_of_range_is_seen_before_the_work():
+    good, bad = np.zeros((1, 3), "float32"), np.array([[0, 7]], "int64")
+    pair = [TensorSpec("x", (1, 3), "float32"), TensorSpec("ids", (1, 2), "int64")]
+    load_calibration([[good, bad]], pair, ranges={"ids": 8})
+    with pytest.raises(
+        UserError, match="ids holds an index out of range; found 0 to 7; wanted 0 to 6"
+    ):
+        load_calibration([[good, bad]], pair, ranges={"ids": 7})
+    with pytest.raises(UserError, match="index out of range"):
+        load_calibration([[good, -bad]], pair, ranges={"ids": 8})

@@ -403,7 +403,7 @@ def test_ctrl_c_inside_a_callback_of_tvm_is_no_bug(fails, monkeypatch):
     build = click.Command("build", callback=lambda: tvm_ffi.convert(interrupt_self)())
     monkeypatch.setitem(main.commands, "build", build)
     before = signal.getsignal(signal.SIGINT)
-    assert fails(130, "build") == "compile-model: interrupted; nothing was written"
+    assert fails(130, "build") == "compile-model: interrupted; nothing half-written"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -436,7 +436,7 @@ def test_ctrl_c_in_any_phase(small_onnx, tmp_path, phase):
         assert left == ["out"]
         return
     assert code == 130, rest
-    assert rest.splitlines()[-1] == "compile-model: interrupted; nothing was written"
+    assert rest.splitlines()[-1] == "compile-model: interrupted; nothing half-written"
     assert left == []
 
 
