@@ -229,7 +229,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     try:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+        # Not ascontiguousarray, which makes a row of a scalar.
+        save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, path)
     except SafetensorError as error:  # its I/O errors come wrapped
         match = re.search(r"os error (\d+)", str(error))
         raise OSError(int(match[1]) if match else 5, str(error)) from None

@@ -263,4 +263,4 @@ def _checked(array: np.ndarray, spec, where: str) -> np.ndarray:
         raise UserError(f"{spec.name} does not hold numbers", where=where, found=str(array.dtype))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"{spec.name} holds NaN or infinity", where=where)
-    return np.ascontiguousarray(array, dtype=spec.dtype)
+    return np.asarray(array, dtype=spec.dtype, order="C")

@@ -169,7 +169,7 @@ def _reference(model: onnx.ModelProto, inputs: Sequence[TensorSpec], where: str)
             )
         if not session:
             session.append(_session(model))
-        feeds = {spec.name: np.ascontiguousarray(a, spec.dtype) for spec, a in zip(inputs, arrays)}
+        feeds = {spec.name: np.asarray(a, spec.dtype, order="C") for spec, a in zip(inputs, arrays)}
         return [np.asarray(r) for r in session[0].run(None, feeds)]
 
     return reference

@@ -57,10 +57,16 @@ class Signs(torch.nn.Module):
         return x.mean((2, 3))
 
 
-def test_a_network_of_signs_builds_dense(rng):
+def test_a_network_of_signs_builds_dense_and_runs_from_its_artifact(tmp_path):
+    """Its thresholds are scalar constants, which must come back as scalars."""
     torch.manual_seed(0)
-    built = compiler.compile_model(Signs().eval(), (torch.randn(1, 16, 20, 20),))
+    net, x = Signs().eval(), torch.randn(1, 16, 20, 20)
+    built = compiler.compile_model(net, (x,), output=tmp_path / "out")
     assert built.manifest["verify"]["passed"]
+    found = compiler.load(tmp_path / "out")(x.numpy())
+    assert found.shape == (1, 16)
+    # A sign may flip, but most of the sums that are averaged here stay what they are.
+    np.testing.assert_allclose(found, net(x).detach().numpy(), atol=0.2)
 
 
 class Ties(torch.nn.Module):
