@@ -139,7 +139,7 @@ def test_the_estimate_knows_winograd_and_density(rng):
 
 def test_parameters_are_parsed_or_refused():
     parse = FAMILY.parameters
-    assert parse["density"]("0.1") == 0.1 and parse["grain"]("out:4") == "out:4"
+    assert parse["density"](0.1) == 0.1 and parse["grain"]("out:4") == "out:4"
     for name, value in (("density", 0), ("density", "x"), ("density", 1.01), ("grain", "out:3")):
         with pytest.raises(ValueError):
             parse[name](value)
@@ -150,8 +150,8 @@ def test_found_describes_what_treat_decides_by(rng):
     assert found(weight)["grain"] == choose_grain(weight, None)
 
 
-@pytest.mark.parametrize("value", [0, 1.01, -0.5, float("nan"), True, False])
+@pytest.mark.parametrize("value", [0, 1.01, -0.5, float("nan"), True, False, "0.25"])
 def test_a_density_is_a_number_above_zero_and_at_most_one(value):
     with pytest.raises(ValueError, match="density must be in"):
         parse_density(value)
-    assert parse_density("0.25") == 0.25 and parse_density(1) == 1.0
+    assert parse_density(0.25) == 0.25 and parse_density(1) == 1.0

@@ -215,7 +215,7 @@ def test_the_experiment_leaves_what_it_declines_as_it_was(rng):
 
 
 @pytest.mark.parametrize(
-    "parse, value", [(parse_zero, 1), (parse_zero, "0"), (parse_binarize, "x")]
+    "parse, value", [(parse_zero, 2), (parse_zero, "0"), (parse_binarize, "x")]
 )
 def test_parameters_are_checked(parse, value):
     with pytest.raises(ValueError, match="must be"):
