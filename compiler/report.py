@@ -174,7 +174,9 @@ def layer_table(rows: Sequence[Row]) -> Table:
             f" [{numbers[_template(row['declined'])]}]" if row.get("declined") else ""
         )
         grain = (row.get("found") or {}).get("grain")
-        if row["treatment"] != "dense" and grain:
+        # Other families may leave the zeros that were found alone.
+        skips = row["treatment"] == "sparse" or (row.get("kernel") or "").startswith("sparse")
+        if skips and grain:
             ran += f" {grain}"
         dense_us, us = row.get("dense_us"), row.get("compressed_us")
         gain = f"{dense_us / us:.2f}x" if dense_us and us else ""
