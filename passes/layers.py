@@ -120,6 +120,19 @@ def dense(x, w, *, name: str) -> relax.Call:
     return operator_call(DENSE, [x, w], name=name)
 
 
+def channels_last_attrs(call: relax.Call) -> dict:
+    """The attributes of a convolution, whose layout must be NHWC by now. Raises ScheduleError."""
+    attrs = attrs_of(call)
+    if attrs["layout"] != "NHWC":
+        raise errors.ScheduleError(
+            "convolution not channels last",
+            where=attrs["name"],
+            found=attrs["layout"],
+            wanted="NHWC",
+        )
+    return attrs
+
+
 def conv2d_output_hw(
     attrs: dict, height: int, width: int, kernel: tuple[int, int]
 ) -> tuple[int, int]:

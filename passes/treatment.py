@@ -39,6 +39,19 @@ class Decision:
     unit: str | None = None
 
 
+def parse_share(value: object, name: str, *, one: bool) -> float:
+    """The parameter `name` as a number in (0, 1], or in (0, 1) without `one`. Raises ValueError."""
+    share = as_number(value)
+    if not (0 < share < 1 or (one and share == 1)):
+        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, not {value!r}")
+    return share
+
+
+def parse_density(value: object) -> float:
+    """A density in (0, 1]. Raises ValueError."""
+    return parse_share(value, "density", one=True)
+
+
 def as_number(value: object) -> float:
     """A parameter as a float; NaN, which no range holds, for what is no number. To Python true is 1, and "3" no error."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)

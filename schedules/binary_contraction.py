@@ -22,7 +22,6 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import windows
 from schedules.bit_words import WORD_BITS, BitCounter, lane_mask
-from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
 from schedules.windows import RowTiles, loop, span, tile_rows, unravel, vectors
@@ -140,12 +139,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     problem = Problem.from_dict(fused.point["problem"])
     point, packs = Point.from_dict(fused.point["point"]), bool(fused.point["packs"])
     with fused.emit() as kernel:
-        found = tuple(int(d) for d in kernel.inputs[1].shape)
-        wanted = packed_shape(problem, point, packs)
-        if found != wanted:
-            raise ScheduleError(
-                "packed weights of another shape", found=str(found), wanted=str(wanted)
-            )
+        kernel.require_packed(packed_shape(problem, point, packs))
         BinaryContraction(kernel, fused.shape, problem, point, packs, target).emit()
     return kernel.func
 

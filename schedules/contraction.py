@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 from tvm import tirx
 
-from schedules.errors import ScheduleError
 from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
@@ -76,11 +75,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Point.from_dict(fused.point["point"]),
     )
     with fused.emit() as kernel:
-        found, wanted = tuple(int(d) for d in kernel.inputs[1].shape), packed_shape(problem, point)
-        if found != wanted:
-            raise ScheduleError(
-                "packed weights of another shape", found=str(found), wanted=str(wanted)
-            )
+        kernel.require_packed(packed_shape(problem, point))
         Contraction(kernel, fused.shape, problem, point, target.threads).emit()
     return kernel.func
 

@@ -200,6 +200,14 @@ class Emission:
         self._in_sums = index
         return self._new(found)
 
+    def require_packed(self, wanted: tuple[int, ...]) -> None:
+        """Raise ScheduleError unless the packed weights, the anchor's second input, have this shape."""
+        found = tuple(int(d) for d in self.inputs[1].shape)
+        if found != wanted:
+            raise ScheduleError(
+                "packed weights of another shape", found=str(found), wanted=str(wanted)
+            )
+
     def store(self, value, indices) -> None:
         """Write `epilogue(value)` at `indices` of the output; the last index is a ramp if `value` is a vector."""
         T.buffer_store(self.output, self.epilogue(value, indices), list(indices))

@@ -26,7 +26,6 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import contraction
 from schedules.emission import reduce_lanes
-from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused, annotations
 from schedules.register_tile import Contraction
 from schedules.row_lists import (
@@ -152,12 +151,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Point.from_dict(fused.point["point"]),
     )
     with fused.emit() as kernel:
-        found = tuple(int(d) for d in kernel.inputs[1].shape)
-        wanted = packed_shape(problem, point, target.lanes)
-        if found != wanted:
-            raise ScheduleError(
-                "packed weights of another shape", found=str(found), wanted=str(wanted)
-            )
+        kernel.require_packed(packed_shape(problem, point, target.lanes))
         if point.form == "rows":
             _emit_rows(kernel, fused.shape, problem, point, target)
         else:

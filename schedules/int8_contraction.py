@@ -14,7 +14,6 @@ from tvm import tirx
 
 from schedules import contraction
 from schedules.contraction import Point
-from schedules.errors import ScheduleError
 from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
@@ -50,11 +49,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     problem = Problem.from_dict(fused.point["problem"])
     point = Point.from_dict(fused.point["point"])
     with fused.emit() as kernel:
-        found, wanted = tuple(int(d) for d in kernel.inputs[1].shape), packed_shape(problem, point)
-        if found != wanted:
-            raise ScheduleError(
-                "packed weights of another shape", found=str(found), wanted=str(wanted)
-            )
+        kernel.require_packed(packed_shape(problem, point))
         widths = vectors(problem.group_outputs, point.lanes)
         whole = all(computed == stored for computed, stored in widths)
         terms = QuadTerms(kernel, target, whole)

@@ -17,7 +17,6 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import contraction, windows
 from schedules.emission import Row, ramp, runs_parallel, workspace
-from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
 from schedules.terms import FloatTerms
@@ -122,11 +121,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     problem = Problem.from_dict(fused.point["problem"])
     point = Point.from_dict(fused.point["point"])
     with fused.emit() as kernel:
-        found, wanted = tuple(int(d) for d in kernel.inputs[1].shape), packed_shape(problem, point)
-        if found != wanted:
-            raise ScheduleError(
-                "packed weights of another shape", found=str(found), wanted=str(wanted)
-            )
+        kernel.require_packed(packed_shape(problem, point))
         squares = None
         if point.squares == "memory" and SQUARED in problem.form:
             squares = _square(kernel.inputs[0], target)

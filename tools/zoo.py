@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -316,9 +316,17 @@ def save_onnx(module: nn.Module, example: tuple, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    return write_models(__doc__, ZOO, build, arguments)
+
+
+def write_models(
+    about: str, names: Iterable[str], make: Callable, arguments: list[str] | None = None
+) -> int:
+    """The command line of a zoo: writes the architectures asked for, each as `make(name, tiny=, batch=)` gives it."""
+    names = list(names)
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument(
-        "names", nargs="+", choices=[*ZOO, "all"], metavar="NAME", help=", ".join(["all", *ZOO])
+        "names", nargs="+", choices=[*names, "all"], metavar="NAME", help=", ".join(["all", *names])
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("."))
     parser.add_argument("--format", default="pt2", help="pt2, onnx or pt2,onnx")
@@ -329,8 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not set(formats) <= {"pt2", "onnx"}:
         parser.error(f"--format: {options.format!r} is not pt2, onnx or pt2,onnx")
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in ZOO if "all" in options.names else options.names:
-        module, example = build(name, tiny=options.tiny, batch=options.batch)
+    for name in names if "all" in options.names else options.names:
+        module, example = make(name, tiny=options.tiny, batch=options.batch)
         for suffix in formats:
             path = options.output / f"{name}.{suffix}"
             {"pt2": save_pt2, "onnx": save_onnx}[suffix](module, example, path)

@@ -8,7 +8,6 @@ The first convolution, the last dense layer and what changes the number of chann
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,23 +145,7 @@ def build(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=[*ZOO, "all"], metavar="NAME", help=", ".join(["all", *ZOO]))  # fmt: skip
-    parser.add_argument("-o", "--output", type=Path, default=Path("."))
-    parser.add_argument("--format", default="pt2", help="pt2, onnx or pt2,onnx")
-    parser.add_argument("--tiny", action="store_true", help="small widths and inputs, for tests")
-    options = parser.parse_args(arguments)
-    formats = options.format.split(",")
-    if not set(formats) <= {"pt2", "onnx"}:
-        parser.error(f"--format: {options.format!r} is not pt2, onnx or pt2,onnx")
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name in ZOO if "all" in options.names else options.names:
-        module, example = build(name, tiny=options.tiny)
-        for suffix in formats:
-            path = options.output / f"{name}.{suffix}"
-            {"pt2": zoo.save_pt2, "onnx": zoo.save_onnx}[suffix](module, example, path)
-            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
-    return 0
+    return zoo.write_models(__doc__, ZOO, build, arguments)
 
 
 if __name__ == "__main__":

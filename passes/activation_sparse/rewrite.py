@@ -31,22 +31,15 @@ from passes.family import Context, Layer, Rewritten
 from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
 from passes.treat_layers import decide
-from passes.treatment import Decision, Treatment, as_number
+from passes.treatment import Decision, Treatment, parse_density, parse_share
 from schedules.errors import Declined
 
 NAME = "activation_sparse"
 
 
-def _share(value: object, name: str, *, one: bool) -> float:
-    share = as_number(value)
-    if not (0 < share < 1 or (one and share == 1)):
-        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, not {value!r}")
-    return share
-
-
 PARAMETERS = {
-    "density": lambda value: _share(value, "density", one=True),
-    "threshold_error": lambda value: _share(value, "threshold_error", one=False),
+    "density": parse_density,
+    "threshold_error": lambda value: parse_share(value, "threshold_error", one=False),
 }
 
 

@@ -21,12 +21,11 @@ from passes.binary.operators import (
     BINARY_PACK,
 )
 from passes.family import Lowering
-from passes.layers import attrs_of, const_array, shape_of
+from passes.layers import attrs_of, channels_last_attrs, const_array, shape_of
 from passes.lower import call_te
 from schedules import binary_contraction
 from schedules.binary_contraction import Point, Problem, place_on_border
 from schedules.bit_words import WORD_BITS, words_for
-from schedules.errors import ScheduleError
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
@@ -37,13 +36,7 @@ def problem_of(call: relax.Call) -> Problem:
     attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
     if len(w) == 2:
         return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0], bits=w[1])
-    if attrs["layout"] != "NHWC":
-        raise ScheduleError(
-            "convolution not channels last",
-            where=attrs["name"],
-            found=attrs["layout"],
-            wanted="NHWC",
-        )
+    attrs = channels_last_attrs(call)
     padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
     return Problem(
         *x, w[0], w[2], w[3], stride, padding, dilation, attrs["groups"],

@@ -9,10 +9,9 @@ from tvm import relax, te
 
 from passes.dense import winograd
 from passes.family import Lowering
-from passes.layers import CONV2D, attrs_of, const_array, shape_of
+from passes.layers import CONV2D, channels_last_attrs, const_array, shape_of
 from passes.lower import call_te
 from schedules import contraction, depthwise
-from schedules.errors import ScheduleError
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
@@ -97,14 +96,7 @@ def define_depthwise(problem: contraction.Problem, point: depthwise.Point):
 
 def problem_of(call: relax.Call) -> contraction.Problem:
     """The problem of a `kerf.conv2d` call in NHWC layout. Raises ScheduleError in any other layout."""
-    attrs = attrs_of(call)
-    if attrs["layout"] != "NHWC":
-        raise ScheduleError(
-            "convolution not channels last",
-            where=attrs["name"],
-            found=attrs["layout"],
-            wanted="NHWC",
-        )
+    attrs = channels_last_attrs(call)
     n, h, w, c = shape_of(call.args[0])
     o, _, r, s = shape_of(call.args[1])
     padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))

@@ -9,6 +9,8 @@ The call attribute `winograd` = "never" forbids it: its rounding error is 3-8 ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tvm import relax
 
 from passes.layers import attrs_of, const_array, shape_of
@@ -19,7 +21,7 @@ from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
 # The estimate is good to about a tenth, and the direct kernel is the more accurate one.
-WORTH = 0.9
+_WORTH = 0.9
 
 
 def problem_of(call: relax.Call) -> winograd.Problem | Declined:
@@ -45,8 +47,13 @@ def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
     """The output tile m of F(m x m, 3 x 3) that the cost rule expects to be fastest, or why the direct kernel is."""
     direct = winograd.direct_cost(problem, target)
     costs = {m: winograd.cost(problem, m, target) for m in (4, 2)}
+    return cheapest(costs, direct)
+
+
+def cheapest(costs: Mapping[int, float], direct: float) -> int | Declined:
+    """The m of least cost, or that none is worth its coarser rounding beside the `direct` cost."""
     best = min(costs, key=costs.get)
-    if costs[best] > WORTH * direct:
+    if costs[best] > _WORTH * direct:
         return Declined(
             f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct"
         )

@@ -13,7 +13,7 @@ from tvm import relax, te
 
 from passes.dense import conv2d, matmul
 from passes.dense.conv2d import pad_image
-from passes.layers import attrs_of, shape_of
+from passes.layers import attrs_of, channels_last_attrs, shape_of
 from passes.lower import call_te
 from passes.quadratic import winograd
 from passes.quadratic.operators import (
@@ -24,7 +24,6 @@ from passes.quadratic.operators import (
     weights_of,
 )
 from schedules import contraction, quadratic_contraction
-from schedules.errors import ScheduleError
 from schedules.fused import annotations
 from schedules.quadratic_contraction import LOOPS, PRODUCT, SQUARED, Point, Problem, combine
 from schedules.spaces import point_for
@@ -38,10 +37,7 @@ def problem_of(call: relax.Call) -> Problem:
     attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
     if call.op.name != QUADRATIC_CONV2D:
         return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0], form=attrs["form"])
-    if attrs["layout"] != "NHWC":
-        raise ScheduleError(
-            "convolution not channels last", where=attrs["name"], found=attrs["layout"], wanted="NHWC"
-        )  # fmt: skip
+    attrs = channels_last_attrs(call)
     padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
     return Problem(*x, w[0], *w[2:], stride, padding, dilation, attrs["groups"], form=attrs["form"])
 

@@ -15,7 +15,7 @@ from passes.quadratic.quadratize import quadratize
 from passes.quadratic.recognize import recognize
 from passes.rewriting import bindings_of, variables
 from passes.treat_layers import decide
-from passes.treatment import Treatment, as_number
+from passes.treatment import Treatment, parse_share
 
 _SHIFTS = ("relax.add", "relax.subtract")
 
@@ -40,10 +40,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
 
 def parse_fit_error(value: object) -> float:
     """A squared error relative to the variance, in (0, 1). Raises ValueError."""
-    error = as_number(value)
-    if not 0 < error < 1:
-        raise ValueError(f"fit_error must be in (0, 1), not {value!r}")
-    return error
+    return parse_share(value, "fit_error", one=False)
 
 
 PARAMETERS = {"fit_error": parse_fit_error}

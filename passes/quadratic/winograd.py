@@ -36,12 +36,7 @@ def choose(problem: Problem, target: CpuTarget) -> int | Declined:
     branches, sources = len(problem.form), len(sources_of(problem.form))
     direct = branches * winograd.direct_cost(problem, target)
     costs = {m: winograd.cost(problem, m, target, sources, branches) for m in (4, 2)}
-    best = min(costs, key=costs.get)
-    if costs[best] > dense.WORTH * direct:
-        return Declined(
-            f"Winograd: F({best}x{best}) is expected to take {costs[best] / direct:.2f} of direct"
-        )
-    return best
+    return dense.cheapest(costs, direct)
 
 
 def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:

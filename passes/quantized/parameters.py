@@ -6,7 +6,7 @@ from __future__ import annotations
 from passes.quantized import tricks
 from passes.quantized.operators import GRAINS
 from passes.quantized.ranges import OBSERVERS
-from passes.treatment import as_number
+from passes.treatment import as_number, parse_density
 
 DEFAULTS = {
     "observer": "mse",
@@ -36,13 +36,6 @@ def _switch(value: object) -> bool:
     return value
 
 
-def _density(value: object) -> float:
-    number = as_number(value)
-    if not 0 < number <= 1:
-        raise ValueError(f"density must be in (0, 1], not {value!r}")
-    return number
-
-
 def _grain(value: object) -> str:
     if value not in GRAINS:
         raise ValueError(f"unknown grain {value!r} for int8; known are {', '.join(GRAINS)}")
@@ -54,7 +47,7 @@ PARAMETERS = {
     "percentile": _percentile,
     "per_channel": _switch,
     "symmetric": _switch,
-    "density": _density,
+    "density": parse_density,
     "grain": _grain,
     **tricks.PARAMETERS,
 }

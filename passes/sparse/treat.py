@@ -17,7 +17,7 @@ from passes.sparse.cost import estimate
 from passes.sparse.format import GRAINS, best_grain, block_of, block_pattern, grain_densities
 from passes.sparse.grains import Grain
 from passes.sparse.operators import sparse_call
-from passes.treatment import as_number
+from passes.treatment import parse_density
 from schedules.errors import Declined
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
@@ -31,14 +31,6 @@ _SMALLEST_REDUCTION = 16
 def parse_grain(value: object) -> str:
     """A grain's name. Raises ValueError."""
     return Grain.parse(value).name
-
-
-def parse_density(value: object) -> float:
-    """A density in (0, 1]. Raises ValueError."""
-    density = as_number(value)
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], not {value!r}")
-    return density
 
 
 PARAMETERS = {"grain": parse_grain, "density": parse_density}
