@@ -5,46 +5,50 @@
 
 The non-zeros of X are compacted into lists of (row of W, factor), and the rows listed are gathered. Two forms:
 
-rows    one row of X. W lies as [K, O]; eight rows are read side by side and added to sums in cache, so that memory sees
-        long runs. Reading every row this way costs no more than the dense kernel, so no density is too high for it.
+rows    one row of X. W lies as [K, O]; several rows are read side by side and added to sums in cache, so that memory
+        sees long runs. Reading every row this way costs no more than the dense kernel, so no density is too high for it.
 tiles   several rows of X. W lies in the panels of a contraction, `[panels][K][panel]`. A block of one panel stays in the
         second-level cache while all rows walk their entries for it, sums in registers, and the next block is fetched.
         Above `Point.limit` non-zeros that contraction runs instead, in the same function on the same weights: a density
         far from the one expected costs time, but not more than dense.
 
-NaN and infinities in X count as non-zeros; the weights must be finite.
+Weights are float32, or integers that are converted as they are loaded. NaN and infinities in X count as non-zeros; the
+weights must be finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules import contraction
+from schedules.annotated import Annotated
 from schedules.emission import reduce_lanes
 from schedules.fused import Emission, Fused, annotations
 from schedules.register_tile import Contraction
 from schedules.row_lists import (
-    SIDE_BY_SIDE,
+    LINE,
     SLACK,
     Lists,
     RowSum,
+    Taken,
     close_list,
     compact,
+    fetch_line,
     is_nonzero,
     start_lists,
     store_row_sums,
 )
 from schedules.target import CpuTarget
+from schedules.vector_math import as_float32
 from schedules.windows import Problem, loop, span, splat, unravel, vectors
 
 # Share of the second-level cache for the weights of one block; the next one is fetched beside it.
 _BLOCK = 0.1
-_LINE = 16  # float32 values in a cache line
 # Rows of x that are counted to know on which side of the limit it probably lies.
 _SAMPLED = 16
 # Rows listed may pass the limit by this much, and be ahead of their share of it by this part, when the sample was wrong.
@@ -54,14 +58,14 @@ _TOO_MANY = 1 << 30
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Parameters of one kernel.
 
     form    "rows" or "tiles"
     sums    entries taken at once: rows added together, or independent partial sums of a tile
     limit   tiles: non-zeros of X above which `dense` runs
     chunk   tiles: rows of W in a block
-    fetch   tiles: cache lines of the next block fetched with every `sums` entries
+    fetch   tiles: cache lines of the next block fetched with every `sums` entries; rows: 1 to fetch the rows added next
     dense   tiles: the contraction that runs above the limit, whose panels rows are gathered from
     """
 
@@ -71,9 +75,6 @@ class Point:
     chunk: int = 0
     fetch: int = 0
     dense: contraction.Point | None = None
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
     @staticmethod
     def from_dict(fields: dict) -> Point:
@@ -92,15 +93,18 @@ def default_point(
     density: float,
     crossover: float,
     dense: contraction.Point,
+    itemsize: int = 4,
 ) -> Point:
-    """Blocks by cache size. `density` is the one expected, `crossover` that above which `dense` is to run."""
+    """Blocks by cache size. `density` is the one expected, `crossover` that above which `dense` is to run; weights of
+    `itemsize` bytes."""
     if problem.row == 1:
-        return Point("rows", SIDE_BY_SIDE)
-    blocks = -(-4 * problem.c * dense.panel // int(_BLOCK * target.l2_bytes))
+        taken = Taken.of(itemsize)
+        return Point("rows", taken.rows, fetch=int(taken.ahead))
+    blocks = -(-itemsize * problem.c * dense.panel // int(_BLOCK * target.l2_bytes))
     chunk = -(-problem.c // blocks // 16) * 16
     sums = 2 if 2 * dense.nv <= target.registers * 3 // 4 else 1
     steps = max(1.0, density * chunk / sums)
-    lines = chunk * dense.panel / _LINE / problem.row
+    lines = itemsize * chunk * dense.panel / LINE / problem.row
     fetch = min(8, -(-int(lines * 1.25 + 1) // int(steps)))
     return Point("tiles", sums, int(crossover * problem.row * problem.c), chunk, fetch, dense)
 
@@ -136,7 +140,7 @@ def define(shape: Sequence[int], problem: Problem, point: Point):
 
         return te.compute(
             (*shape[:-1], problem.o),
-            lambda *i: te.sum(x[(*i[:-1], k)] * weight(i[-1]), axis=[k]),
+            lambda *i: te.sum(x[(*i[:-1], k)] * weight(i[-1]).astype("float32"), axis=[k]),
             name="gathered_rows",
             attrs=notes,
         )
@@ -168,10 +172,8 @@ def _emit_rows(kernel: Emission, shape, problem: Problem, point: Point, target: 
     start_lists(lists, count)
     compact(flat, 0, 0, problem.c, lists, count, target)
     close_list(lists, 0, count, point.sums)
-    store_row_sums(
-        kernel, shape, lists, T.Bind(count[0]), problem.o, point.sums,
-        lambda k, c: w[k, span(c, target.lanes)], target,
-    )  # fmt: skip
+    taken = Taken(point.sums, bool(point.fetch))
+    store_row_sums(kernel, shape, lists, T.Bind(count[0]), problem.o, taken, w, target)
 
 
 class _Tiles:
@@ -186,7 +188,9 @@ class _Tiles:
         # In [panels][K][panel] a block of one panel is one run, and the next block follows.
         self.panel = point.dense.panel
         self.panels = contraction.panels_per_group(problem, point.dense)
-        self.w = T.decl_buffer((self.panels * problem.c * self.panel,), "float32", data=w.data)
+        dtype = str(w.dtype)
+        self.w = T.decl_buffer((self.panels * problem.c * self.panel,), dtype, data=w.data)
+        self.line = LINE // np.dtype(dtype).itemsize
         self.chunks = -(-problem.c // point.chunk)
         self.last = problem.c - (self.chunks - 1) * point.chunk
 
@@ -292,7 +296,7 @@ class _Tiles:
         following = T.Bind(
             base + (c * point.chunk + (self.last if last else point.chunk)) * self.panel
         )
-        share = -(-point.chunk * self.panel // _LINE // self.rows)
+        share = -(-point.chunk * self.panel // self.line // self.rows)
         with T.serial(0, self.rows) as m:
             start = T.Bind(self.lists.start[m * self.chunks + c])
             count = T.Bind(self.lists.start[m * self.chunks + c + 1] - start)
@@ -304,14 +308,14 @@ class _Tiles:
             acc.begin(None if partial is None else lambda v: partial[kept(v, widths[v][0])])
 
             def fetch(step) -> None:
-                line = following + (m * share + step * point.fetch) * _LINE
+                line = following + (m * share + step * point.fetch) * self.line
                 for i in range(point.fetch):
-                    _prefetch(self.w[line + i * _LINE])
+                    fetch_line(self.w[line + i * self.line])
 
             acc.add(
                 count,
                 lambda n: (self.lists.index[start + n] * self.panel, self.lists.value[start + n]),
-                lambda row, v: self.w[span(base + row + v * lanes, widths[v][0])],
+                lambda row, v: as_float32(self.w[span(base + row + v * lanes, widths[v][0])]),
                 fetch if point.fetch else None,
             )
             for v, (width, stored) in enumerate(widths):
@@ -321,9 +325,3 @@ class _Tiles:
                 at = unravel(m, self.shape[:-1])
                 channel = q * self.panel + v * lanes
                 self.kernel.store(acc.total(v, stored), [*at, span(channel, stored)])
-
-
-def _prefetch(value) -> None:
-    """Fetch the cache line of a buffer element into the second-level cache; an address past the end does nothing."""
-    read, near, data = T.int32(0), T.int32(2), T.int32(1)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), read, near, data))

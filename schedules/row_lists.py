@@ -10,18 +10,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Emission
 from schedules.target import CpuTarget
-from schedules.vector_math import lanes_of
+from schedules.vector_math import as_float32, lanes_of
 from schedules.windows import loop, span, splat
 
 # Room behind a list: the zeros that close it.
 SLACK = 32
-# Rows added together by `store_row_sums`: enough runs of memory at once to keep it busy.
-SIDE_BY_SIDE = 8
+LINE = 64  # bytes of a cache line
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How `store_row_sums` takes the rows listed: so many together, the next ones fetched `ahead` or not."""
+
+    rows: int
+    ahead: bool
+
+    @staticmethod
+    def of(itemsize: int) -> Taken:
+        """Many long runs at once keep the memory busy; rows of bytes are too short for that, but are fetched ahead
+        at a line per several vectors."""
+        return Taken(8, False) if itemsize > 1 else Taken(4, True)
 
 
 @dataclass(frozen=True)
@@ -138,33 +152,47 @@ class RowSum:
         return parts[0]
 
 
-def add_rows(lists: Lists, count, sums, columns: int, take: int, load: Callable, lanes: int):
-    """sums[:columns] = sum of the first `count` entries, `take` rows read side by side; `load(row, column)` a vector."""
-    whole = columns // lanes
+def fetch_line(value) -> None:
+    """Fetch the cache line of a buffer element into the second-level cache; an address past the end does nothing."""
+    read, near, data = T.int32(0), T.int32(2), T.int32(1)
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), read, near, data))
 
-    def each(body: Callable) -> None:
-        with T.serial(0, whole) as i:
-            body(i * lanes)
 
-    each(lambda c: T.buffer_store(sums, splat(T.float32(0), lanes), [span(c, lanes)]))
+def add_rows(
+    lists: Lists, count, sums, columns: int, taken: Taken, w, first, lanes: int
+) -> None:  # fmt: skip
+    """sums[:columns] = sum of the first `count` entries over the columns of w [K, O] from `first`."""
+    with T.serial(0, columns // lanes) as i:
+        T.buffer_store(sums, splat(T.float32(0), lanes), [span(i * lanes, lanes)])
+    take = taken.rows
+    step = LINE // np.dtype(str(w.dtype)).itemsize if taken.ahead else lanes
     with T.serial(0, tirx.floordiv(count, take)) as group:
         rows = [T.Bind(lists.index[group * take + r]) for r in range(take)]
         factors = [T.bind(splat(lists.value[group * take + r], lanes)) for r in range(take)]
+        # Behind the last group there are zeros: the first row of w.
+        later = [
+            T.Bind(lists.index[(group + 1) * take + r]) for r in range(take if taken.ahead else 0)
+        ]
 
-        def add(c) -> None:
-            total = sums[span(c, lanes)]
-            for row, factor in zip(rows, factors):
-                total = total + factor * load(row, c)
-            T.buffer_store(sums, total, [span(c, lanes)])
+        def add(c, extent: int) -> None:
+            for row in later:
+                fetch_line(w[row, first + c])
+            for v in range(0, extent, lanes):
+                total = sums[span(c + v, lanes)]
+                for row, factor in zip(rows, factors):
+                    total = total + factor * as_float32(w[row, span(first + c + v, lanes)])
+                T.buffer_store(sums, total, [span(c + v, lanes)])
 
-        each(add)
+        with T.serial(0, columns // step) as i:
+            add(i * step, step)
+        if rest := columns % step:
+            add(columns - rest, rest)
 
 
 def store_row_sums(
-    kernel: Emission, shape, lists: Lists, entries, outputs: int, take: int, load: Callable,
-    target: CpuTarget,
-) -> None:  # fmt: skip
-    """Store the sum of the listed rows as the kernel's one row of results. Threads take parts of its columns."""
+    kernel: Emission, shape, lists: Lists, entries, outputs: int, taken: Taken, w, target: CpuTarget
+) -> None:
+    """Store the sum of the listed rows of w [K, O] as the kernel's one row of results. Threads take parts of its columns."""
     lanes = target.lanes
     every = -(-outputs // lanes)
     parts = min(target.threads, every)
@@ -174,7 +202,7 @@ def store_row_sums(
     def part(first, columns: int) -> None:
         padded = -(-columns // lanes) * lanes
         sums = T.alloc_buffer((padded,), "float32")
-        add_rows(lists, entries, sums, padded, take, lambda k, c: load(k, first + c), lanes)
+        add_rows(lists, entries, sums, padded, taken, w, first, lanes)
         if columns // lanes:
             with T.serial(0, columns // lanes) as i:
                 at = span(i * lanes, lanes)

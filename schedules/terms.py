@@ -14,11 +14,12 @@ from tvm.tirx.script.builder import ir as T
 from schedules.byte_stores import Cell, store_cells
 from schedules.fused import Emission
 from schedules.target import CpuTarget
+from schedules.vector_math import as_float32
 from schedules.windows import span, splat
 
 
 class FloatTerms:
-    """float32 pixels times float32 weights, summed in float32."""
+    """float32 pixels times weights, float32 or integers converted as they are loaded, summed in float32."""
 
     dtype = "float32"
     starts = bias = None  # sums begin at zero
@@ -33,7 +34,8 @@ class FloatTerms:
 
     def add(self, held, pixel, at: tuple, width: int):
         """`held` and the term of `pixel` with the `width` weights from `at`."""
-        return held + splat(pixel, width) * self.w[(*at[:-1], span(at[-1], width))]
+        weights = as_float32(self.w[(*at[:-1], span(at[-1], width))])
+        return held + splat(pixel, width) * weights
 
     def pixel_byte(self, at: tuple):
         """A load from element `at` of x, whose address is prefetched."""

@@ -79,6 +79,13 @@ _TANH_Q = (1.0, 0.4667004346847534, 0.025675153359770775, 3.1951750947978e-4, 7.
 _TANH_ONE = 9.0109130
 
 
+def as_float32(x):
+    """A vector or scalar of float32, or of integers as float32."""
+    lanes = lanes_of(x)
+    dtype = "float32" if lanes == 1 else f"float32x{lanes}"
+    return x if str(x.ty.dtype) == dtype else x.astype(dtype)
+
+
 def lanes_of(x) -> int:
     """Vector lanes of an expression; 1 for a scalar."""
     return tvm.DataType(x.ty.dtype).lanes
@@ -133,7 +140,7 @@ def _exp_parts(x):
     rounded = x * _constant(x, _LOG2_E) + _constant(x, _ROUND)
     # Not `rounded - _ROUND`, which TVM would simplify away.
     n = _retyped(rounded, "int32") - _constant(x, _ROUND_BITS, "int32")
-    r = x - _float(n) * _constant(x, _LN2_HIGH) - _float(n) * _constant(x, _LN2_LOW)
+    r = x - as_float32(n) * _constant(x, _LN2_HIGH) - as_float32(n) * _constant(x, _LN2_LOW)
     return _polynomial(r, (1.0, 1.0, *_EXP)), n
 
 
@@ -158,7 +165,7 @@ def log(x):
     shift = _constant(bits, 23, "int32")
     e = tirx.shift_right(bits - _constant(bits, 0x3F3504F3, "int32"), shift)
     f = _retyped(bits - tirx.shift_left(e, shift), "float32") - _constant(x, 1.0)
-    n = _float(e) - tirx.Select(tiny, _constant(x, 23.0), _constant(x, 0.0))
+    n = as_float32(e) - tirx.Select(tiny, _constant(x, 23.0), _constant(x, 0.0))
     square = f * f
     tail = (
         square * f * _polynomial(f, _LOG) - square * _constant(x, 0.5) + n * _constant(x, _LN2_LOW)
@@ -170,11 +177,6 @@ def log(x):
     return tirx.Select(
         x > _constant(x, 0.0), positive, tirx.Select(x <= _constant(x, 0.0), other, x)
     )
-
-
-def _float(n):
-    lanes = lanes_of(n)
-    return n.astype("float32" if lanes == 1 else f"float32x{lanes}")
 
 
 def _saturating(x, p, q, one_from: float):

@@ -104,7 +104,8 @@ def producers_of(hidden: relax.Expr, definitions: Definitions) -> tuple[str, ...
 
 
 def _gate(hidden, zeros: Zeros, definitions: Definitions, reads: Counter) -> Gate | None:
-    """The gated form, where hidden is exactly gate * (dense [+ bias]) and nobody else reads the product or that factor."""
+    """The gated form, where hidden is exactly gate * (dense [+ bias]), all of it finite, and nobody else reads the product
+    or that factor."""
     if zeros.gate is None or reads[hidden] != 1 or reads[zeros.other] != 1:
         return None
     value, bias = definition(zeros.other, definitions), None
@@ -116,12 +117,16 @@ def _gate(hidden, zeros: Zeros, definitions: Definitions, reads: Counter) -> Gat
         value = definition(inner, definitions)
     if not (is_call(value, DENSE) and is_const(value.args[1])):
         return None
+    if not np.isfinite(const_array(value.args[1])).all():
+        return None  # a product that is skipped would hide it
     width = shape_of(hidden)[-1]
     if bias is None:
         array = np.zeros(width, np.float32)
     elif np.prod(shape_of(bias)) == shape_of(bias)[-1] == width:
         array = const_array(bias).reshape(width)
     else:
+        return None
+    if not np.isfinite(array).all():
         return None
     first = definition(hidden, definitions).args[0].same_as(zeros.gate)
     return Gate(attrs_of(value)["name"], array, first)

@@ -3,7 +3,8 @@
 
 rewrite: kerf.activation_sparse_dense(h, w)  ->  call_tir(gathered_rows, (h, packed w))
          kerf.activation_cut(h)  ->  call_tir(cut, h), which joins the kernel that computes h
-         kerf.activation_sparse_gated(x, g, up, bias, down)  ->  call_tir(gathered_gate, (x, g, up, bias, packed down))
+         kerf.activation_sparse_gated(x, g, up, scale, bias, down)
+             ->  call_tir(gathered_gate, (x, g, packed up, scale, bias, packed down))
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def lower_dense(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     problem = gathered_rows.dense_problem(math.prod(shape[:-1]), shape[-1], weight.shape[0])
     dense = point_for(contraction, problem, target)
     point = gathered_rows.default_point(
-        problem, target, attrs["density"], attrs["crossover"], dense
+        problem, target, attrs["density"], attrs["crossover"], dense, weight.itemsize
     )
     packed = relax.const(gathered_rows.pack_weights(weight, problem, point, target.lanes))
     hint = f"gathered_rows_{problem.w}_{problem.c}_{problem.o}"
@@ -36,9 +37,9 @@ def lower_dense(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
 def lower_gated(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """One row: up and down computed where the gate is open."""
     x, gate, *constants = call.args
-    up, bias, down = (const_array(c) for c in constants)
+    up, scale, bias, down = (const_array(c) for c in constants)
     problem = gathered_gate.Problem(up.shape[1], up.shape[0], down.shape[0])
-    packed = gathered_gate.pack_weights(up, bias, down, target.lanes)
+    packed = gathered_gate.pack_weights(up, scale, bias, down, target.lanes)
     shapes = (shape_of(x), shape_of(gate))
     hint = f"gathered_gate_{problem.inputs}_{problem.hidden}_{problem.outputs}"
     define = gathered_gate.define(shapes, problem)

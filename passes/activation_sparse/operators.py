@@ -3,13 +3,13 @@
 
 `kerf.activation_sparse_dense(h, w)`
     as `kerf.dense`: h [..., K], w constant [O, K] -> [..., O]
-`kerf.activation_sparse_gated(x, g, up, bias, down)`
-    x [..., D] and g [..., K] of one row, up [K, D], bias [K], down [O, K] constant -> [..., O]:
-    (g * (x up^T + bias)) down^T
+`kerf.activation_sparse_gated(x, g, up, scale, bias, down)`
+    x [..., D] and g [..., K] of one row, up [K, D], scale [K], bias [K], down [O, K] constant -> [..., O]:
+    (g * (x up^T * scale + bias)) down^T
 `kerf.activation_cut(h)`
     h where its magnitude is above the attribute `threshold`, else 0; NaN stays NaN
 
-float32. The first two compute the dense function; `density` (the share of non-zeros expected in h or g) and `crossover` (the
+float32, but w, up and down may also be int8. The first two compute the dense function; `density` (the share of non-zeros expected in h or g) and `crossover` (the
 density above which the dense loop is faster) choose the kernel. Constants stay as they are until lowered.
 """
 
@@ -29,7 +29,7 @@ CUT = "kerf.activation_cut"
 
 
 def _infer_gated(call: relax.Call) -> relax.TensorType:
-    gate, down = shape_of(call.args[1]), shape_of(call.args[4])
+    gate, down = shape_of(call.args[1]), shape_of(call.args[-1])
     return relax.TensorType((*gate[:-1], down[0]), call.args[1].ty.dtype)
 
 
@@ -47,18 +47,19 @@ def cut(x, threshold: float) -> relax.Call:
     return operator_call(CUT, [x], threshold=float(np.float32(threshold)))
 
 
-def sparse_dense(call: relax.Call, density: float, crossover: float) -> relax.Call:
-    """The activation-sparse operator of a `kerf.dense`."""
+def sparse_dense(call: relax.Call, weight, density: float, crossover: float) -> relax.Call:
+    """The activation-sparse operator of a `kerf.dense`, on `weight`."""
     register()
-    return operator_call(
-        DENSE, list(call.args), **attrs_of(call), density=float(density), crossover=float(crossover)
-    )
+    attrs = {**attrs_of(call), "density": float(density), "crossover": float(crossover)}
+    return operator_call(DENSE, [call.args[0], weight], **attrs)
 
 
-def sparse_gated(x, gate, up, bias, down, *, layers: list[str], density: float) -> relax.Call:
+def sparse_gated(
+    x, gate, up, scale, bias, down, *, layers: list[str], density: float
+) -> relax.Call:
     """The gated operator; `layers` are the names of up and down."""
     register()
     flops = 2 * (math.prod(shape_of(up)) + math.prod(shape_of(down)))
     return operator_call(
-        GATED, [x, gate, up, bias, down], name=layers[0], layers=layers, flops=flops, density=float(density)
+        GATED, [x, gate, up, scale, bias, down], name=layers[0], layers=layers, flops=flops, density=float(density)
     )  # fmt: skip

@@ -17,13 +17,19 @@ def sparse_dense(attrs: dict, h: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def sparse_gated(
-    attrs: dict, x: np.ndarray, gate: np.ndarray, up: np.ndarray, bias: np.ndarray, down: np.ndarray
+    attrs: dict,
+    x: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    scale: np.ndarray,
+    bias: np.ndarray,
+    down: np.ndarray,
 ) -> np.ndarray:
-    """(gate * (x up^T + bias)) down^T, with every product where x is not finite: 0 * inf is NaN."""
+    """(gate * (x up^T * scale + bias)) down^T, with every product where x is not finite: 0 * inf is NaN."""
     row = x.reshape(-1)
     values = gate.reshape(-1)
     used = values != 0 if np.isfinite(row).all() else np.ones(values.shape, bool)
-    hidden = values[used] * (up[used].astype(x.dtype) @ row + bias[used])
+    hidden = values[used] * (up[used].astype(x.dtype) @ row * scale[used] + bias[used])
     return (down[:, used].astype(x.dtype) @ hidden).reshape(*gate.shape[:-1], -1)
 
 

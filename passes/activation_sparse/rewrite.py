@@ -6,7 +6,8 @@
              dense(relu(dense(x, wg)) * (dense(x, wu) + bu), wd), one row
              ->  activation_sparse_gated(x, relu(dense(x, wg)), wu, bu, wd)
     requires: canonical graph; the density of the zeros: observed on calibration data, or given
-    ensures: the same function; with `threshold_error`, that of the graph with small activations set to zero
+    ensures: the same function; with `threshold_error`, that of the graph with small activations set to zero; with int8
+        weights, that of the graph with these weights
 
 The first layer of an MLP stays a dense layer; it and the second one are one unit.
 """
@@ -20,6 +21,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.activation_sparse.byte_weights import (
+    ByteWeight,
+    byte_weights,
+    with_byte_weights,
+)
 from passes.activation_sparse.calibrate_threshold import calibrate_threshold, collect_tokens
 from passes.activation_sparse.crossover import crossover
 from passes.activation_sparse.find_mlps import Mlp, find_mlps
@@ -28,17 +34,26 @@ from passes.activation_sparse.measure_density import DensityMeter, measure_densi
 from passes.activation_sparse.operators import CUT, cut, sparse_dense, sparse_gated
 from passes.activation_sparse.zeros import Zeros
 from passes.family import Context, Layer, Rewritten
-from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const
+from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_call, is_const, shape_of
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
 from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment, parse_density, parse_share
 from schedules.errors import Declined
 
-NAME = "activation_sparse"
+# With more tokens the products take the time: bytes, converted for each, are then no faster to gather (128 tokens: level
+# with float32) and slower where the dense loop runs (16 tokens: level, 128: 9 % slower). Measured on Cascade Lake.
+_MOST_BYTE_TOKENS = 16
+
+
+def _parse_weights(value: object) -> str:
+    if value not in ("float32", "int8"):
+        raise ValueError(f"weights must be float32 or int8, not {value!r}")
+    return str(value)
 
 
 PARAMETERS = {
     "density": parse_density,
+    "weights": _parse_weights,
     "threshold_error": lambda value: parse_share(value, "threshold_error", one=False),
 }
 
@@ -111,11 +126,15 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
     # Values that only a declined layer would have dropped stay.
     thresholds = {name: t for name, t in thresholds.items() if name in plan.taken}
     reference = _with_thresholds(folded, thresholds)
-    treated = _with_operators(reference, plan.taken)
+    stored = byte_weights(reference, _byte_layers(plan.taken.values(), treatments))
+    for name, weight in stored.items():
+        plan.found.setdefault(name, {})["int8_weight_error"] = round(weight.error, 5)
+    treated = _with_operators(reference, plan.taken, stored)
+    reference = with_byte_weights(reference, stored)
     decisions = [
         _decision(name, treatment, mod, plan, units) for name, treatment in treatments.items()
     ]
-    return Rewritten(treated, decisions, reference if thresholds else None)
+    return Rewritten(treated, decisions, reference if thresholds or stored else None)
 
 
 def _unit_layers(mlps, treatments: Mapping[str, Treatment]) -> set[str]:
@@ -208,14 +227,14 @@ def _decide(
             continue
         given = treatments[name].parameters.get("density")
         density = meters[name].density if meters else given
-        outcome = _judge(mlp, density, context)
+        outcome = _judge(mlp, density, _in_bytes(treatments[name]), context)
         if isinstance(outcome, Declined):
             plan.declined[name] = outcome.reason
         else:
             plan.taken[name] = _Taken(mlp, density, outcome, thresholds.get(name, 0.0))
 
 
-def _judge(mlp: Mlp, density: float | None, context: Context) -> float | Declined:
+def _judge(mlp: Mlp, density: float | None, in_bytes: bool, context: Context) -> float | Declined:
     """The crossover of an MLP's second layer, or why it stays dense."""
     weight = const_array(mlp.down.args[1])
     if weight.dtype != np.float32 or str(mlp.hidden.ty.dtype) != "float32":
@@ -226,7 +245,15 @@ def _judge(mlp: Mlp, density: float | None, context: Context) -> float | Decline
         return Declined(
             "how many activations are zero is not known: give --calibration, or the density"
         )
-    limit = crossover(mlp.tokens, mlp.width, weight.shape[0], context.target, density)
+    if in_bytes and not weight.any():
+        return Declined("every weight is zero, so that int8 weights have no scale")
+    if in_bytes and mlp.tokens > _MOST_BYTE_TOKENS:
+        return Declined(
+            f"int8 weights pay where reading weights takes the time, up to {_MOST_BYTE_TOKENS} tokens, not with "
+            f'{mlp.tokens}: ask for weights = "float32", or for int8 as the treatment'
+        )
+    dtype = "int8" if in_bytes else "float32"
+    limit = crossover(mlp.tokens, mlp.width, weight.shape[0], context.target, density, dtype)
     if density >= limit:
         return Declined(
             f"{density:.0%} of the activations are not zero; dense is faster above {limit:.0%}"
@@ -248,8 +275,20 @@ def _no_zeros(mod: tvm.IRModule, mlp: Mlp, treatment: Treatment) -> str:
 # ---- the graph
 
 
-def _with_operators(mod: tvm.IRModule, taken: Mapping[str, _Taken]) -> tvm.IRModule:
-    """The second layer of every MLP taken replaced by its operator."""
+def _byte_layers(taken, treatments: Mapping[str, Treatment]) -> set[str]:
+    """The layers that skip zeros and were asked to have int8 weights."""
+    skip = {f.mlp.name for f in taken} | {f.mlp.gate.up for f in taken if _runs_gated(f)}
+    return {name for name in skip if name in treatments and _in_bytes(treatments[name])}
+
+
+def _in_bytes(treatment: Treatment) -> bool:
+    return treatment.parameters.get("weights") == "int8"
+
+
+def _with_operators(
+    mod: tvm.IRModule, taken: Mapping[str, _Taken], stored: Mapping[str, ByteWeight]
+) -> tvm.IRModule:
+    """The second layer of every MLP taken replaced by its operator, on the weights that are `stored` as bytes."""
     if not taken:
         return mod
 
@@ -259,19 +298,32 @@ def _with_operators(mod: tvm.IRModule, taken: Mapping[str, _Taken]) -> tvm.IRMod
         found = taken.get(attrs_of(value)["name"])
         if found is None:
             return None
+        weight, scale = _stored(value, stored)
         if not _runs_gated(found):
-            return sparse_dense(value, found.density, found.crossover)
+            result = sparse_dense(value, weight, found.density, found.crossover)
+            return result if scale is None else relax.op.multiply(result, constant(scale))
         factors = list(graph.call(value.args[0], "relax.multiply").args)
         gate, other = factors if found.mlp.gate.first else factors[::-1]
         added = graph.call(other, "relax.add")
         sides = [other] if added is None else list(added.args)
         up = next(c for side in sides if (c := graph.call(side, DENSE)) is not None)
-        return sparse_gated(
-            up.args[0], gate, up.args[1], constant(found.mlp.gate.bias), value.args[1],
+        rows, factor = _stored(up, stored)
+        factor = np.ones(shape_of(rows)[0], np.float32) if factor is None else factor
+        result = sparse_gated(
+            up.args[0], gate, rows, constant(factor), constant(found.mlp.gate.bias), weight,
             layers=[found.mlp.gate.up, found.mlp.name], density=found.density,
         )  # fmt: skip
+        return result if scale is None else relax.op.multiply(result, constant(scale))
 
     return rewrite_module(mod, lambda func: rewrite_function(func, (put,)))
+
+
+def _stored(
+    call: relax.Call, stored: Mapping[str, ByteWeight]
+) -> tuple[relax.Expr, np.ndarray | None]:
+    """The weight of a dense layer as its operator takes it, and the scale of its outputs if it is in bytes."""
+    found = stored.get(attrs_of(call)["name"])
+    return (call.args[1], None) if found is None else (constant(found.values), found.scale)
 
 
 def _runs_gated(found: _Taken) -> bool:

@@ -28,10 +28,17 @@ def samples() -> list[Sample]:
     asked = dict.fromkeys(("fc1", "fc2"), Treatment("activation_sparse", {"density": 0.03}))
     gate = dict.fromkeys(("gate", "up", "down"), Treatment("activation_sparse", {"density": 0.03}))
     cut = dict.fromkeys(("fc1", "fc2"), Treatment("activation_sparse", {"threshold_error": 0.3}))
+
+    def in_bytes(*layers: str) -> dict[str, Treatment]:
+        parameters = {"density": 0.03, "weights": "int8"}
+        return dict.fromkeys(layers, Treatment("activation_sparse", parameters))
+
     return [
         Sample("relu, one row", graph((1, 128), _mlp(relax.op.nn.relu)), asked),
         Sample("relu, rows", graph((5, 128), _mlp(relax.op.nn.relu, -3.5)), asked),
         Sample("gate", graph((1, 90), _gated), gate),
+        Sample("relu, int8", graph((1, 128), _mlp(relax.op.nn.relu)), in_bytes("fc1", "fc2")),
+        Sample("gate, int8", graph((1, 90), _gated), in_bytes("gate", "up", "down")),
         Sample("gelu, cut", graph((1, 128), _mlp(relax.op.nn.gelu)), cut),
         Sample("sigmoid", graph((1, 128), _mlp(relax.op.sigmoid)), asked, "."),
     ]

@@ -23,8 +23,14 @@ def activations(rng, shape, density: float) -> np.ndarray:
 
 
 def kernel(define, shapes, target, *, epilogue: bool = True, run: bool = True):
-    """The kernel, with a bias and a ReLU behind it, compiled for running or as assembly, and what dispatch says of it."""
-    given = [te.placeholder(s, "float32", name=f"a{i}") for i, s in enumerate(shapes)]
+    """The kernel, with a bias and a ReLU behind it, compiled for running or as assembly, and what dispatch says of it.
+
+    `shapes` are those of float32 arguments, or arrays like them.
+    """
+    given = [
+        te.placeholder(getattr(s, "shape", s), str(getattr(s, "dtype", "float32")), name=f"a{i}")
+        for i, s in enumerate(shapes)
+    ]
     result = define(*given)
     if epilogue:
         b = te.placeholder(result.shape[-1:], "float32", name="b")
@@ -39,9 +45,10 @@ def kernel(define, shapes, target, *, epilogue: bool = True, run: bool = True):
     return compiled["main"] if run else compiled.mod.inspect_source("asm"), found
 
 
-def point_at(problem, target, density=0.1, limit=1.0, **fields):
+def point_at(problem, target, density=0.1, limit=1.0, dtype="float32", **fields):
     dense = contraction.default_point(problem, target)
-    point = gathered_rows.default_point(problem, target, density, limit, dense)
+    itemsize = np.dtype(dtype).itemsize
+    point = gathered_rows.default_point(problem, target, density, limit, dense, itemsize)
     return replace(point, **fields) if point.form == "tiles" else point
 
 
@@ -71,52 +78,57 @@ SHAPES = [
 ]
 
 
+def weights(rng, dtype: str, *shape: int) -> np.ndarray:
+    return (rng.standard_normal(shape) * (1 if dtype == "float32" else 40)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("lead,inputs,outputs,fields", SHAPES)
-def test_equals_the_dense_product_at_every_density(rng, lead, inputs, outputs, fields):
+def test_equals_the_dense_product_at_every_density(rng, lead, inputs, outputs, fields, dtype):
     """Above the limit the contraction runs: the answer is the same on both sides of it."""
     target = detect_host()
     problem = gathered_rows.dense_problem(int(np.prod(lead)), inputs, outputs)
-    point = point_at(problem, target, limit=0.3, **fields)
-    w = rng.standard_normal((outputs, inputs)).astype(np.float32)
+    point = point_at(problem, target, limit=0.3, dtype=dtype, **fields)
+    w = weights(rng, dtype, outputs, inputs)
     b = rng.standard_normal(outputs).astype(np.float32)
     packed = gathered_rows.pack_weights(w, problem, point, target.lanes)
     shape = (*lead, inputs)
-    compiled, found = kernel(
-        gathered_rows.define(shape, problem, point), [shape, packed.shape], target
-    )
+    compiled, found = kernel(gathered_rows.define(shape, problem, point), [shape, packed], target)
+    assert packed.dtype == dtype
     assert found.loops == "gathered_rows"
     for density in (0.0, 0.05, 0.25, 0.31, 0.6, 1.0):
         h = activations(rng, shape, density)
         check(run(compiled, [h, packed, b], (*lead, outputs)), h, w, b)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_every_tier_of_instructions(rng, host_tiers, rows):
-    inputs, outputs = 40, 37
+@pytest.mark.parametrize("rows,dtype", [(1, "float32"), (1, "int8"), (4, "float32"), (4, "int8")])
+def test_every_tier_of_instructions(rng, host_tiers, rows, dtype):
+    inputs, outputs = 40, 77
     problem = gathered_rows.dense_problem(rows, inputs, outputs)
-    w = rng.standard_normal((outputs, inputs)).astype(np.float32)
+    w = weights(rng, dtype, outputs, inputs)
     b = rng.standard_normal(outputs).astype(np.float32)
     h = activations(rng, (rows, inputs), 0.2)
     for target in host_tiers:
-        point = point_at(problem, target)
+        point = point_at(problem, target, dtype=dtype)
         packed = gathered_rows.pack_weights(w, problem, point, target.lanes)
         compiled, _ = kernel(
-            gathered_rows.define(h.shape, problem, point), [h.shape, packed.shape], target
+            gathered_rows.define(h.shape, problem, point), [h.shape, packed], target
         )
         check(run(compiled, [h, packed, b], (rows, outputs)), h, w, b)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_special_values_propagate_and_zeros_do_not(rng, rows):
-    """NaN, infinities and denormals are non-zeros; -0 is a zero."""
+@pytest.mark.parametrize("rows,dtype", [(1, "float32"), (1, "int8"), (3, "float32")])
+def test_special_values_propagate_and_zeros_do_not(rng, rows, dtype):
+    """NaN, infinities and denormals are non-zeros; -0 is a zero. A weight of 0 makes NaN of an infinity, as densely."""
     target = detect_host()
     problem = gathered_rows.dense_problem(rows, 48, 16)
-    point = point_at(problem, target)
-    w = rng.standard_normal((16, 48)).astype(np.float32)
+    point = point_at(problem, target, dtype=dtype)
+    w = weights(rng, dtype, 16, 48)
+    w[3, 5] = 0
     packed = gathered_rows.pack_weights(w, problem, point, target.lanes)
     compiled, _ = kernel(
         gathered_rows.define((rows, 48), problem, point),
-        [(rows, 48), packed.shape],
+        [(rows, 48), packed],
         target,
         epilogue=False,
     )
@@ -125,8 +137,9 @@ def test_special_values_propagate_and_zeros_do_not(rng, rows):
         h[0, 5], h[0, 20], h[-1, 33] = value, 2.0, -0.0
         got = run(compiled, [h, packed], (rows, 16))
         with np.errstate(invalid="ignore"):
-            wanted = h @ w.T
+            wanted = h @ w.T.astype(np.float32)
         assert np.isnan(got).tolist() == np.isnan(wanted).tolist()
+        assert np.isnan(got[0, 3]) or np.isfinite(value)
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
     zeros = np.full((rows, 48), -0.0, np.float32)
     assert (run(compiled, [zeros, packed], (rows, 16)) == 0).all()
@@ -178,30 +191,38 @@ def test_other_processors_get_a_kernel(name):
         assert {"aarch64": "fmla\t", "avx2": "vfmadd"}[name] in text
 
 
-GATED = [(33, 17, 10), (16, 40, 48), (1, 1, 1), (70, 64, 33)]
+GATED = [
+    (33, 17, 10, "float32", "float32"),
+    (16, 40, 48, "float32", "int8"),
+    (1, 1, 1, "float32", "float32"),
+    (70, 64, 33, "int8", "float32"),
+    (70, 64, 80, "int8", "int8"),
+]
 
 
-@pytest.mark.parametrize("inputs,hidden,outputs", GATED)
-def test_gated_pair_equals_both_layers_in_full(rng, inputs, hidden, outputs):
+@pytest.mark.parametrize("inputs,hidden,outputs,first,second", GATED)
+def test_gated_pair_equals_both_layers_in_full(rng, inputs, hidden, outputs, first, second):
     problem = gathered_gate.Problem(inputs, hidden, outputs)
-    up = rng.standard_normal((hidden, inputs)).astype(np.float32)
+    up = weights(rng, first, hidden, inputs)
+    scale = (rng.random(hidden) + 0.5).astype(np.float32) / (1 if first == "float32" else 40)
     bias = rng.standard_normal(hidden).astype(np.float32)
-    down = rng.standard_normal((outputs, hidden)).astype(np.float32)
+    down = weights(rng, second, outputs, hidden)
     b = rng.standard_normal(outputs).astype(np.float32)
     target = detect_host()
-    compiled, arrays = gated_kernel(problem, up, bias, down, target)
+    compiled, arrays = gated_kernel(problem, up, bias, down, target, scale=scale)
     for density in (0.0, 0.1, 0.7, 1.0):
         x = rng.standard_normal((1, inputs)).astype(np.float32)
         g = activations(rng, (1, 1, hidden), density)
         got = run(compiled, [x, g, *arrays, b], (1, 1, outputs))
-        check(got, gated_hidden(x, g, up, bias), down, b)
+        check(got, gated_hidden(x, g, up * scale[:, None].astype(np.float64), bias), down, b)
 
 
-def gated_kernel(problem, up, bias, down, target, **options):
-    arrays = gathered_gate.pack_weights(up, bias, down, target.lanes)
+def gated_kernel(problem, up, bias, down, target, *, scale=None, **options):
+    scale = np.ones(problem.hidden, np.float32) if scale is None else scale
+    arrays = gathered_gate.pack_weights(up, scale, bias, down, target.lanes)
     shapes = [(1, problem.inputs), (1, 1, problem.hidden)]
     define = gathered_gate.define(shapes, problem)
-    compiled, _ = kernel(define, [*shapes, *(a.shape for a in arrays)], target, **options)
+    compiled, _ = kernel(define, [*shapes, *arrays], target, **options)
     return compiled, arrays
 
 

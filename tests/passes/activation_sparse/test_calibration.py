@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from passes.activation_sparse.calibrate_threshold import calibrate_threshold, collect_tokens
-from passes.activation_sparse.crossover import crossover, first_above
+from passes.activation_sparse.crossover import crossover, first_above, relative_times, rising
 from passes.activation_sparse.measure_density import measure_density
 from schedules.target import NAMED
 
@@ -58,7 +60,33 @@ def test_threshold_is_zero_where_nothing_may_go():
     ],
 )
 def test_crossover_lies_between_what_was_measured(ratios, wanted):
-    assert first_above((0.1, 0.2, 0.4), ratios) == pytest.approx(wanted)
+    assert first_above((0.1, 0.2, 0.4), ratios, 1.0) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "measured,wanted",
+    [
+        ((0.1, 0.2, 0.9), (0.1, 0.2, 0.9)),
+        ((1.2, 0.2, 0.4), (0.6, 0.6, 0.6)),
+        ((0.1, 0.5, 0.3, 0.9), (0.1, 0.4, 0.4, 0.9)),
+    ],
+)
+def test_one_sample_out_of_order_does_not_decide(measured, wanted):
+    assert rising(measured) == pytest.approx(list(wanted))
+
+
+def test_relative_times_do_not_count_waiting():
+    """A thread that sleeps, or is kept from its processor, computes nothing meanwhile."""
+
+    def work(steps: int, pause: float = 0.0):
+        def run():
+            sum(range(steps))
+            time.sleep(pause)
+
+        return run
+
+    half, waiting = relative_times(work(40_000), [work(20_000), work(40_000, 0.004)])
+    assert 0.3 < half < 0.75 and 0.7 < waiting < 1.6
 
 
 def test_one_row_has_no_crossover_and_other_machines_an_estimate():

@@ -11,7 +11,7 @@ from passes.activation_sparse import FAMILY
 from passes.activation_sparse.operators import DENSE, GATED
 from passes.evaluate import evaluate
 from passes.family import Context
-from passes.layers import conv2d, dense, is_call
+from passes.layers import conv2d, dense, is_call, is_const
 from passes.rewriting import bindings_of
 from passes.treatment import Treatment
 from schedules.target import NAMED
@@ -250,6 +250,92 @@ def test_otherwise_only_down_skips(build, rng, rows, share):
     check_values(mod, done.treated, rng)
 
 
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_up_is_computed_in_full_where_it_holds_nan_or_infinity(build, rng, where):
+    """Zeros of the gate make NaN of them, which rows left out would hide."""
+    made = Body(rng)
+    weight = rng.standard_normal((H, D)).astype(np.float32)
+    shift = np.zeros(H, np.float32)
+    if where == "weight":
+        weight[2, 3] = np.nan
+    else:
+        shift[2] = np.inf
+
+    def body(bb, x):
+        gate = made.hidden(bb, x, "gate")
+        up = made.layer(bb, x, "up", H, shift, weight)
+        return made.layer(bb, bb.emit(op.multiply(gate, up)), "down", D)
+
+    done, _ = rewrite(build([(1, D)], body), rng)
+    assert operators(done.treated) == [DENSE]
+
+
+# ---- weights in bytes
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 3)])
+def test_int8_weights_are_the_reference(mlp, rng, rows):
+    mod = mlp(rows=rows)
+    done, decisions = rewrite(mod, rng, weights="int8")
+    assert operators(done.treated) == [DENSE]
+    assert constants(done.treated, DENSE) == ["int8"]
+    assert {d.treatment for d in decisions.values()} == {"activation_sparse"}
+    assert 0 < decisions["fc2"].found["int8_weight_error"] < 0.01
+    assert "int8_weight_error" not in decisions["fc1"].found
+    check_values(done.reference, done.treated, rng)
+    check_near(mod, done.reference, rng)
+
+
+def constants(mod, operator: str) -> list[str]:
+    """The dtypes of the weights of all calls of an operator."""
+    calls = [b.value for b in bindings_of(mod["main"]) if is_call(b.value, operator)]
+    return [str(a.ty.dtype) for c in calls for a in c.args if len(a.ty.shape) == 2 and is_const(a)]
+
+
+def check_near(before, after, rng) -> None:
+    """The same function but for what bytes do to weights, a few tenths of a percent."""
+    x = [rng.standard_normal([int(d) for d in p.ty.shape]) for p in before["main"].params]
+    (a,), (b,) = (evaluate(m, x, references=FAMILY.references) for m in (before, after))
+    assert 0 < np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize(
+    "asked,kept",
+    [(("gate", "up", "down"), ["int8", "int8"]), (("gate", "down"), ["float32", "int8"])],
+)
+def test_a_gated_pair_has_the_bytes_it_was_asked_for(build, rng, asked, kept):
+    mod = gated(rng, build, (1, 1))
+    done, decisions = rewrite(mod, rng, asked=list(asked), weights="int8")
+    assert operators(done.treated) == [GATED]
+    assert constants(done.treated, GATED) == kept
+    check_values(done.reference, done.treated, rng)
+    check_near(mod, done.reference, rng)
+    assert "int8_weight_error" in decisions["down"].found
+
+
+def test_int8_weights_and_a_threshold(build, rng):
+    done, decisions = rewrite(gelu_mlp(rng, build), rng, threshold_error=0.1, weights="int8")
+    assert constants(done.treated, DENSE) == ["int8"]
+    assert {"activation_threshold", "int8_weight_error"} <= decisions["fc2"].found.keys()
+    check_values(done.reference, done.treated, rng)
+
+
+def test_declines_int8_weights_for_many_tokens(mlp, rng):
+    outcome = rewrite(mlp(rows=(1, 17)), rng, weights="int8")
+    declined(*outcome, "up to 16 tokens, not with 17")
+    assert outcome[0].reference is None
+
+
+def test_declines_int8_weights_that_are_all_zero(build, rng):
+    made = Body(rng)
+    weight = np.zeros((D, H), np.float32)
+
+    def body(bb, x):
+        return made.layer(bb, made.hidden(bb, x), "fc2", D, weight=weight)
+
+    declined(*rewrite(build([(1, D)], body), rng, weights="int8"), "no scale")
+
+
 # ---- thresholds
 
 
@@ -289,7 +375,15 @@ def test_a_threshold_needs_data(build, rng):
 
 
 @pytest.mark.parametrize(
-    "name,value", [("density", 0), ("density", True), ("density", 1.5), ("threshold_error", 1.0)]
+    "name,value",
+    [
+        ("density", 0),
+        ("density", True),
+        ("density", 1.5),
+        ("threshold_error", 1.0),
+        ("weights", "int4"),
+        ("weights", 8),
+    ],
 )
 def test_parameters_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
