@@ -31,6 +31,7 @@ class Linker:
             *self.command,
             "-shared",
             "-fPIC",
+            "-Wl,--strip-debug",  # more than half of what TVM generates, and nothing reads it
             "-o",
             str(output),
             *map(str, objects),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import Schedule, renew_defs
 
@@ -92,6 +93,18 @@ def _vectorise(sch: Schedule, axis, lanes: int) -> None:
         sch.vectorize(sch.split(axis, [None, lanes])[1])
 
 
+def _calls_llvm(body) -> bool:
+    """Whether LLVM's own operations are called by name. TVM takes vectors of them apart again; LLVM vectorises the loop."""
+    found = []
+
+    def visit(call) -> None:
+        named = isinstance(call.op, tvm.ir.Op) and call.op.name == "tirx.call_llvm_pure_intrin"
+        found.append(named)
+
+    tvm_ffi.structural_walk(body, (tvm.ir.expr.Call, visit))
+    return any(found)
+
+
 def _schedule_elementwise(sch: Schedule, block, target: CpuTarget) -> None:
     axes = sch.get_loops(block)
     if not axes:
@@ -100,7 +113,7 @@ def _schedule_elementwise(sch: Schedule, block, target: CpuTarget) -> None:
     last = axes[-1]
     if _extent(sch, last) <= 4 and len(axes) > 2:
         sch.unroll(last)  # an image's channels: fusing would put a division in every element
-    else:
+    elif not _calls_llvm(sch.get(block).body):
         _vectorise(sch, last, target.lanes)
     _parallelise(sch, axes[:-1], elements, target)
 

@@ -237,17 +237,9 @@ def test_plain_arithmetic(rng, monkeypatch):
     check_samples([dense_problems()[2], depthwise_problems()[2]], tiers()[-1], rng)
 
 
-@pytest.mark.parametrize("feature, instruction", [("dotprod", "sdot"), ("i8mm", "usdot")])
-def test_aarch64_compiles_to_its_dot_product(feature, instruction, rng):
-    features = ("neon", "dotprod", feature) if feature != "dotprod" else ("neon", "dotprod")
-    target = CpuTarget("arm", "aarch64", features)
-    samples = [dense_problems()[2], depthwise_problems()[1]]
-    weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
-    inputs = [np.zeros(s.x, "uint8") for s in samples]
-    mod, loops = scheduled(
-        graph(lambda bb, *xs: [layer(*of) for of in zip(samples, xs, weights)], inputs), target
-    )
-    assert {"int8_contraction", "int8_depthwise"} <= set(loops.values())
+def assembly(body: Callable, inputs: list[np.ndarray], target: CpuTarget) -> tuple[str, set]:
+    """The machine code of a graph's kernels, which need not run here, and their loop structures."""
+    mod, loops = scheduled(graph(body, inputs), target)
     kernels = tvm.IRModule(
         {
             gv: f.with_attr("global_symbol", gv.name_hint)
@@ -255,7 +247,40 @@ def test_aarch64_compiles_to_its_dot_product(feature, instruction, rng):
             if isinstance(f, tvm.tirx.PrimFunc)
         }
     )
-    assert f"\t{instruction}\t" in tvm.compile(kernels, target.tvm()).mod.inspect_source("asm")
+    return tvm.compile(kernels, target.tvm()).mod.inspect_source("asm"), set(loops.values())
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction", "register"),
+    [
+        (NAMED["avx512-vnni"], "vpdpbusd", "%zmm"),
+        (CpuTarget("avxvnni", "x86_64", (*NAMED["avx2"].features, "avxvnni")), "vpdpbusd", "%ymm"),
+        (NAMED["avx512"], "vpmaddwd", "%zmm"),
+        (NAMED["avx2"], "vpmaddwd", "%ymm"),
+        (CpuTarget("arm", "aarch64", ("neon", "dotprod")), "sdot", "v"),
+        (CpuTarget("arm", "aarch64", ("neon", "dotprod", "i8mm")), "usdot", "v"),
+    ],
+    ids=["VNNI", "VNNI 256", "AVX-512BW", "AVX2", "dotprod", "i8mm"],
+)
+def test_every_tier_compiles_to_its_instruction(target, instruction, register, rng):
+    samples = [dense_problems()[2], depthwise_problems()[1]]
+    weights = [rng.integers(-128, 128, s.w).astype("int8") for s in samples]
+    inputs = [np.zeros(s.x, "uint8") for s in samples]
+    found, loops = assembly(
+        lambda bb, *xs: [layer(*of) for of in zip(samples, xs, weights)], inputs, target
+    )
+    assert {"int8_contraction", "int8_depthwise"} <= loops
+    products = [line for line in found.splitlines() if f"\t{instruction}\t" in line]
+    assert sum(register in line for line in products) >= 8
+    assert "maddubs" not in found  # the instruction that saturates
+
+
+def test_rounding_alone_works_on_whole_registers():
+    """A tensor that its own kernel rounds: TVM would take vectors of `lrint` apart and store byte by byte."""
+    x = np.zeros((7, 96), "float32")
+    body = lambda bb, x: [int8.quantize(x, scale=0.1, zero_point=7)]  # noqa: E731
+    found, _ = assembly(body, [x], NAMED["avx512-vnni"])
+    assert "vcvtps2dq" in found and "vpextrb" not in found and "gather" not in found
 
 
 def requantized(
