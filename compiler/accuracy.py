@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LABELS = "labels"
 
 
+NO_NOISE = 999.0  # decibels, where there is none at all
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Samples of the inputs, each with its rows' labels, or None where there are none."""
@@ -112,9 +115,9 @@ class Accuracy:
 
 
 def _finite(value):
-    """JSON has no infinity; 999 decibels stand for no noise at all."""
+    """JSON has no infinity; `NO_NOISE` stands for it."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else math.copysign(999.0, value)
+        return None if math.isnan(value) else math.copysign(NO_NOISE, value)
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

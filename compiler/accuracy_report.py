@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from rich.text import Text
 
+from compiler.accuracy import NO_NOISE
+
 _WORST = 5
 
 
@@ -24,9 +26,12 @@ def accuracy_lines(document: Mapping | None) -> list[Text]:
         lines.append(
             f"dense and compressed agree on {document['agreement']:.2%} of {document['rows']} rows"
         )
-    lines.append(
-        f"outputs: cosine {document['cosine']:.6f}, signal to quantization noise {document['sqnr_db']:.1f} dB"
+    noise = (
+        f"cosine {document['cosine']:.6f}, signal to quantization noise {document['sqnr_db']:.1f} dB"
+        if document["sqnr_db"] < NO_NOISE
+        else "the same as before compression"
     )
+    lines.append(f"outputs: {noise}")
     if (limit := document.get("max_drop")) is not None:
         kept = document["kept_float"]
         lines.append(

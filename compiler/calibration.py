@@ -68,14 +68,14 @@ def _load(source, specs: Sequence, preprocess: str | None, ranges) -> Calibratio
         return source
     if isinstance(source, str) and source == RANDOM:
         return _random(specs, ranges)
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path)) and str(source):
         return _files(Path(source), specs, preprocess)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
         return _iterable(source, specs)
     raise UserError(
         "is not calibration data",
         where="calibration",
-        found=type(source).__name__,
+        found="an empty path" if source == "" else type(source).__name__,
         wanted="a .npz file, a directory, an iterable of samples, or 'random'",
     )
 

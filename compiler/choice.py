@@ -15,7 +15,9 @@ from compiler.artifact import CompiledVariant
 from passes.treatment import Decision
 
 if TYPE_CHECKING:
-    from compiler.driver import BuildOptions
+    from compiler.calibration import Calibration
+    from compiler.frontend import Imported
+    from schedules.target import CpuTarget
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class Times:
 
 
 def time_variants(
-    dense: CompiledVariant, compressed: CompiledVariant, imported, options: BuildOptions
+    dense: CompiledVariant,
+    compressed: CompiledVariant,
+    imported: Imported,
+    target: CpuTarget,
+    threads: int,
+    calibration: Calibration | None = None,
 ) -> Times:
     """Time "dense" and "compressed" kernel by kernel in alternating runs."""
     from compiler.profile import kernel_times, layer_sums
@@ -35,13 +42,13 @@ def time_variants(
     from compiler.verify import random_inputs
 
     models = {
-        v.name: from_variant(v, imported.inputs, imported.outputs, options.target, options.threads)
+        v.name: from_variant(v, imported.inputs, imported.outputs, target, threads)
         for v in (dense, compressed)
     }
     # Where times depend on the values, as they do with zeros among activations, the user's own count.
     inputs = random_inputs(imported.inputs, seed=0)
-    if options.calibration is not None:
-        inputs = next(iter(options.calibration.samples()))
+    if calibration is not None:
+        inputs = next(iter(calibration.samples()))
     times, _ = kernel_times(models, inputs, runs=20, seconds=4.0)
     return Times(
         {name: sum(us) for name, us in times.items()},

@@ -289,7 +289,9 @@ def compile_variants(
         # Layer by layer first; then what is left must pay as a whole.
         for too_slow in (slower_layers, slower_network):
             say("timing every layer, dense beside compressed")
-            times = time_variants(dense, compressed, imported, options)
+            times = time_variants(
+                dense, compressed, imported, options.target, options.threads, options.calibration
+            )
             more = too_slow(times, decisions) or slower_network(times, decisions)
             if not more:
                 break

@@ -241,11 +241,17 @@ def why_dense(rows: Sequence[Row]) -> list[Text]:
     for number, group in enumerate(_reasons(rows).values(), 1):
         distinct = dict.fromkeys(r["declined"] for r in group)
         text = next(iter(distinct))
-        count = f"{len(group)} layer{'s' * (len(group) > 1)}"
         lines.append(
-            Text(f"[{number}] {count}: {text}" + (" (and the like)" if len(distinct) > 1 else ""))
+            Text(
+                f"[{number}] {_layers(len(group))}: {text}"
+                + (" (and the like)" if len(distinct) > 1 else "")
+            )
         )
     return lines
+
+
+def _layers(count: int, kind: str = "") -> str:
+    return f"{count} {kind}layer{'s' * (count != 1)}"
 
 
 def hints(rows: Sequence[Row]) -> list[str]:
@@ -261,15 +267,15 @@ def hints(rows: Sequence[Row]) -> list[str]:
     ]
     if winograd:
         found.append(
-            f"{len(winograd)} 3x3 layers stay dense because Winograd beats element sparsity there; "
-            "prune them at grain out:4 or coarser"
+            f"dense because Winograd beats element sparsity: {_layers(len(winograd), '3x3 ')}; "
+            "prune at grain out:4 or coarser there"
         )
     zeroless = [
         r for r in rows if r.get("asked") == "sparse" and (r.get("found") or {}).get("density") == 1
     ]
     if zeroless:
         found.append(
-            f"{len(zeroless)} layers have no zeros: prune them in training, or add --prune "
+            f"without zeros: {_layers(len(zeroless))}; prune in training, or add --prune "
             "--density 0.1 to see what it would gain"
         )
     unused = [
@@ -278,7 +284,7 @@ def hints(rows: Sequence[Row]) -> list[str]:
         if r.get("asked") == "dense" and (r.get("found") or {}).get("density", 1) <= 0.5
     ]
     if unused:
-        found.append(f"{len(unused)} dense layers are at least half zeros: try --recipe sparse")
+        found.append(f"at least half zeros: {_layers(len(unused), 'dense ')}; try --recipe sparse")
     return found
 
 

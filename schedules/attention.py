@@ -11,12 +11,13 @@ A row whose scores are all -inf (fully masked) gives zeros, as `torch.nn.functio
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules import vector_math
+from schedules.annotated import Annotated
 from schedules.emission import (
     Row,
     Tile,
@@ -41,7 +42,7 @@ _STAGES = 7  # blocks of the definition
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Annotated):
     """Shapes and options. `causal` is "", "top_left" (j <= i) or "bottom_right" (j <= i + |k_len - q_len|);
     `bias` the shape of the bias, [B or 1, H or 1, Sq or 1, Sk], or () for none."""
 
@@ -60,23 +61,13 @@ class Problem:
         """Query row i sees the keys up to i + reach; None where it sees all."""
         return {"": None, "top_left": 0, "bottom_right": abs(self.k_len - self.q_len)}[self.causal]
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(**{**fields, "bias": tuple(fields["bias"])})
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Tile parameters: query rows by vectors of keys (and of values) in registers."""
 
     rows: int
     vectors: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
@@ -138,7 +129,10 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused attention."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with emitting(fused, _STAGES) as (kernel, (q, k, *bias, v)):
         _Emitter(kernel, problem, point, target, q, k, v, bias[0] if bias else None).emit()
     return kernel.func

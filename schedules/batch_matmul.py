@@ -8,18 +8,19 @@ last group of columns overlap the ones before them, so nothing is read or writte
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import loop, span, splat, tile_rows, unravel, vectors
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Annotated):
     """A [*a_batch, m, k] x B [*b_batch, k, n]; the batches broadcast against each other as in numpy."""
 
     a_batch: tuple[int, ...]
@@ -35,30 +36,14 @@ class Problem:
         b = (1,) * (rank - len(self.b_batch)) + self.b_batch
         return tuple(max(x, y) if min(x, y) else 0 for x, y in zip(a, b))
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(
-            **{k: tuple(v) if isinstance(v, (list, tuple)) else int(v) for k, v in fields.items()}
-        )
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """`mr` rows x `nv` vectors of `lanes` columns in registers."""
 
     lanes: int
     mr: int
     nv: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Point:
-        return Point(**fields)
 
 
 def operand_index(index, shape: tuple[int, ...]) -> list:

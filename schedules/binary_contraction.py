@@ -15,12 +15,13 @@ Written out are the sums D (int32), through the epilogue, or with thresholds T a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules import windows
+from schedules.annotated import Annotated
 from schedules.bit_words import WORD_BITS, BitCounter, lane_mask
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
@@ -80,15 +81,9 @@ class Problem(windows.Problem):
             min(sum(self.border_columns()) + 1, self.ow),
         )
 
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(
-            **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()}
-        )
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Parameters of one kernel.
 
     `lanes` of a vector, `mr` pixels of a tile, `levels` of bitwise addition before words are counted, and the most words of
@@ -99,13 +94,6 @@ class Point:
     mr: int
     levels: int
     block: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Point:
-        return Point(**fields)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:

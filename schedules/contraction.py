@@ -9,67 +9,26 @@ are packed `[panels][R][S][C/groups][nv * lanes]`, so that one panel is read in 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 from tvm import tirx
 
+from schedules.contraction_point import (
+    OUTPUT,
+    PARTIAL,
+    WEIGHTS_OR_PIXELS,
+    Point,
+    packed_shape,
+    panels_per_group,
+)
 from schedules.fused import Fused
+from schedules.register_tile import Contraction
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
 
-WEIGHTS_OR_PIXELS, OUTPUT, PARTIAL = 1, 2, 4
-
-
-@dataclass(frozen=True)
-class Point:
-    """Parameters of one kernel.
-
-    `order`: "panels" runs all pixels for one panel of weights before the next (weights are read once); "blocks" runs
-    all panels for `block` rows of tiles (flat problems: for `block` tiles). `chunk`: input channels summed before the
-    pixels are gone through again, partial sums being kept in memory (0: all of them); with order "chunks" all panels
-    are gone through before the next chunk. `unroll`: steps of the sum per loop iteration.
-    `sums`: independent partial sums, for tiles too small to hide the latency of an addition. `prefetch`: what is fetched
-    ahead, the sum of `WEIGHTS_OR_PIXELS` (the next panel, or with order "blocks" the next tile's pixels), `OUTPUT` (the
-    lines a tile will write) and `PARTIAL` (the next tile's partial sums).
-    """
-
-    lanes: int
-    mr: int
-    nv: int
-    order: str
-    block: int = 1
-    chunk: int = 0
-    unroll: int = 1
-    sums: int = 1
-    prefetch: int = 0
-
-    @property
-    def panel(self) -> int:
-        """Output channels of one panel of weights."""
-        return self.nv * self.lanes
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Point:
-        return Point(**fields)
-
-
-def panels_per_group(problem: Problem, point: Point) -> int:
-    return -(-problem.group_outputs // point.panel)
-
-
-def packed_shape(problem: Problem, point: Point) -> tuple[int, int, int, int, int]:
-    """[panels of all groups, R, S, C/groups, channels of a panel]."""
-    panels = problem.groups * panels_per_group(problem, point)
-    return (panels, problem.r, problem.s, problem.group_inputs, point.panel)
+__all__ = ["Point", "Problem", "default_point", "packed_shape", "panels_per_group", "schedule"]
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused contraction. Raises ScheduleError if the packed weights do not fit its parameters."""
-    from schedules.register_tile import Contraction
-
     problem, point = (
         Problem.from_dict(fused.point["problem"]),
         Point.from_dict(fused.point["point"]),

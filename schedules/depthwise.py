@@ -9,30 +9,24 @@ shares). There is no padded copy of the input, see `windows`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, tile_rows, vectors
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """`mr` output pixels of a row x `nv` vectors of channels in registers; `lanes` float32 in a vector."""
 
     lanes: int
     mr: int
     nv: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Point:
-        return Point(**fields)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:

@@ -9,11 +9,12 @@ Rows are divided among threads; a row is read three times from the nearest cache
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.emission import (
     Row,
     emitting,
@@ -31,15 +32,12 @@ LOOPS = "layer_norm"
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Parameters of the kernel: vectors per step of a reduction, each with an accumulator of its own."""
 
     unroll: int = 4
     epsilon: float = 1e-5
     centered: bool = True
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def define_layer_norm(x, gamma, beta, point: Point):
@@ -79,7 +77,7 @@ def _inverse_root(variance, point: Point):
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused layer norm or RMS norm."""
-    point = Point(**fused.point)
+    point = Point.from_dict(fused.point)
     shape = fused.shape
     row = Row(shape[-1], target.lanes)
     rows = 1

@@ -10,7 +10,7 @@ for whichever of the branches r, g, b, l `Problem.form` names: r and g come toge
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -40,12 +40,6 @@ class Problem(windows.Problem):
         del fields["form"]
         return windows.Problem.from_dict({**fields, "o": self.o * len(self.form)})
 
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(
-            **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()}
-        )
-
 
 @dataclass(frozen=True)
 class Point(contraction.Point):
@@ -55,13 +49,6 @@ class Point(contraction.Point):
     """
 
     squares: str = "registers"
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Point:
-        return Point(**fields)
 
 
 def packed_shape(problem: Problem, point: Point) -> tuple[int, ...]:

@@ -31,10 +31,6 @@ class Problem(winograd.Problem):
 
     form: str = "rgb"
 
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(**{**fields, "padding": tuple(fields["padding"])})
-
 
 def sources_of(form: str) -> tuple[bool, ...]:
     """For each source that is transformed whether it is squared: x^2, then x, which most branches read."""
@@ -91,7 +87,10 @@ class _Emitter(winograd.Emitter):
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of fused quadratic neurons."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     blocks = winograd.STAGES * len(problem.form) + 1
     if fused.anchor_index + 1 != blocks:
         raise ScheduleError(

@@ -32,13 +32,6 @@ _KINDS = ("trial", "result")
 _FIELDS = {"kind": str, "target": dict, "loops": str, "problem": dict, "point": dict}
 
 
-class PointSource(Protocol):
-    """Kernel parameters that are not the default ones; carried by `CpuTarget.records`."""
-
-    def lookup(self, target: CpuTarget, loops: str, problem: Mapping) -> Mapping | None:
-        """The fields of the `Point` to use for this problem, or None for the default."""
-
-
 class Store(Protocol):
     """An append-only sequence of entries; one shared between machines has the same two methods."""
 

@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.byte_stores import Cell
-from schedules.contraction import (
+from schedules.contraction_point import (
     OUTPUT,
     PARTIAL,
     WEIGHTS_OR_PIXELS,
@@ -266,7 +266,6 @@ class Contraction:
     def _add_starts(self, bank: list, pixels: _Pixels, panel: _Panel) -> None:
         """Add to every sum what the taps inside the image start it with."""
         starts, lanes = self.terms.starts, self.point.lanes
-        everyone = list(range(self.point.mr))
 
         def add(register, held, r, s, v: int, width: int) -> None:
             value = starts[panel.index, r, s, span(v * lanes, width)]
@@ -281,15 +280,14 @@ class Contraction:
                             add(bank[p][v], bank[p][v][span(0, width)], r, s, v, width)
             return
         for v, (width, _) in enumerate(panel.widths):  # the same for all pixels of the tile
-            if whole:
-                for p in everyone:
-                    add(bank[p][v], bank[p][v][span(0, width)], 0, 0, v, width)
-                continue
             total = self._register(width)
             T.buffer_store(total, self._bias(panel, v, width), [span(0, width)])
-            with T.serial(*kernel_rows(self.problem, pixels.oh)) as r:
-                add(total, total[span(0, width)], r, self.problem.s, v, width)
-            for p in everyone:
+            if whole:
+                add(total, total[span(0, width)], 0, 0, v, width)
+            else:
+                with T.serial(*kernel_rows(self.problem, pixels.oh)) as r:
+                    add(total, total[span(0, width)], r, self.problem.s, v, width)
+            for p in range(self.point.mr):
                 T.buffer_store(bank[p][v], total[span(0, width)], [span(0, width)])
 
     def _sum(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:

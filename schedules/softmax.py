@@ -10,12 +10,13 @@ time. A column whose greatest value is -inf gives NaN, as in torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules import vector_math
+from schedules.annotated import Annotated
 from schedules.emission import (
     Row,
     emitting,
@@ -34,15 +35,12 @@ LOOPS = "softmax"
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Parameters of the kernel: the axis (not negative), whether the logarithm is wanted, accumulators of a row."""
 
     axis: int
     log: bool = False
     unroll: int = 4
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def define_softmax(x, point: Point):
@@ -78,7 +76,7 @@ def define_softmax(x, point: Point):
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused softmax or log-softmax."""
-    point, shape = Point(**fused.point), fused.shape
+    point, shape = Point.from_dict(fused.point), fused.shape
     columns, inner = shape[: point.axis], shape[point.axis + 1 :]
     outer_size = math.prod(columns)
     work = math.prod(shape) * 20

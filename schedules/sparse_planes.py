@@ -4,7 +4,9 @@
 A tile of output pixels is transposed into a panel `[row][pixel]` that stays in cache, row `tap * C + c` holding what
 input channel c contributes under one tap of the kernel. A block of output channels that shares one pattern then walks its
 non-zeros, each one a broadcast weight times a panel row, all loads aligned. The sums go back through a transposition
-to channels last, where the fused epilogue is applied. So one loop serves every kernel size, stride, dilation, padding
+to channels last, where the fused epilogue is applied. Where activations lie in planes already (`Problem.planes_in`,
+`planes_out`) there is nothing to transpose: panels are copied, and sums are stored, through the epilogue, from
+registers. So one loop serves every kernel size, stride, dilation, padding
 and group count, and every grain whose blocks lie along output channels.
 
 Arrays, packed for a `Point`: `pointer[chunk * blocks + block]` delimits a block's non-zeros within one chunk of panel rows,
@@ -17,12 +19,13 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.byte_stores import Cell, store_cells
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
@@ -45,7 +48,7 @@ _FAR_APART = 2048
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Frozen parameters of one kernel.
 
     vectors  pixel vectors of a tile: accumulators per output channel
@@ -61,9 +64,6 @@ class Point:
     part: int
     splits: int = 1
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Tile by register count, cache sizes and shape."""
@@ -74,14 +74,16 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     else:
         rows = min(problem.block, 8 if registers == 32 else 4)
         vectors = {4: 6, 8: 3}[rows] if registers == 32 else 2
-    row_bytes = vectors * lanes * 4
+    row_bytes = min(vectors, -(-problem.pixels // lanes)) * lanes * 4
     chunk = problem.panel_rows
     limit = target.l2_bytes * 6 // 10
     if chunk * row_bytes > limit:
         passes = -(-chunk * row_bytes // (target.l2_bytes // 3))
         chunk = -(-chunk // passes)
     part = 128 if chunk < problem.panel_rows else 64
-    if problem.outputs * 4 >= _FAR_APART:
+    if problem.planes_out:  # nothing is kept
+        part = problem.outputs
+    elif problem.outputs * 4 >= _FAR_APART:
         part = 256
         if problem.block == 4 and problem.pixels >= 8 * lanes:
             vectors = min(vectors, 3)
@@ -95,7 +97,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_planes`."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         Planes(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func
@@ -136,18 +141,25 @@ class Planes:
         self.panel = Panel(problem, self.lanes, self.x, elements)
         self.parts = parts_of(problem.outputs, point.part)
         self.chunks = -(-problem.panel_rows // point.chunk)
+        # Tiles of planes end within an image; the last vectors of one overlap.
+        self.by_image = problem.planes_in or problem.planes_out
+        self.image = _i(0)
         self.by_quads = (
             self.chunks == 1
+            and not problem.planes_out
             and point.rows % 4 == 0
             and all(n % 4 == 0 and n >= self.lanes for _, n in self.parts)
         )
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
-        tiles, most, large = tiles_of(p.pixels, lanes, self.point.vectors)
-        loop = T.parallel if self.threads > 1 and tiles * splits > 1 else T.serial
-        with loop(0, tiles * splits) as task:
-            tile, share = T.Bind(task // splits), task % splits
+        images, pixels = (p.batch, p.image_pixels) if self.by_image else (1, p.pixels)
+        tiles, most, large = tiles_of(pixels, lanes, self.point.vectors)
+        tasks = images * tiles * splits
+        loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
+        with loop(0, tasks) as task:
+            tile, share = T.Bind(task // splits % tiles), task % splits
+            self.image = T.Bind(task // splits // tiles)
             vectors, first = most, T.Bind(tile * (most * lanes))
             if large < tiles:
                 vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
@@ -155,8 +167,36 @@ class Planes:
             panel = scratch(p.panel_rows * most * lanes, self.elements.dtype)
             sums = scratch(self._sums_size(most), self.elements.dtype)
             width = T.Bind(vectors * lanes) if vectors is not most else most * lanes
-            self.panel.pack(panel, first, vectors, width)
+            if p.planes_in:
+                self._either(vectors, most, lambda count: self._copy(panel, first, count))
+            else:
+                self.panel.pack(panel, lambda g: self._pixel(first, g), vectors, width)
             self._compute(panel, sums, first, vectors, most, share)
+
+    def _copy(self, panel, first, vectors: int) -> None:
+        starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+        self.panel.copy(panel, self.image, starts, vectors * self.lanes)
+
+    def _start(self, first, vector):
+        """Where vector number `vector` of a tile begins, a pixel of its image."""
+        return tirx.min(first + vector * self.lanes, self.problem.image_pixels - self.lanes)
+
+    def _pixel(self, first, vector):
+        """The same as a pixel of the batch."""
+        if not self.by_image:
+            return first + vector * self.lanes
+        return self.image * self.problem.image_pixels + self._start(first, vector)
+
+    def _either(self, vectors, most: int, body) -> None:
+        """`body(number of vectors)` for a tile of `most` of them, or one less."""
+        if vectors is most:
+            body(most)
+            return
+        with T.If(vectors == most):
+            with T.Then():
+                body(most)
+            with T.Else():
+                body(most - 1)
 
     def _compute(self, panel, sums, first, vectors, most: int, share) -> None:
         """The share-th part of the output channels for `vectors` (`most` or one less) vectors from pixel `first`."""
@@ -172,14 +212,13 @@ class Planes:
                 channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
             if self.chunks > 1:
                 self._clear(sums, channels, width)
-            if vectors is most:
-                self._multiply(panel, sums, first, first_channel, channels, most)
-            else:
-                with T.If(vectors == most):
-                    with T.Then():
-                        self._multiply(panel, sums, first, first_channel, channels, most)
-                    with T.Else():
-                        self._multiply(panel, sums, first, first_channel, channels, most - 1)
+            self._either(
+                vectors,
+                most,
+                lambda n: self._multiply(panel, sums, first, first_channel, channels, n),
+            )
+            if self.problem.planes_out:
+                continue  # stored from registers
             if self.by_quads:
                 self._store_quads(sums, first, first_channel, channels, vectors, width)
             elif self.problem.outputs < self.lanes:
@@ -218,13 +257,24 @@ class Planes:
                 with T.If(chunk == self.chunks - 1), T.Then():
                     self._fetch_output(first, first_channel, width, b)
             with T.serial(0, p.block // rows) as half:
-                base = T.Bind((block * p.block + half * rows) * width)
-                self._multiply_rows(
-                    panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors
-                )
+                row = T.Bind(block * p.block + half * rows)
+                acc = self._multiply_rows(
+                    panel, sums, self._place(row, first, width), (begin, end), chunk * self.point.chunk,
+                    half * rows, vectors,
+                )  # fmt: skip
+                self._keep(acc, sums, self._place(row, first, width), chunk, vectors)
 
-    def _multiply_rows(self, panel, sums, base, span, first_row, lane, vectors: int) -> None:
-        """`rows` channels: sums[base ...] from the non-zeros in `span`, weights `lane ...` of each, rows from `first_row`."""
+    def _place(self, row, first, width):
+        """Where in the sums those of row `row` of a part begin."""
+        return T.Bind(row * width)
+
+    def _stride(self, width: int):
+        """Sums of a row."""
+        return width
+
+    def _multiply_rows(self, panel, sums, base, span, first_row, lane, vectors: int) -> list:
+        """`rows` channels: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of each, panel rows from
+        `first_row`. The sums of further chunks begin with those from `base`."""
         lanes, rows = self.lanes, self.point.rows
         width = vectors * lanes
         # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from schedules.annotated import Annotated
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Annotated):
     """A weight-sparse convolution; a matrix product is a 1x1 one whose rows are pixels of one image row.
 
     `padding` is (top, left, bottom, right); `block` output channels share one pattern; `stored` counts the blocks stored.
+    Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so.
     """
 
     batch: int
@@ -27,10 +30,17 @@ class Problem:
     groups: int = 1
     block: int = 1
     stored: int = 0
+    planes_in: bool = False
+    planes_out: bool = False
 
     @property
     def pixels(self) -> int:
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def image_pixels(self) -> int:
+        """Output pixels of one image."""
+        return self.out_height * self.out_width
 
     @property
     def taps(self) -> int:
@@ -48,13 +58,6 @@ class Problem:
     def pointwise(self) -> bool:
         """Whether output pixel m needs input pixel m only."""
         return self.taps == 1 and self.strides == (1, 1) and not any(self.padding)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def parts_of(outputs: int, part: int) -> list[tuple[int, int]]:

@@ -10,11 +10,12 @@ Arrays as in `sparse_planes`, with every part one block, so that they are read f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.emission import ramp
 from schedules.fused import Fused, broadcast
 from schedules.sparse_panel import small
@@ -27,13 +28,10 @@ MOST_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Frozen parameters of one kernel: `sums` independent partial sums per output."""
 
     sums: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def suits(problem: Problem) -> bool:
@@ -48,7 +46,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_vector`."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         _Vector(kernel, problem, point, target).emit()
     return kernel.func

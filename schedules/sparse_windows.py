@@ -10,12 +10,13 @@ Sums are kept for every column of a padded line; those beyond the output's width
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import small
@@ -27,7 +28,7 @@ from schedules.target import CpuTarget
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Frozen parameters of one kernel: as `sparse_planes.Point` without chunks, and the output `lines` of a tile."""
 
     vectors: int
@@ -35,9 +36,6 @@ class Point:
     part: int
     splits: int
     lines: int
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 # Vectors that begin in the last columns of a plane end within this many elements of it.
@@ -117,7 +115,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_windows`."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         _Windows(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func

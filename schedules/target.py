@@ -7,14 +7,12 @@ import functools
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from schedules.errors import TargetError
-
-if TYPE_CHECKING:
-    from schedules.records import PointSource
 
 # Linux's names in /proc/cpuinfo (x86) and in the Features line (aarch64) -> LLVM's names of the same feature.
 _LINUX_TO_LLVM = {
@@ -26,6 +24,13 @@ _LINUX_TO_LLVM = {
 }  # fmt: skip
 _AVX2 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
+
+
+class PointSource(Protocol):
+    """Kernel parameters that are not the default ones; carried by `CpuTarget.records`."""
+
+    def lookup(self, target: CpuTarget, loops: str, problem: Mapping) -> Mapping | None:
+        """The fields of the `Point` to use for this problem, or None for the default."""
 
 
 @dataclass(frozen=True)

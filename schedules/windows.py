@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
+
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Annotated):
     """X [n, h, w, c] (*) W [o, c/groups, r, s]; a dense layer with M rows is n = h = 1, w = M."""
 
     n: int
@@ -69,15 +71,6 @@ class Problem:
     def rows(self) -> int:
         """Rows of tiles."""
         return 1 if self.flat else self.n * self.oh
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(
-            **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in fields.items()}
-        )
 
 
 def vectors(channels: int, lanes: int) -> tuple[tuple[int, int], ...]:

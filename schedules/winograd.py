@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.emission import (
     Row,
     Tile,
@@ -40,7 +41,7 @@ _LINE = 16  # floats in a cache line
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Annotated):
     """A 3x3 convolution of stride 1; `padding` is (top, left, bottom, right)."""
 
     n: int
@@ -60,16 +61,9 @@ class Problem:
         height, width = self.output_hw
         return self.n, -(-height // m), -(-width // m)
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(fields: dict) -> Problem:
-        return Problem(**{**fields, "padding": tuple(fields["padding"])})
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Parameters: output tile `m`; `block` tiles transformed together; register tile of `rows` tiles by `vectors`
     vectors of `lanes` output channels; `divide` what threads share out, "tiles" (blocks) or "channels" (panels)."""
 
@@ -84,9 +78,6 @@ class Point:
     def panel(self) -> int:
         """Output channels of a panel of weights."""
         return self.vectors * self.lanes
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
@@ -241,7 +232,10 @@ def define_stages(
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused Winograd convolution."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with emitting(fused, STAGES) as (kernel, (x, u)):
         Emitter(kernel, problem, point, target, x, u).emit()
     return kernel.func

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import onnx
 from onnx import helper
 from tvm import relax
 
-from compiler.frontend import onnx_layer_ops, onnx_ops, onnx_quantization, onnx_shape_ops
 from compiler.frontend.names import is_anonymous
 from compiler.frontend.onnx_graph import OnnxGraph, scope_of
 from compiler.frontend.support import Refused, constant, dtype_of, first_line
@@ -20,25 +19,18 @@ from passes.name_layers import Grid
 from schedules.errors import UnsupportedModel
 
 _LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
-_TABLES = (
-    onnx_ops.CONVERTERS,
-    onnx_layer_ops.CONVERTERS,
-    onnx_shape_ops.CONVERTERS,
-    onnx_quantization.CONVERTERS,
-)
+Converters = Mapping[str, Callable]  # by operator
 
 
-def converter_of(node: onnx.NodeProto) -> Callable | None:
-    if node.domain not in ("", "ai.onnx"):
-        return None
-    return next((table[node.op_type] for table in _TABLES if node.op_type in table), None)
+def converter_of(node: onnx.NodeProto, converters: Converters) -> Callable | None:
+    return converters.get(node.op_type) if node.domain in ("", "ai.onnx") else None
 
 
-def unsupported(graph: OnnxGraph) -> list[str]:
+def unsupported(graph: OnnxGraph, converters: Converters) -> list[str]:
     """`operator (node, node, ...)` for every operator of the graph without a converter."""
     missing: dict[str, list[str]] = {}
     for node in graph.nodes:
-        if converter_of(node) is None:
+        if converter_of(node, converters) is None:
             kind = (
                 f"{node.domain}.{node.op_type}"
                 if node.domain not in ("", "ai.onnx")
@@ -55,8 +47,8 @@ class Converter:
     """Converts nodes in order; `env` maps values to Relax expressions, `names` weights to layer names, `grids` weights to
     the scales they are stored with, `unsigned` int8 tensors to what they are as uint8."""
 
-    def __init__(self, builder: relax.BlockBuilder, graph: OnnxGraph):
-        self.builder, self.graph = builder, graph
+    def __init__(self, builder: relax.BlockBuilder, graph: OnnxGraph, converters: Converters):
+        self.builder, self.graph, self.converters = builder, graph, converters
         self.env: dict[str, relax.Expr] = {}
         self.names: dict[relax.Expr, str] = {}
         self.grids: dict[relax.Expr, Grid] = {}
@@ -75,7 +67,8 @@ class Converter:
         if node.op_type in _LAYERS:
             self._name_weight(node)
         try:
-            results = converter_of(node)(self, *[self.value(n) if n else None for n in node.input])
+            function = converter_of(node, self.converters)
+            results = function(self, *[self.value(n) if n else None for n in node.input])
         except Refused as error:
             raise UnsupportedModel(f"{at}: {error}", where=self.graph.where) from None
         except (

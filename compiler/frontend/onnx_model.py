@@ -12,7 +12,15 @@ import tvm
 from onnx import external_data_helper
 from tvm import relax
 
-from compiler.frontend import Imported, Shape, TensorSpec
+from compiler.frontend import (
+    Imported,
+    Shape,
+    TensorSpec,
+    onnx_layer_ops,
+    onnx_ops,
+    onnx_quantization,
+    onnx_shape_ops,
+)
 from compiler.frontend.onnx_convert import Converter, unsupported
 from compiler.frontend.onnx_graph import OnnxGraph, prepare
 from compiler.frontend.onnx_quantization import unsupported_types, zero_points
@@ -21,6 +29,12 @@ from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel
 
 _IR_VERSION = 10
+CONVERTERS = {
+    **onnx_ops.CONVERTERS,
+    **onnx_layer_ops.CONVERTERS,
+    **onnx_shape_ops.CONVERTERS,
+    **onnx_quantization.CONVERTERS,
+}
 _DTYPES = ("float32", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -67,7 +81,7 @@ def import_onnx(
     """An ONNX model as Relax. See `compiler.frontend.import_model`."""
     _check(model, where)
     graph = prepare(model, where, shapes, batch)
-    if problems := unsupported(graph):
+    if problems := unsupported(graph, CONVERTERS):
         raise UnsupportedModel(
             f"{len(problems)} operators have no converter", where=where, found="; ".join(problems)
         )
@@ -130,7 +144,7 @@ def _check_tensors(graph: OnnxGraph) -> None:
 
 def _convert(graph: OnnxGraph) -> tvm.IRModule:
     builder = relax.BlockBuilder()
-    converter = Converter(builder, graph)
+    converter = Converter(builder, graph, CONVERTERS)
     params = [
         relax.Var(name, relax.TensorType(tuple(shape), np.dtype(dtype).name))
         for name, (shape, dtype) in graph.inputs.items()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,20 @@ from torch import fx
 from tvm import relax
 from tvm.relax import op
 
-from compiler.frontend import torch_layer_ops, torch_ops, torch_quantization, torch_shape_ops
 from compiler.frontend.support import Refused, constant, dtype_of
 from compiler.frontend.torch_graph import DTYPES, Prepared
 from passes.layers import shape_of
 from passes.name_layers import Grid
 from schedules.errors import UnsupportedModel
 
-_TABLES = (
-    torch_ops.CONVERTERS,
-    torch_layer_ops.CONVERTERS,
-    torch_shape_ops.CONVERTERS,
-    torch_quantization.CONVERTERS,
-)
+Converters = Mapping[str, Callable]  # by operator
 
 
 def key_of(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def unsupported(prepared: Prepared) -> list[str]:
+def unsupported(prepared: Prepared, converters: Converters) -> list[str]:
     """`operator (node, node, ...)` for every operator of the graph without a converter."""
     missing: dict[str, list[str]] = {}
     for node in prepared.graph.nodes:
@@ -42,7 +36,7 @@ def unsupported(prepared: Prepared) -> list[str]:
             or not node.users
         ):
             continue
-        if node.op != "call_function" or converter_of(node) is None:
+        if node.op != "call_function" or key_of(node) not in converters:
             missing.setdefault(key_of(node), []).append(_position(node))
     return [
         f"{name} ({', '.join(at[:4])}{', ...' if len(at) > 4 else ''})"
@@ -58,16 +52,15 @@ def _position(node: fx.Node) -> str:
     return f"{path}: {node.name}" if path else node.name
 
 
-def converter_of(node: fx.Node) -> Callable | None:
-    return next((table[key_of(node)] for table in _TABLES if key_of(node) in table), None)
-
-
 class Converter:
     """Converts nodes in order; `env` maps nodes to Relax expressions, `names` weights to layer names, `grids` weights to the
     scales they are stored with, `unsigned` int8 tensors to what they are as uint8."""
 
-    def __init__(self, builder: relax.BlockBuilder, prepared: Prepared, where: str):
+    def __init__(
+        self, builder: relax.BlockBuilder, prepared: Prepared, where: str, converters: Converters
+    ):
         self.builder, self.prepared, self.where = builder, prepared, where
+        self.converters = converters
         self.env: dict[fx.Node, Any] = {}
         self.names: dict[relax.Expr, str] = {}
         self.grids: dict[relax.Expr, Grid] = {}
@@ -80,7 +73,7 @@ class Converter:
     def convert(self, node: fx.Node) -> None:
         """Raises UnsupportedModel for arguments no converter covers, or if the result's type is not torch's."""
         self.node = node
-        function = converter_of(node)
+        function = self.converters[key_of(node)]
         try:
             result = function(self, *self._arguments(node))
         except Refused as error:

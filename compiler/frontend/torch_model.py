@@ -14,13 +14,27 @@ import tvm
 from torch.export import ExportedProgram
 from tvm import relax
 
-from compiler.frontend import Imported, Shape, TensorSpec
+from compiler.frontend import (
+    Imported,
+    Shape,
+    TensorSpec,
+    torch_layer_ops,
+    torch_ops,
+    torch_quantization,
+    torch_shape_ops,
+)
 from compiler.frontend.support import first_line, main_function
 from compiler.frontend.torch_convert import Converter, unsupported
 from compiler.frontend.torch_graph import Prepared, prepare
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel
 
+CONVERTERS = {
+    **torch_ops.CONVERTERS,
+    **torch_layer_ops.CONVERTERS,
+    **torch_shape_ops.CONVERTERS,
+    **torch_quantization.CONVERTERS,
+}
 _DTYPES = {
     torch.float32: "float32", torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.int8: "int8", torch.uint8: "uint8",
     torch.bool: "bool",
@@ -94,7 +108,7 @@ def import_exported(
     program = _specialise(program, where, shapes, batch)
     prepared = prepare(program, where)
     _check_tensors(prepared, where)
-    if problems := unsupported(prepared):
+    if problems := unsupported(prepared, CONVERTERS):
         raise UnsupportedModel(
             f"{len(problems)} operators have no converter", where=where, found="; ".join(problems)
         )
@@ -226,7 +240,7 @@ def _convert(prepared: Prepared, where: str) -> tvm.IRModule:
         )
         for n in prepared.inputs
     ]
-    converter = Converter(builder, prepared, where)
+    converter = Converter(builder, prepared, where, CONVERTERS)
     for node, param in zip(prepared.inputs, params):
         converter.env[node] = param
     with main_function(builder, params):

@@ -137,10 +137,10 @@ def test_a_target_of_another_machine_says_that_nothing_ran():
 
 def test_hints_follow_from_the_rows():
     found = " ".join(report.hints(ROWS))
-    assert "1 3x3 layers stay dense because Winograd" in found and "out:4" in found
-    assert "1 layers have no zeros" in found
+    assert "Winograd beats element sparsity: 1 3x3 layer;" in found and "out:4" in found
+    assert "without zeros: 1 layer;" in found
     assert "try --recipe sparse" not in found
-    assert "2 dense layers are at least half zeros" in " ".join(
+    assert "at least half zeros: 2 dense layers;" in " ".join(
         report.hints(
             [row("a", asked="dense"), row("b", asked="dense"), row("c", asked="dense", density=0.9)]
         )
