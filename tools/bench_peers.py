@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kerf against ONNX Runtime and OpenVINO, and sparse against dense, on whole networks with random
-weights.
+"""Kerf against other engines, and compressed against dense, on whole networks with random weights.
 
     python tools/bench_peers.py resnet50 vit_s16 --work bench/ --json peers.json --markdown peers.md
 
-Each network is built three times (dense; 90 % of the weights pruned one by one; 90 % pruned in
-groups of four output channels), with `--builds` also in int8 and pruned in int8, beside which the
-other engines run what ONNX Runtime's quantizer makes of the model. All engines run interleaved in one process, so that a ratio
-does not depend on the machine's mood. Results are added to the JSON file network by network: what
-is there already is skipped, so an interrupted run goes on where it stopped.
+Each network is built dense, with 90 % of the weights pruned one by one, and with 90 % pruned in groups of four output
+channels; `--builds` names others (`tools/bench_builds.py`): more grains and densities, filters removed beside a dense
+network of that shape, int8 beside what ONNX Runtime's quantizer makes of the model, and with `--deepsparse PYTHON` a
+pruned network beside DeepSparse. All engines run interleaved in one process, so that a ratio does not depend on the
+machine's mood. Results are added to the JSON file network by network: what is there already is skipped, so an
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.bench_builds import BUILDS, PRUNED, artifact_of, prepare, pruned_model, quantized
 
 NETWORKS = (
     "resnet50",
@@ -34,6 +34,7 @@ NETWORKS = (
     "convnext_t",
     "vit_s16",
     "bert",
+    "bert_token",
 )
 SHORT = {
     "regnet": "regnet_y",
@@ -44,72 +45,17 @@ SHORT = {
 # Too small or too depthwise for pruned weights to be of interest.
 DENSE_ONLY = ("mobilenetv2", "efficientnet_b0", "convnext_t")
 PEERS = ("onnxruntime", "openvino")
-_INT8 = ("--recipe", "int8", "--calibration", "random")
-# What is built: name -> options of `compile-model build`.
-BUILDS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("--recipe", "dense"),
-    "element": ("--recipe", "sparse", "--density", "0.1", "--grain", "element", "--prune"),
-    "out4": ("--recipe", "sparse", "--density", "0.1", "--grain", "out:4", "--prune"),
-    "int8": _INT8,
-    "int8_in4": (*_INT8, "--density", "0.1", "--grain", "in:4", "--prune"),
-    "int8_block4": (*_INT8, "--density", "0.1", "--grain", "block:4x4", "--prune"),
-}
 
 
-def artifact_of(build: str, builds: list[str]) -> str:
-    """Whose artifact holds a build: every compressed one has the dense variant beside it."""
-    compressed = [b for b in builds if b != "dense"]
-    return compressed[0] if build == "dense" and compressed else build
-
-
-def prepare(name: str, work: Path, *, threads: int, keep: bool, builds: list[str]) -> None:
-    """Write the network as NAME.pt2, NAME.onnx and its inputs, and build the artifacts below
-    `work`."""
-    import numpy as np
-
-    from tools import zoo
-
-    directory = work / name
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {s: directory / f"{name}.{s}" for s in ("pt2", "onnx", "npz")}
-    if not all(path.exists() for path in files.values()):
-        module, example = zoo.build(name)
-        zoo.save_pt2(module, example, files["pt2"])
-        zoo.save_onnx(module, example, files["onnx"])
-        np.savez(files["npz"], *[tensor.numpy() for tensor in example])
-    if any(b.startswith("int8") for b in builds) and not _quantized(files["onnx"]).exists():
-        from tools.quantize_onnx import quantize_onnx, random_samples
-
-        quantize_onnx(files["onnx"], _quantized(files["onnx"]), random_samples(files["onnx"]))
-    for build in sorted({artifact_of(b, builds) for b in builds}):
-        output = directory / build
-        if keep and (output / "manifest.json").exists():
-            continue
-        start = time.perf_counter()
-        line = [
-            sys.executable,
-            "-m",
-            "compiler.cli",
-            "build",
-            str(files["pt2"]),
-            "-o",
-            str(output),
-            "--force",
-        ]
-        line += ["--threads", str(threads), *BUILDS[build]]
-        root = Path(__file__).resolve().parent.parent
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        done = subprocess.run(line, env=environment, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: building {build} failed with exit code {done.returncode}")
-        log(f"{name}: built {build} in {time.perf_counter() - start:.0f} s")
-
-
-def _quantized(onnx: Path) -> Path:
-    return onnx.with_suffix(".int8.onnx")
-
-
-def measure(name: str, work: Path, *, threads: int, duration: float, builds: list[str]) -> dict:
+def measure(
+    name: str,
+    work: Path,
+    *,
+    threads: int,
+    duration: float,
+    builds: list[str],
+    deepsparse: Path | None = None,
+) -> dict:
     """One network's row: every engine interleaved in this process."""
     import numpy as np
 
@@ -118,17 +64,21 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
     from compiler.comparison import as_arrays, compare
     from compiler.environment import describe_environment
     from compiler.measure import interleave, pinned, ratio, require_agreement
+    from compiler.profile import layer_us
     from compiler.runtime import load_variants
+    from tools.deepsparse_peer import DeepSparse
 
     directory = work / name
     with np.load(directory / f"{name}.npz") as file:
         inputs = [file[key] for key in file.files]
     with pinned(threads) as cores:
-        engines, layers, verify = {}, {}, {}
+        engines, models, layers, verify, sizes = {}, {}, {}, {}, {}
         for build in builds:
-            variant = "dense" if build == "dense" else "compressed"
+            variant = BUILDS[build].variant
             artifact = open_artifact(directory / artifact_of(build, builds))
-            model = load_variants(artifact, [variant], threads)[variant]
+            model = models[build] = load_variants(artifact, [variant], threads)[variant]
+            library = artifact.path / f"{variant}.so"
+            sizes[build] = [sum(artifact.variants[variant].constant_bytes), library.stat().st_size]
             engines[build] = lambda model=model: model(*inputs)
             proof = artifact.manifest["verify"]
             verify[build] = {"passed": proof["passed"], **proof["original"][variant]}
@@ -136,11 +86,11 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
             layers[build] = [sum(r["treatment"] != "dense" for r in rows), len(rows)]
         versions, refusals = {}, {}
         wanted = engines["dense"]()
-        models = {"": directory / f"{name}.onnx"}
+        files = {"": directory / f"{name}.onnx"}
         if any(b.startswith("int8") for b in builds):
-            models["_int8"] = _quantized(models[""])
-        quantized = {}
-        for kind, path in models.items():
+            files["_int8"] = quantized(files[""])
+        others = {}
+        for kind, path in files.items():
             for peer in PEERS:
                 feed = dict(enumerate(inputs))
                 try:
@@ -150,18 +100,28 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
                     continue
                 if kind:  # another function than the dense one; how far is for the reader to see
                     found = compare([opened.call()], [as_arrays(wanted)])
-                    quantized[peer + kind] = found.to_json()
+                    others[peer + kind] = found.to_json()
                 else:
                     require_agreement(peer, opened.call(), wanted)
                     versions[peer] = opened.version
                 engines[peer + kind] = opened.call
+        pruned = [b for b in builds if BUILDS[b].source == PRUNED]
+        if deepsparse and pruned:
+            engine = DeepSparse(deepsparse, pruned_model(name, work), inputs, threads)
+            require_agreement("deepsparse", engine.outputs, engines[pruned[0]]())
+            engines["deepsparse"] = engine
         environment = describe_environment(threads, cores)
         latency = interleave(engines, runs=20, seconds=duration)
+        alone = layer_us(models, inputs, runs=20, seconds=duration / 4)
+        if "deepsparse" in engines:
+            engines["deepsparse"].close()
     faster = min(versions, key=lambda peer: latency[peer].median)
     pairs = [("dense", p) for p in versions]
     pairs += [(build, "dense") for build in builds if build != "dense"]
-    pairs += [("int8", peer) for peer in quantized if "int8" in builds]
+    pairs += [("int8", peer) for peer in others if "int8" in builds]
     pairs += [(b, "int8") for b in builds if b.startswith("int8_") and "int8" in builds]
+    pairs += [("filter", "filter_shape")] if {"filter", "filter_shape"} <= set(builds) else []
+    pairs += [(b, "deepsparse") for b in pruned if "deepsparse" in engines]
     return {
         "network": name,
         "faster_peer": faster,
@@ -169,9 +129,11 @@ def measure(name: str, work: Path, *, threads: int, duration: float, builds: lis
         "samples_ms": {n: list(found.samples) for n, found in latency.items()},
         "ratios": {f"{a}/{b}": ratio(latency[a], latency[b]).to_json() for a, b in pairs},
         "layers_compressed": layers,
+        "layers_alone_us": {build: sum(us.values()) for build, us in alone.items()},
+        "bytes": sizes,
         "verify": verify,
         "peers": versions,
-        "quantized_peers": quantized,
+        "quantized_peers": others,
         "refusals": refusals,
         "environment": environment,
     }
@@ -214,6 +176,7 @@ def markdown(rows: list[dict]) -> str:
         cells += [_ratio(row, f"{build}/dense") for build in ("element", "out4")]
         lines.append(f"| {row['network']} | " + " | ".join(cells) + " |")
     lines += _int8_table([row for row in rows if "int8" in row["latency_ms"]])
+    lines += _builds_table([row for row in rows if "layers_alone_us" in row])
     lines += [
         "",
         "Medians; ratios with their 95 % interval; * interquartile range beyond 10 %.",
@@ -247,6 +210,34 @@ def _int8_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _builds_table(rows: list[dict]) -> list[str]:
+    """Every compressed build: as a whole, its layers alone (without what lies between them), and on disk."""
+    lines = [
+        "",
+        "| network | build | ms | / dense | layers alone / dense | bytes / dense | layers treated | beside |",
+        "| --- | --- | ---: | --- | ---: | ---: | --- | --- |",
+    ]
+    for row in rows:
+        alone, size = row["layers_alone_us"], {b: sum(n) for b, n in row["bytes"].items()}
+        for build in [b for b in alone if b != "dense"]:
+            beside = [
+                n for n in row["ratios"] if n.startswith(build + "/") and n != build + "/dense"
+            ]
+            taken, count = row["layers_compressed"][build]
+            cells = [
+                row["network"],
+                build,
+                f"{row['latency_ms'][build]['median']:.2f}",
+                _ratio(row, f"{build}/dense"),
+                f"{alone[build] / alone['dense']:.3f}",
+                f"{size[build] / size['dense']:.3f}",
+                f"{taken} of {count}",
+                "; ".join(f"{n.partition('/')[2]} {_ratio(row, n)}" for n in beside),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines if len(lines) > 3 else []
+
+
 def _ratio(row: dict, name: str) -> str:
     found = row["ratios"].get(name)
     return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})" if found else ""
@@ -258,24 +249,31 @@ def log(text: str) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", help=f"{', '.join(NETWORKS)}; all by default")
+    parser.add_argument(
+        "networks", nargs="*", help=f"{', '.join(NETWORKS)}; all but the last by default"
+    )
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="models and artifacts")
     parser.add_argument("--json", type=Path, default=Path("peers.json"), help="results, added to")
     parser.add_argument("--markdown", type=Path, help="the table")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--duration", type=float, default=45.0, help="seconds to measure each")
     parser.add_argument("--builds", default="dense,element,out4", help=f"of {', '.join(BUILDS)}")
+    parser.add_argument(
+        "--deepsparse", type=Path, help="an interpreter with DeepSparse, to run the build pruned"
+    )
     parser.add_argument("--keep", action="store_true", help="use artifacts that are there already")
     parser.add_argument("--again", action="store_true", help="measure networks already in --json")
     parser.add_argument("--prepare", action="store_true", help="build only")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # measure one prepared network, print JSON
     options = parser.parse_args(arguments)
-    options.networks = [SHORT.get(n, n) for n in options.networks] or list(NETWORKS)
+    options.networks = [SHORT.get(n, n) for n in options.networks] or list(NETWORKS[:-1])
     options.builds = options.builds.split(",")
     if unknown := [n for n in options.networks if n not in NETWORKS]:
         parser.error(f"unknown network {unknown[0]!r}; known are {', '.join(NETWORKS)}")
     if "dense" not in options.builds or set(options.builds) - set(BUILDS):
         parser.error(f"--builds must hold dense and be of {', '.join(BUILDS)}")
+    if "filter_shape" in options.builds and "filter" not in options.builds:
+        parser.error("--builds filter_shape is beside filter: name both")
     return options
 
 
@@ -288,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
             threads=options.threads,
             duration=options.duration,
             builds=options.builds,
+            deepsparse=options.deepsparse,
         )
         print(json.dumps(row))
         return 0
@@ -299,12 +298,20 @@ def main(arguments: list[str] | None = None) -> int:
         if name in known and not options.prepare:
             log(f"{name}: measured already (--again measures it anew)")
             continue
-        prepare(name, options.work, threads=options.threads, keep=options.keep, builds=builds)
+        prepare(
+            name,
+            options.work,
+            threads=options.threads,
+            keep=options.keep,
+            builds=builds,
+            say=log,
+        )
         if options.prepare:
             continue
         # A process of its own: no engine inherits another network's memory or threads.
         line = [sys.executable, __file__, "--one", name, "--work", str(options.work)]
         line += ["--threads", str(options.threads), "--duration", str(options.duration)]
+        line += ["--deepsparse", str(options.deepsparse)] if options.deepsparse else []
         done = subprocess.run(
             [*line, "--builds", ",".join(builds)],
             stdout=subprocess.PIPE,

@@ -16,8 +16,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ import demo
 GRAINS = ("element", "row", "kernel", "out:4", "out:8", "out:16", "block:4x4", "filter")
 CONSTRAINED = ("2:4", "1:4")
 ACCURACY_DENSITIES = (0.05, 0.1, 0.2, 0.4)
-NETWORK_DENSITIES = (0.1, 0.3)
+NETWORK_DENSITIES = "0.1,0.05,0.3"
 
 
 def kept(path: Path, key: str, compute: Callable[[], object]):
@@ -166,21 +165,23 @@ def network(name: str) -> tuple[nn.Module, tuple]:
     return model.eval(), (torch.zeros(1, 3, 224, 224),)
 
 
-def network_study(directory: Path, name: str, say: Callable[[str], None]):
-    """The what-if study of one network."""
+def network_study(
+    directory: Path, name: str, densities: Sequence[float], say: Callable[[str], None]
+):
+    """The what-if study of one network, at the first of these densities first."""
     from compiler.what_if import what_if
+    from passes.sparse.grains import Grain
 
+    points = [(g, asked(g, d)) for d in densities for g in GRAINS]
+    points[len(GRAINS) : len(GRAINS)] = [(g, Grain.parse(g).density) for g in CONSTRAINED]
     module, example = network(name)
-    others = [grain for grain in (*GRAINS, *CONSTRAINED) if grain != "filter"]
-    filters = [asked("filter", density) for density in NETWORK_DENSITIES]
-    found = [
-        what_if(
-            module, grains, densities, example=example, state=directory / f"{name}.json",
-            progress=lambda text: say(f"{name}: {text}"),
-        )
-        for grains, densities in ((others, NETWORK_DENSITIES), (["filter"], filters))
-    ]  # fmt: skip
-    return replace(found[0], points=(*found[0].points, *found[1].points))
+    return what_if(
+        module,
+        points=points,
+        example=example,
+        state=directory / f"{name}.json",
+        progress=lambda text: say(f"{name}: {text}"),
+    )
 
 
 def loads_study(directory: Path, name: str, density: float) -> dict[str, dict[str, float]]:
@@ -191,7 +192,7 @@ def loads_study(directory: Path, name: str, density: float) -> dict[str, dict[st
 def _count_loads(name: str, density: float) -> dict[str, dict[str, float]]:
     from compiler.frontend import import_model
     from compiler.pipeline import canonicalize, lay_out
-    from compiler.what_if import layer_calls, masked_at
+    from compiler.what_if_study import layer_calls, masked_at
     from passes.family import Layer
     from passes.sparse.grains import Grain
     from passes.sparse.lowering import default_point
@@ -348,7 +349,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, default=Path(".regularity"))
     parser.add_argument("--networks", default="vgg16,resnet50")
-    parser.add_argument("--density", type=float, default=0.1, help="of the table")
+    parser.add_argument(
+        "--densities", default=NETWORK_DENSITIES, help="of the networks; the table is of the first"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--epochs", type=int, default=4, help="of fine-tuning, after each of two prunings"
@@ -360,11 +363,13 @@ def main() -> int:
     options.directory.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_study(options.directory, options.seeds, options.epochs)
     names = [n for n in options.networks.split(",") if n]
+    densities = [float(d) for d in options.densities.split(",")]
     studies = {
-        n: network_study(options.directory, n, lambda t: print(t, flush=True)) for n in names
+        n: network_study(options.directory, n, densities, lambda t: print(t, flush=True))
+        for n in names
     }
-    loads = {n: loads_study(options.directory, n, options.density) for n in names}
-    print("\n" + table(accuracy, studies, loads, options.density))
+    loads = {n: loads_study(options.directory, n, densities[0]) for n in names}
+    print("\n" + table(accuracy, studies, loads, densities[0]))
     if options.figure:
         figure(accuracy, studies, options.figure)
     return 0

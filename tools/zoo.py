@@ -219,6 +219,7 @@ ZOO: dict[str, tuple[Callable[[bool], nn.Module], str, int, int]] = {
     "efficientnet_b0": (efficientnet_b0, IMAGE, 224, 64),
     "vit_s16": (vit_s16, IMAGE, 224, 64),
     "bert": (bert, TOKENS, 128, 12),
+    "bert_token": (bert, TOKENS, 1, 1),  # every dense layer a product of a matrix and a vector
     "gpt2": (gpt2, TOKENS, 64, 10),
     "lstm": (lstm, TOKENS, 32, 6),
 }

@@ -58,7 +58,7 @@ def test_the_table_shows_ratios_with_intervals_and_marks_noise(tool):
 def test_short_names_stand_for_networks(tool):
     options = tool.parse(["vit", "resnet50", "regnet"])
     assert options.networks == ["vit_s16", "resnet50", "regnet_y"]
-    assert tool.parse([]).networks == list(tool.NETWORKS)
+    assert [*tool.parse([]).networks, "bert_token"] == list(tool.NETWORKS)
 
 
 @pytest.mark.parametrize("bad", [["alexnet"], ["--builds", "element"], ["--builds", "dense,int4"]])
