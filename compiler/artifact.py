@@ -45,7 +45,7 @@ _REBUILD = "Build it again with compile-model build"
 class KernelCall:
     """One kernel call of a variant, in call order: `layers` are those whose weights it reads
     (none for a glue kernel), `flops` the dense operations of those layers, `bytes` what it reads
-    and writes at least."""
+    and writes at least; `serves`, of a glue kernel, the layers for which alone it computes."""
 
     function: str
     layers: list[str]
@@ -53,6 +53,7 @@ class KernelCall:
     point: dict
     flops: int
     bytes: int
+    serves: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ whole: conversions between dense and compressed layers belong to no layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from compiler.artifact import CompiledVariant
@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Times:
-    """Median microseconds of both variants, all kernels and by layer."""
+    """Median microseconds of both variants: of all kernels, by layer, and of every other kernel that works for some
+    layers alone, with these."""
 
     total: Mapping[str, float]
     layers: Mapping[str, Mapping[str, float]]
+    served: Mapping[str, Sequence[tuple[Sequence[str], float]]] = field(default_factory=dict)
+
+    def of(self, variant: str, layers: Sequence[str]) -> float:
+        """What these layers take, with the kernels that work for no others: a square, a conversion."""
+        own = sum(self.layers[variant].get(name, 0.0) for name in layers)
+        return own + sum(
+            us for names, us in self.served.get(variant, ()) if set(names) <= set(layers)
+        )
 
 
 def time_variants(
@@ -53,6 +62,10 @@ def time_variants(
     return Times(
         {name: sum(us) for name, us in times.items()},
         {name: layer_sums(model.kernels, times[name]) for name, model in models.items()},
+        {
+            name: [(k.serves, us) for k, us in zip(model.kernels, times[name]) if k.serves]
+            for name, model in models.items()
+        },
     )
 
 
@@ -64,10 +77,7 @@ def slower_layers(times: Times, decisions: Sequence[Decision]) -> dict[str, str]
     slower = {}
     for unit, members in _units(decisions).items():
         names = [d.layer for d in members]
-        before, after = (
-            sum(times.layers[variant].get(name, 0.0) for name in names)
-            for variant in ("dense", "compressed")
-        )
+        before, after = (times.of(variant, names) for variant in ("dense", "compressed"))
         if before and after and after >= before:
             whole = f" ({unit} as a whole)" if len(names) > 1 else ""
             reason = f"{members[0].treatment} took {after:.0f} us{whole}, dense {before:.0f} us"

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from compiler.artifact import CompiledVariant, KernelCall
@@ -24,6 +25,7 @@ from passes.layers import (
     shape_of,
 )
 from passes.lower import lower_operators
+from passes.rewriting import bindings_of, variables
 from schedules.dispatch import Kernel, schedule_module
 from schedules.target import CpuTarget
 
@@ -37,12 +39,13 @@ _NEEDLESS_PASSES = ["s_tir.CompactBufferAllocation"]
 class Graphs:
     """What each variant must compute: the canonical graph as imported, and `Treated.reference`.
 
-    `floats` is `Treated.floats`, what the second rounds to steps, if it rounds at all.
+    `floats` is `Treated.floats`, what the second rounds to steps, if it rounds at all; `notes` is `Treated.notes`.
     """
 
     original: tvm.IRModule
     reference: tvm.IRModule
     floats: tvm.IRModule | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,11 @@ def canonical_passes() -> list[tvm.transform.Pass]:
 
 
 def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
-    """Channels last for the whole graph."""
+    """Channels last for the whole graph, planes where sparse layers hand them to one another."""
     from passes.channels_last import ChannelsLast
+    from passes.sparse.keep_planes import KeepPlanes
 
-    return ChannelsLast()(mod)
+    return tvm.transform.Sequential([ChannelsLast(), KeepPlanes()])(mod)
 
 
 def forbid_winograd(mod: tvm.IRModule) -> tvm.IRModule:
@@ -139,10 +143,21 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
     return FusedGraph(fused, lowered.layers_of, lowered.indices, flops)
 
 
-def compile_graph(name: str, graph: FusedGraph, target: CpuTarget) -> CompiledVariant:
-    """Schedule and compile one variant."""
+def compile_graph(
+    name: str, graph: FusedGraph, target: CpuTarget, earlier: CompiledVariant | None = None
+) -> CompiledVariant:
+    """Schedule and compile one variant. One compiled `earlier` for the same target and model lends its code if that is
+    the same, whatever the constants are."""
     hoisted = hoist_constants(graph.mod)
     unscheduled = hoisted.mod
+    if earlier is not None and tvm_ffi.structural_equal(earlier.unscheduled, unscheduled):
+        return replace(
+            earlier,
+            name=name,
+            constants=hoisted.constants,
+            constant_names=_constant_names(hoisted, graph.layers_of),
+            index=[handle in graph.indices for handle in hoisted.handles],
+        )
     scheduled, kernels = schedule_module(_copy(unscheduled), target)
     backend = importlib.import_module("tvm.relax.backend.cpu_generic.pipeline")
     tvm_target = target.tvm()
@@ -199,7 +214,7 @@ def _kernel_calls(
     """The kernels in the order in which the virtual machine calls them, each with the layers whose weights it reads."""
     params = main.params[-1]
     index_of: dict = {}
-    calls = []
+    calls, arguments = [], []
     for block in main.body.blocks:
         for binding in block.bindings:
             value = binding.value
@@ -211,6 +226,7 @@ def _kernel_calls(
             handles = [hoisted.handles[i] for i in indices if i is not None]
             layers = list(dict.fromkeys(n for h in handles for n in graph.layers_of.get(h, ())))
             kernel = kernels[value.op.name_hint]
+            arguments.append(list(value.args))
             calls.append(
                 KernelCall(
                     function=kernel.function,
@@ -221,7 +237,50 @@ def _kernel_calls(
                     bytes=sum(_tensor_bytes(a) for a in value.args),
                 )
             )
-    return calls
+    served = _served(main, arguments, [call.layers for call in calls])
+    return [replace(call, serves=names) for call, names in zip(calls, served)]
+
+
+def _served(
+    main: relax.Function,
+    arguments: Sequence[Sequence[relax.Expr]],
+    layers: Sequence[Sequence[str]],
+) -> list[list[str]]:
+    """For each kernel call, given with its arguments, that has no layers: those for which alone it computes, directly or
+    through other such kernels. A tensor's first call writes it, all others read it."""
+    same: dict[relax.Var, relax.Var] = {}  # what a reshape made -> what it is a view of
+    allocated, kept = set(), set(variables(main.body.body))
+    for binding in bindings_of(main):
+        value = binding.value
+        if is_call(value, "relax.vm.alloc_tensor"):
+            allocated.add(binding.var)
+        elif _is_packed(value, "vm.builtin.reshape"):
+            same[binding.var] = same.get(value.args[0], value.args[0])
+        elif not isinstance(getattr(value, "op", None), tvm.ir.GlobalVar):
+            if not is_call(value, "relax.vm.kill_object"):
+                kept.update(variables(value))
+    kept |= {same[v] for v in kept if v in same}
+    writes: list[list[relax.Var]] = [[] for _ in arguments]
+    readers: dict[relax.Var, set[int]] = {}
+    for i, args in enumerate(arguments):
+        for var in {same.get(a, a) for a in args} & allocated:
+            if var in readers:
+                readers[var].add(i)
+            else:
+                writes[i].append(var)
+                readers[var] = set()
+    served: list[list[str]] = [[] for _ in arguments]
+    for i in reversed(range(len(arguments))):
+        found = [layers[j] or served[j] for var in writes[i] for j in sorted(readers[var])]
+        if not layers[i] and all(found) and kept.isdisjoint(writes[i]):
+            served[i] = list(dict.fromkeys(name for names in found for name in names))
+    return served
+
+
+def _is_packed(value: relax.Expr, name: str) -> bool:
+    """Whether a value calls a packed function of this name."""
+    op = value.op if isinstance(value, relax.Call) else None
+    return isinstance(op, relax.ExternFunc) and str(op.global_symbol) == name
 
 
 def _tensor_bytes(expr: relax.Expr) -> int:

@@ -14,15 +14,19 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.layers import CONV2D, DENSE, attrs_of, const_array, is_const
-from passes.numpy_images import conv2d
+from passes.layers import CONV2D, DENSE, DEPTH_TO_SPACE, attrs_of, const_array, is_const
+from passes.numpy_images import conv2d, depth_to_space
 from passes.numpy_nn import NN_OPERATORS, dense
 from passes.numpy_operators import OPERATORS, Numeric
 from passes.rewriting import bindings_of, variables
 from schedules.errors import KerfError, UserError
 
 # The layer operators themselves; families bring their own.
-LAYER_REFERENCES: Mapping[str, Callable[..., np.ndarray]] = {CONV2D: conv2d, DENSE: dense}
+LAYER_REFERENCES: Mapping[str, Callable[..., np.ndarray]] = {
+    CONV2D: conv2d,
+    DENSE: dense,
+    DEPTH_TO_SPACE: depth_to_space,
+}
 
 
 def evaluate(

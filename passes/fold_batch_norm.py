@@ -32,6 +32,7 @@ from passes.layers import (
     shape_of,
 )
 from passes.rewriting import Graph, constant, rewrite_function, rewrite_module
+from passes.transposed_convolution import sink_depth_to_space
 
 _AFFINE = ("relax.add", "relax.subtract", "relax.multiply", "relax.divide")
 
@@ -190,6 +191,7 @@ class FoldBatchNorm:
         return rewrite_module(
             mod,
             lambda func: rewrite_function(
-                func, (decompose, sink_reshape, merge_reshapes, fold_scale)
+                func,
+                (decompose, sink_reshape, merge_reshapes, sink_depth_to_space, fold_scale),
             ),
         )

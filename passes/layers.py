@@ -5,6 +5,10 @@
 `kerf.dense(x, w)`    x [..., K], w constant [O, K] -> [..., O]
 
 All float32. A bias, a residual or an activation is an ordinary Relax call after them.
+
+`kerf.depth_to_space(x)`, no layer, puts the phases of a transposed convolution together: channel `(a * sw + b) * C + c` of
+x [N, groups * sh * sw * C, H, W], in each group, becomes the pixels (sh * i + a, sw * j + b) of channel c, of which those
+from `crop` on, as many as `size` says, are left.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from schedules import errors
 
 CONV2D = "kerf.conv2d"
 DENSE = "kerf.dense"
+DEPTH_TO_SPACE = "kerf.depth_to_space"
 
 ELEMENTWISE = "kerf.elementwise"  # attribute of operators, see `register_operator`
 
@@ -120,6 +125,14 @@ def dense(x, w, *, name: str) -> relax.Call:
     return operator_call(DENSE, [x, w], name=name)
 
 
+def depth_to_space(x, *, block, crop, size, groups=1, layout="NCHW") -> relax.Call:
+    """`kerf.depth_to_space`; block (sh, sw), crop (top, left), size (H, W) of the result."""
+    return operator_call(
+        DEPTH_TO_SPACE, [x], block=[int(v) for v in block], crop=[int(v) for v in crop],
+        size=[int(v) for v in size], groups=int(groups), layout=layout,
+    )  # fmt: skip
+
+
 def channels_last_attrs(call: relax.Call) -> dict:
     """The attributes of a convolution, whose layout must be NHWC by now. Raises ScheduleError."""
     attrs = attrs_of(call)
@@ -160,11 +173,20 @@ def infer_dense(call: relax.Call) -> relax.TensorType:
     return relax.TensorType((*x[:-1], w[0]), call.args[0].ty.dtype)
 
 
+def infer_depth_to_space(call: relax.Call) -> relax.TensorType:
+    attrs, x = attrs_of(call), shape_of(call.args[0])
+    (sh, sw), last = attrs["block"], attrs["layout"] == "NHWC"
+    channels = x[3 if last else 1] // (sh * sw)
+    shape = (x[0], *attrs["size"], channels) if last else (x[0], channels, *attrs["size"])
+    return relax.TensorType(shape, call.args[0].ty.dtype)
+
+
 @functools.cache
 def register() -> None:
     """Register the layer operators and our errors; idempotent, called on first use, never at import."""
     register_operator(CONV2D, infer_conv2d)
     register_operator(DENSE, infer_dense)
+    register_operator(DEPTH_TO_SPACE, infer_depth_to_space)
     # Raised inside a pass, an error goes through TVM, which would make a RuntimeError of what it does not know.
     for error in errors.classes():
         tvm_ffi.error.register_error(error.__name__, error)

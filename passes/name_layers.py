@@ -3,6 +3,7 @@
 
     rewrite: nn.conv2d(x, const w)                   ->  kerf.conv2d(x, w, name=...)
              nn.conv1d(x, const w)                   ->  reshape(kerf.conv2d(reshape(x), w[:, :, None, :]))
+             nn.conv2d_transpose(x, const w)         ->  depth_to_space(kerf.conv2d(x, w by phase)), as well of one dimension
              matmul(x, const w) with w [K, O]        ->  kerf.dense(x, w.T)
              matmul(x, permute_dims(const w [O, K])) ->  kerf.dense(x, w)
 
@@ -25,6 +26,7 @@ from tvm.relax import PyExprMutator, expr_functor
 
 from passes import layers
 from passes.layers import const_array, is_call, is_const, shape_of
+from passes.transposed_convolution import phases_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class _Namer(PyExprMutator):
             return self._conv2d(call)
         if is_call(call, "relax.nn.conv1d"):
             return self._conv1d(call)
+        if is_call(call, "relax.nn.conv2d_transpose") or is_call(call, "relax.nn.conv1d_transpose"):
+            return self._transposed(call)
         if is_call(call, "relax.matmul"):
             return self._matmul(call)
         return call
@@ -133,6 +137,39 @@ class _Namer(PyExprMutator):
         )  # fmt: skip
         result = self._with_grid(result, weight, output_axis=0)
         return relax.op.reshape(self.builder_.emit(result), shape_of(call))
+
+    def _transposed(self, call: relax.Call) -> relax.Expr:
+        x, weight, attrs = call.args[0], self._resolve(call.args[1]), call.attrs
+        rank = len(shape_of(x)) - 2
+        layouts = {1: ("NCW", "IOW"), 2: ("NCHW", "IOHW")}[rank]
+        if not (
+            _is_weight(weight, rank + 2)
+            and (attrs.data_layout, attrs.kernel_layout) == layouts
+            and all(d == 1 for d in _ints(attrs.dilation))
+            and _is_float32(call)
+        ):
+            return call
+        # One dimension is an image of height 1.
+        n, c, *size = shape_of(x)
+        high = [1] * (2 - rank)
+        strides, groups = [*high, *_ints(attrs.strides)], int(attrs.groups)
+        padding = [*(0 for _ in high), *_ints(attrs.padding)[:rank]]
+        result = [*high, *shape_of(call)[2:]]
+        array = const_array(weight).reshape((*shape_of(weight)[:2], *high, *shape_of(weight)[2:]))
+        phases = phases_of(array, (*high, *size), result, strides, padding, groups)
+        if phases is None:
+            return call
+        name = self.names.of(weight, f"conv{rank}d_transpose")
+        x = self.builder_.emit(relax.op.reshape(x, (n, c, *high, *size))) if high else x
+        by_phase = self.derived.setdefault(
+            (weight, tuple(strides), groups), relax.const(tvm.runtime.tensor(phases.weight))
+        )
+        layer = layers.conv2d(x, by_phase, name=name, padding=phases.padding, groups=groups)
+        if strides != [1, 1]:
+            layer = layers.depth_to_space(
+                self.builder_.emit(layer), block=strides, crop=phases.crop, size=result, groups=groups
+            )  # fmt: skip
+        return relax.op.reshape(self.builder_.emit(layer), shape_of(call)) if high else layer
 
     def _matmul(self, call: relax.Call) -> relax.Expr:
         x, weight = call.args[0], self._resolve(call.args[1])

@@ -138,6 +138,18 @@ def _transposed(x, w, strides, padding, dilation, groups, output_padding) -> np.
     return y[:, :, crop[0] : y.shape[2] - crop[2], crop[1] : y.shape[3] - crop[3]]
 
 
+def depth_to_space(attrs: dict, x: np.ndarray) -> np.ndarray:
+    """`kerf.depth_to_space`: x and the result in attrs["layout"]."""
+    last = attrs["layout"] == "NHWC"
+    x = x.transpose(0, 3, 1, 2) if last else x
+    (sh, sw), (top, left), (height, width) = attrs["block"], attrs["crop"], attrs["size"]
+    n, channels, h, w = x.shape
+    y = x.reshape(n, attrs["groups"], sh, sw, -1, h, w).transpose(0, 1, 4, 5, 2, 6, 3)
+    y = y.reshape(n, channels // (sh * sw), h * sh, w * sw)
+    y = y[:, :, top : top + height, left : left + width]
+    return y.transpose(0, 2, 3, 1) if last else y
+
+
 def _relax_conv2d_transpose(_n, attrs, x, w):
     return _transposed(
         x,

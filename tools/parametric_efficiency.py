@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy against parameters and against measured latency: networks of quadratic neurons and ordinary ones.
 
-    python tools/parametric_efficiency.py --json study.json --markdown docs/parametric_efficiency.md
+    python tools/parametric_efficiency.py [--json study.json] [--figure docs/parametric_efficiency.png]
 
 Four tasks: scikit-learn's digits with a convolutional and with a fully connected network, the sign of a sum of products,
 and rings. Each network comes in several widths and two kinds, with the same layers, training steps and learning rate;
@@ -12,10 +12,11 @@ seeds, compiled by Kerf, and all of a task's are timed in alternating runs of on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compiler.nn.quadratic import QuadraticConv2d, QuadraticLinear, relinear_groups
 
+KINDS = ("ordinary", "quadratic")
 BATCH, RATE, QUADRATIC_RATE = 64, 5e-3, 0.3  # the last: of the rate, for the g and b branches
 
 
@@ -42,7 +44,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Result:
-    """One network: accuracies in percent over the seeds, milliseconds per sample alone."""
+    """One network: accuracies in percent over the seeds, microseconds for one sample."""
 
     task: str
     kind: str
@@ -50,7 +52,7 @@ class Result:
     parameters: int
     accuracy: float
     spread: float
-    latency_ms: float | None = None
+    latency_us: float | None = None
 
 
 def split(x: np.ndarray, y: np.ndarray, train: int) -> Data:
@@ -138,33 +140,27 @@ def train(model: nn.Module, data: Data, steps: int, seed: int) -> float:
 def study(name: str, task: Task, seeds: int, seconds: float) -> list[Result]:
     """Every width in both kinds: trained, then timed together."""
     data, results, models = task.data(), [], {}
-    for width in task.widths:
-        for quadratic in (False, True):
-            accuracies = []
-            for seed in range(seeds):
-                torch.manual_seed(seed)
-                model = task.network(width, quadratic)
-                accuracies.append(train(model, data, task.steps, seed))
-            kind = "quadratic" if quadratic else "ordinary"
-            size = sum(p.numel() for p in model.parameters())
-            results.append(
-                Result(
-                    name, kind, width, size, float(np.mean(accuracies)), float(np.std(accuracies))
-                )
-            )
-            models[kind, width] = model
-            print(
-                f"{name}: {kind} {width}: {size} parameters, {np.mean(accuracies):.2f} %",
-                flush=True,
-            )
+    for width, kind in itertools.product(task.widths, KINDS):
+        accuracies = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = task.network(width, kind == "quadratic")
+            accuracies.append(train(model, data, task.steps, seed))
+        size = sum(p.numel() for p in model.parameters())
+        found = Result(
+            name, kind, width, size, float(np.mean(accuracies)), float(np.std(accuracies))
+        )
+        print(f"{name}: {kind} {width}: {size} parameters, {found.accuracy:.2f} %", flush=True)
+        results.append(found)
+        models[kind, width] = model
     if not seconds:
         return results
     latency = time_models(models, data.test_x[:1], seconds)
-    return [Result(**{**asdict(r), "latency_ms": latency[r.kind, r.width]}) for r in results]
+    return [replace(r, latency_us=latency[r.kind, r.width]) for r in results]
 
 
 def time_models(models: dict, x: torch.Tensor, seconds: float) -> dict:
-    """Median milliseconds of each model compiled by Kerf, on one sample, taken in alternating runs."""
+    """Median microseconds of each model compiled by Kerf, on one sample, taken in alternating runs."""
     import compiler
     from compiler.measure import interleave, pinned
     from compiler.recipe import Recipe, Rule
@@ -181,91 +177,80 @@ def time_models(models: dict, x: torch.Tensor, seconds: float) -> dict:
         calls[kind, width] = lambda loaded=loaded, tensors=tensors: loaded.invoke(tensors)
     with pinned(1):
         found = interleave(calls, seconds=seconds)
-    return {key: latency.median for key, latency in found.items()}
+    return {key: 1000 * latency.median for key, latency in found.items()}
 
 
-def cheapest(results: Sequence[Result], kind: str, accuracy: float) -> Result | None:
-    """The network of a kind with the fewest parameters that reaches an accuracy."""
+def least(results: Sequence[Result], kind: str, accuracy: float, measure: str) -> Result:
+    """The network of a kind that reaches an accuracy with the least of a measure."""
     good = [r for r in results if r.kind == kind and r.accuracy >= accuracy]
-    return min(good, key=lambda r: r.parameters) if good else None
+    return min(good, key=lambda r: getattr(r, measure))
+
+
+def within_reach(own: Sequence[Result]) -> float:
+    """The best accuracy that both kinds reach, less a point."""
+    return min(max(r.accuracy for r in own if r.kind == kind) for kind in KINDS) - 1
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """All networks, and per task the smallest of each kind that reaches the best accuracy both can, less a point."""
-    lines = []
-    for task in dict.fromkeys(r.task for r in results):
-        own = [r for r in results if r.task == task]
-        lines += [
-            f"### {task}",
-            "",
-            "| neurons | width | parameters | accuracy % | latency us |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for r in own:
-            latency = "" if r.latency_ms is None else f"{1000 * r.latency_ms:.1f}"
-            lines.append(
-                f"| {r.kind} | {r.width} | {r.parameters} | {r.accuracy:.1f} ± {r.spread:.1f} | {latency} |"
-            )
-        lines += ["", compare(own), ""]
-    return "\n".join(lines)
+    """What either kind needs for one accuracy, task by task, and all networks."""
+    lines = [
+        "| task | accuracy % | parameters: ordinary | quadratic | ratio | latency us: ordinary | quadratic | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    tasks = {t: [r for r in results if r.task == t] for t in dict.fromkeys(r.task for r in results)}
+    for task, own in tasks.items():
+        accuracy = within_reach(own)
+        cells = _needs(own, accuracy, "parameters", "{:.0f}")
+        if all(r.latency_us for r in own):
+            cells += _needs(own, accuracy, "latency_us", "{:.1f}")
+        lines.append(f"| {task} | {accuracy:.1f} | " + " | ".join(cells) + " |")
+    lines += [
+        "", "| task | neurons | width | parameters | accuracy % | latency us |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for r in results:
+        latency = "" if r.latency_us is None else f"{r.latency_us:.1f}"
+        accuracy = f"{r.accuracy:.1f} ± {r.spread:.1f}"
+        lines.append(
+            f"| {r.task} | {r.kind} | {r.width} | {r.parameters} | {accuracy} | {latency} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-def compare(own: Sequence[Result]) -> str:
-    """In words, where one kind needs less than the other."""
-    reach = min(max(r.accuracy for r in own if r.kind == k) for k in ("ordinary", "quadratic")) - 1
-    a, b = (cheapest(own, kind, reach) for kind in ("ordinary", "quadratic"))
-    text = f"At {reach:.1f} %: ordinary {a.parameters} parameters (width {a.width}), quadratic {b.parameters} (width {b.width}), ratio {b.parameters / a.parameters:.2f}"
-    if a.latency_ms and b.latency_ms:
-        text += f"; latency {1000 * a.latency_ms:.1f} and {1000 * b.latency_ms:.1f} us, ratio {b.latency_ms / a.latency_ms:.2f}"
-    return text + "."
+def _needs(own: Sequence[Result], accuracy: float, measure: str, form: str) -> list[str]:
+    """Cells: the least of a measure by kind, with the width, and the ratio."""
+    found = [least(own, kind, accuracy, measure) for kind in KINDS]
+    values = [getattr(r, measure) for r in found]
+    cells = [f"{form.format(v)} (width {r.width})" for v, r in zip(values, found)]
+    return [*cells, f"{values[1] / values[0]:.2f}"]
 
 
-def figure(results: Sequence[Result], measure: str, label: str) -> str:
-    """An SVG with one panel per task: accuracy over the logarithm of `measure`."""
+def figure(results: Sequence[Result], path: Path) -> None:
+    """Accuracy over parameters, and over latency where it was measured: a row of panels each, one per task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(r.task for r in results))
-    width, height, margin = 260, 190, 42
-    colours = {"ordinary": "#4477aa", "quadratic": "#cc6677"}
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(tasks) * (width + margin) + margin}" height="{height + 2 * margin + 20}" font-family="sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
-    for i, task in enumerate(tasks):
-        own = [r for r in results if r.task == task and getattr(r, measure)]
-        xs = np.log10([getattr(r, measure) for r in own])
-        ys = np.array([r.accuracy for r in own])
-        left, low, high = margin + i * (width + margin), xs.min(), xs.max()
-        bottom, top = min(ys.min(), 99.0), 100.0
-
-        def place(x, y, left=left, low=low, high=high, bottom=bottom, top=top):
-            across = left + (x - low) / max(high - low, 1e-9) * width
-            return across, margin + (top - y) / (top - bottom) * height
-
-        parts.append(
-            f'<rect x="{left}" y="{margin}" width="{width}" height="{height}" fill="none" stroke="#999"/>'
-        )
-        parts.append(f'<text x="{left}" y="{margin - 8}">{task}</text>')
-        for x, anchor in ((low, "start"), (high, "end")):
-            parts.append(
-                f'<text x="{place(x, 0)[0]:.0f}" y="{margin + height + 14}" text-anchor="{anchor}">{10**x:.3g}</text>'
-            )
-        for y in (bottom, top):
-            parts.append(
-                f'<text x="{left - 4}" y="{place(low, y)[1] + 4:.0f}" text-anchor="end">{y:.0f}</text>'
-            )
-        for kind, colour in colours.items():
-            points = sorted(place(x, r.accuracy) for x, r in zip(xs, own) if r.kind == kind)
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(
-                f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            )
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points
-            ]
-    for j, (kind, colour) in enumerate(colours.items()):
-        parts.append(
-            f'<text x="{margin + 90 * j}" y="{height + 2 * margin + 8}" fill="{colour}">{kind}</text>'
-        )
-    parts.append(
-        f'<text x="{margin + 200}" y="{height + 2 * margin + 8}">accuracy (%) over {label}, logarithmic</text>'
-    )
-    return "\n".join([*parts, "</svg>", ""])
+    measures = {"parameters": "parameters"}
+    if all(r.latency_us for r in results):
+        measures["latency_us"] = "latency, us"
+    drawn = Figure(figsize=(3.6 * len(tasks), 3.2 * len(measures)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    grid = drawn.subplots(len(measures), len(tasks), squeeze=False)
+    for row, (measure, label) in zip(grid, measures.items()):
+        for axes, task in zip(row, tasks):
+            for kind, marker in zip(KINDS, "os"):
+                own = [r for r in results if (r.task, r.kind) == (task, kind)]
+                own.sort(key=lambda r: getattr(r, measure))
+                axes.errorbar(
+                    [getattr(r, measure) for r in own], [r.accuracy for r in own],
+                    yerr=[r.spread for r in own], marker=marker, capsize=2, label=kind,
+                )  # fmt: skip
+            axes.set(title=task, xlabel=label, xscale="log")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("test accuracy, %")
+    grid[0][0].legend()
+    drawn.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing per task; 0: none")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="the tables, with figures beside them")
+    parser.add_argument("--markdown", type=Path, help="the tables")
+    parser.add_argument(
+        "--figure", type=Path, help="where to draw, for example docs/parametric_efficiency.png"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = [r for t in options.tasks for r in study(t, TASKS[t], options.seeds, options.seconds)]
@@ -283,25 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
     tables = markdown(results)
     print(tables)
     if options.markdown:
-        write_page(options.markdown, results, tables)
+        options.markdown.write_text(tables)
+    if options.figure:
+        figure(results, options.figure)
     return 0
-
-
-def write_page(path: Path, results: Sequence[Result], tables: str) -> None:
-    """The page and its figures."""
-    lines = [
-        "# Parametric efficiency", "",
-        "Networks of quadratic and of ordinary neurons at several widths: `python tools/parametric_efficiency.py` trains, compiles and",
-        "times them (one thread, one sample, alternating runs of one process) and writes this page.", "",
-    ]  # fmt: skip
-    measures = {"parameters": "parameters"}
-    if all(r.latency_ms for r in results):
-        measures["latency_ms"] = "latency in ms"
-    for measure, label in measures.items():
-        name = f"{path.stem}_{measure.removesuffix('_ms')}.svg"
-        (path.parent / name).write_text(figure(results, measure, label))
-        lines += [f"![Accuracy over {label}]({name})", ""]
-    path.write_text("\n".join(lines) + "\n" + tables)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from passes import layers, numpy_images, numpy_nn
+from passes import layers
 from passes.dense import (
     activation,
     attention,
     broadcast,
     conv2d,
+    depth_to_space,
     matmul,
     normalization,
     pooling,
 )
+from passes.evaluate import LAYER_REFERENCES
 from passes.family import Family
 
 FAMILY = Family(
@@ -20,6 +22,7 @@ FAMILY = Family(
     register=layers.register,
     lowerings={
         **conv2d.LOWERINGS,
+        **depth_to_space.LOWERINGS,
         **matmul.LOWERINGS,
         **pooling.LOWERINGS,
         **activation.LOWERINGS,
@@ -27,5 +30,5 @@ FAMILY = Family(
         **broadcast.LOWERINGS,
         **normalization.LOWERINGS,
     },
-    references={layers.CONV2D: numpy_images.conv2d, layers.DENSE: numpy_nn.dense},
+    references=LAYER_REFERENCES,
 )

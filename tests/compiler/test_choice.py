@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compiler.choice import Times, revert, slower_layers, slower_network
 from passes.treatment import Decision
 
@@ -33,6 +35,15 @@ def test_the_layers_of_a_unit_stand_or_fall_together():
     # One is faster, but the pair is slower.
     found = slower_layers(times({"up": 9.0, "down": 9.0}, {"up": 18.0, "down": 1.0}), unit)
     assert set(found) == {"up", "down"} and "(up as a whole)" in found["up"]
+
+
+def test_what_works_for_a_unit_alone_counts_for_it():
+    dense, compressed = {"r": 10.0, "g": 10.0, "b": 10.0}, {"r": 11.0, "g": 11.0, "b": 11.0}
+    unit = [decision(name, "quadratic", unit="r") for name in "rgb"]
+    square = {"dense": [(["b"], 2.0), (["r", "b"], 2.0), (["b", "other"], 50.0)]}
+    found = Times({"dense": 84.0, "compressed": 33.0}, {"dense": dense, "compressed": compressed})
+    assert set(slower_layers(found, unit)) == {"r", "g", "b"}
+    assert not slower_layers(replace(found, served=square), unit)
 
 
 def test_conversions_between_layers_count_for_the_network():

@@ -119,5 +119,7 @@ def test_other_layouts_and_types_stay():
         (1, 8, 8, 3), lambda b, x: op.nn.conv2d(x, weight(4, 3, 3, 3), data_layout="NHWC")
     )
     half = module((2, 5), lambda b, x: op.matmul(x, weight(5, 7, dtype="float16")), "float16")
-    transposed = module((1, 3, 8, 8), lambda b, x: op.nn.conv2d_transpose(x, weight(3, 4, 3, 3)))
+    transposed = module(
+        (1, 3, 8, 8), lambda b, x: op.nn.conv2d_transpose(x, weight(3, 4, 3, 3), dilation=(2, 2))
+    )
     assert not any(named(NameLayers()(m)) for m in (nhwc, half, transposed))
