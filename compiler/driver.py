@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from compiler.accuracy import Accuracy, Evaluation
     from compiler.calibration import Calibration
+    from compiler.observe import Observer
     from compiler.pipeline import Graphs
     from passes.family import Context
 
@@ -46,17 +47,23 @@ class BuildOptions:
     threads: int = 1
     choose: str = "measured"
     calibration: Calibration | None = None
+    observe: Observer | None = None
     evaluation: Evaluation | None = None
     max_drop: float | None = None
 
     @property
     def context(self) -> Context:
         """What the families may know beyond the graph."""
-        from compiler.observe import Observer
         from passes.family import Context
 
-        observe = Observer(self.calibration, self.target) if self.calibration else None
-        return Context(self.target, observe)
+        return Context(self.target, self.observe)
+
+    def calibrated(self, calibration: Calibration) -> BuildOptions:
+        """These options with data to observe graphs on."""
+        from compiler.observe import Observer
+
+        observe = Observer(calibration, self.target)
+        return replace(self, calibration=calibration, observe=observe)
 
 
 def build(
@@ -118,7 +125,7 @@ def build(
         loaded = load_calibration(
             calibration, imported.inputs, preprocess, index_ranges(imported.mod)
         )
-        options = replace(options, calibration=loaded)
+        options = options.calibrated(loaded)
         if warning := loaded.description.get("warning"):
             say(f"warning: {warning}")
     elif preprocess is not None:
@@ -159,7 +166,7 @@ def build(
         source={
             "kind": imported.source_kind,
             "path": str(source) if isinstance(source, (str, Path)) else "",
-            "notes": [*imported.notes, *_warnings(options)],
+            "notes": [*imported.notes, *graphs.notes, *_warnings(options)],
             "calibration": dict(options.calibration.description) if options.calibration else None,
         },
         references=proof.references,
@@ -273,6 +280,9 @@ def compile_variants(
             name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target
         )
 
+    def graphs_of(found) -> Graphs:
+        return Graphs(original, found.reference, found.floats, found.notes)
+
     context = options.context
     say("treating layers")  # before anything is compiled: what a family refuses is known at once
     found = treat_layers(original, treatments, context)
@@ -284,7 +294,7 @@ def compile_variants(
         say("compiling the compressed variant")
         compressed = compile_one("compressed", found.treated)
         if options.choose == "asked" or options.target.missing_on_host():
-            return [dense, compressed], Graphs(original, found.reference, found.floats), decisions
+            return [dense, compressed], graphs_of(found), decisions
         slower: dict[str, str] = {}
         # Layer by layer first; then what is left must pay as a whole.
         for too_slow in (slower_layers, slower_network):
@@ -305,7 +315,7 @@ def compile_variants(
             compressed = compile_one("compressed", found.treated)
     if not found.changes_anything:
         return [dense], Graphs(original, original), decisions
-    return [dense, compressed], Graphs(original, found.reference, found.floats), decisions
+    return [dense, compressed], graphs_of(found), decisions
 
 
 def layer_row(decision: Decision) -> dict:

@@ -21,6 +21,7 @@ from schedules.errors import KerfError
 from schedules.target import CpuTarget, detect_host
 
 if TYPE_CHECKING:
+    from compiler.artifact import CompiledVariant
     from compiler.runtime import LoadedModel
 
 
@@ -28,14 +29,15 @@ class Observer:
     """`Context.observe`: callable on (graph, names[, further]); yields per sample the values of these variables or inputs.
 
     `further` are values, by name, of inputs that the graph has and the model does not. Values are in the graph's own
-    layout. The graph compiled last is kept, so that it can be observed again. Raises KerfError for a name that the graph
-    does not have.
+    layout. What was compiled is kept: a graph that differs in constants only, observed at some of the same variables, runs
+    on the same code. Raises KerfError for a name that the graph does not have.
     """
 
     def __init__(self, calibration: Calibration, target: CpuTarget):
         self.calibration = calibration
         # What another machine will run is observed with this one's kernels.
         self.target = detect_host() if target.missing_on_host() else target
+        self._kept: list[tuple[list[str], CompiledVariant]] = []
         self._last: tuple[tvm.IRModule, list[str], LoadedModel] | None = None
 
     def __call__(
@@ -53,7 +55,6 @@ class Observer:
             yield {n: given[n] if n in given else found[n] for n in names}
 
     def _compiled(self, mod: tvm.IRModule, names: Sequence[str]) -> LoadedModel:
-        from compiler import pipeline
         from compiler.frontend import TensorSpec
         from compiler.runtime import from_variant
 
@@ -63,18 +64,30 @@ class Observer:
             and set(names) <= set(self._last[1])
         ):
             return self._last[2]
+        names, variant = self._program(mod, names)
         inputs = [TensorSpec(p.name, shape_of(p), str(p.ty.dtype)) for p in mod["main"].params]
-        tapped = tap(mod, names)
         outputs = [
             TensorSpec(n, shape_of(v), str(v.ty.dtype))
-            for n, v in zip(names, tapped["main"].body.body.fields)
+            for n, v in zip(names, tap(mod, names)["main"].body.body.fields)
         ]
-        variant = pipeline.compile_graph(
-            "observed", pipeline.fuse_graph(pipeline.lay_out(tapped), self.target), self.target
-        )
         model = from_variant(variant, inputs, outputs, self.target)
-        self._last = (mod, list(names), model)
+        self._last = (mod, names, model)
         return model
+
+    def _program(
+        self, mod: tvm.IRModule, names: Sequence[str]
+    ) -> tuple[list[str], CompiledVariant]:
+        """The graph compiled with these variables as outputs, or with more, and the names of its outputs."""
+        from compiler import pipeline
+
+        known = {b.var.name for b in bindings_of(mod["main"])}
+        fitting = [kept for kept in self._kept if set(names) <= set(kept[0]) <= known]
+        of, earlier = min(fitting, key=lambda kept: len(kept[0]), default=(list(names), None))
+        fused = pipeline.fuse_graph(pipeline.lay_out(tap(mod, of)), self.target)
+        found = pipeline.compile_graph("observed", fused, self.target, earlier)
+        if earlier is None or found.executable is not earlier.executable:
+            self._kept.append((of, found))
+        return of, found
 
 
 def tap(mod: tvm.IRModule, names: Sequence[str]) -> tvm.IRModule:

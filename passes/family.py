@@ -42,13 +42,14 @@ class Rewritten:
     `reference` is what `treated` must compute, as a graph that can be evaluated in numpy: None where
     the family changed no values, so that what the graph computed before still holds.
     `floats` is the graph before rounding whose variables `treated` holds in steps, for those who measure the noise: None
-    where that is the graph given.
+    where that is the graph given. `notes` are lines for the report about what belongs to no layer.
     """
 
     treated: tvm.IRModule
     decisions: Sequence[Decision]
     reference: tvm.IRModule | None = None
     floats: tvm.IRModule | None = None
+    notes: Sequence[str] = ()
 
 
 Rewrite = Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten]

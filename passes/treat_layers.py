@@ -82,6 +82,7 @@ class Treated:
     treated: tvm.IRModule
     decisions: list[Decision]
     floats: tvm.IRModule | None = None  # see `Rewritten.floats`
+    notes: tuple[str, ...] = ()  # see `Rewritten.notes`
 
     @property
     def changes_anything(self) -> bool:
@@ -184,7 +185,8 @@ def _rewrite_graph(
         if own[name].treatment == "dense"
     }
     decisions = [own.get(d.layer, d) for d in before.decisions]
-    return Treated(reference, done.treated, decisions, done.floats or before.floats)
+    notes = (*before.notes, *done.notes)
+    return Treated(reference, done.treated, decisions, done.floats or before.floats, notes)
 
 
 def _prune_layers(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> tvm.IRModule:
