@@ -9,117 +9,48 @@ has bits 0 there, and E, by the place of the window on the border, takes back wh
 `[panels][R][S][words][panel]`. Per tile of `mr` pixels and one vector of output channels words are added bit by bit before
 they are counted (`bit_words`). Image and panel stay in the first-level cache.
 
+The words of a window that lie side by side in a row of the image make a line, a line in straight-line code is one or more
+runs (`run_words`). If the point is `paired`, every second word of a run of W is replaced by the parity of the run up to it
+(column by column), and the same parities of X are computed once, for all output channels.
+
 Written out are the sums D (int32), through the epilogue, or with thresholds T and flips F the packed bits
 (D >= T[o]) xor F[o] for the next binary layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules import windows
-from schedules.annotated import Annotated
+from schedules.binary_adder import Adder
+from schedules.binary_problem import (
+    Point,
+    Problem,
+    default_point,
+    line_words,
+    packed_shape,
+    panel_width,
+    place_on_border,
+    run_words,
+    whole_lines,
+)
 from schedules.bit_words import WORD_BITS, BitCounter, lane_mask
+from schedules.emission import pieces
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
-from schedules.windows import RowTiles, loop, span, tile_rows, unravel, vectors
+from schedules.windows import RowTiles, loop, span, splat, unravel, vectors
 
-_TILE = 2
-_WHOLE_SUM, _WHOLE_ROW, _BLOCK = 40, 24, 16  # words of a pixel in straight-line code
+__all__ = [
+    "Point",
+    "Problem",
+    "default_point",
+    "schedule",
+]  # what `spaces.point_for` takes from a loop structure
 
-
-@dataclass(frozen=True)
-class Problem(windows.Problem):
-    """A window problem whose channels are words: `c` of all groups together; each group has `bits` channels.
-
-    `pad_value` is what padding counts as: 0, +1 or -1.
-    """
-
-    bits: int = 0
-    pad_value: int = 0
-
-    @property
-    def bordered(self) -> bool:
-        """Whether windows over the border have sums of fewer terms."""
-        return any(self.padding) and self.pad_value == 0
-
-    @property
-    def image(self) -> Problem:
-        """The problem on the padded image."""
-        top, left, bottom, right = self.padding
-        size = {"h": self.h + top + bottom, "w": self.w + left + right}
-        return replace(self, **size, padding=(0, 0, 0, 0))
-
-    def border_rows(self) -> tuple[int, int]:
-        """Output rows whose windows reach above the image, and below it; all and 0 if none lies between."""
-        return self._borders(self.oh, self.h, self.r, 0)
-
-    def border_columns(self) -> tuple[int, int]:
-        """Output columns whose windows reach left of the image, and right of it, as `border_rows`."""
-        return self._borders(self.ow, self.w, self.s, 1)
-
-    def _borders(self, outputs: int, size: int, taps: int, axis: int) -> tuple[int, int]:
-        step, reach, before = (
-            self.stride[axis],
-            self.dilation[axis] * (taps - 1),
-            self.padding[axis],
-        )
-        low = sum(i * step < before for i in range(outputs))
-        high = sum(i * step - before + reach >= size for i in range(outputs))
-        return (outputs, 0) if low + high >= outputs else (low, high)
-
-    @property
-    def places(self) -> tuple[int, int]:
-        """Places a window may have on the border: rows, columns."""
-        if not self.bordered:
-            return (1, 1)
-        return (
-            min(sum(self.border_rows()) + 1, self.oh),
-            min(sum(self.border_columns()) + 1, self.ow),
-        )
-
-
-@dataclass(frozen=True)
-class Point(Annotated):
-    """Parameters of one kernel.
-
-    `lanes` of a vector, `mr` pixels of a tile, `levels` of bitwise addition before words are counted, and the most words of
-    each pixel that are added in straight-line code, `block`.
-    """
-
-    lanes: int
-    mr: int
-    levels: int
-    block: int
-
-
-def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """Two pixels share a panel's words; straight-line code of whole sums or whole rows of the kernel while it is short.
-
-    Larger tiles and longer code leave the micro-operation cache, which costs more than they save (Cascade Lake, 14x14 to
-    56x56 pixels of 64 to 512 channels: two pixels within 5 % of the best of 2 to 5 everywhere).
-    """
-    levels = BitCounter.of(target).levels
-    while levels and problem.steps < 2 << levels:
-        levels -= 1
-    row = problem.s * problem.group_inputs
-    whole = problem.steps if problem.steps <= _WHOLE_SUM else row if row <= _WHOLE_ROW else _BLOCK
-    return Point(target.lanes, tile_rows(problem.row, _TILE), levels, whole)
-
-
-def panel_width(point: Point, packs: bool) -> int:
-    """Output channels of a panel of weights: one vector, or the channels of one word of output."""
-    return WORD_BITS if packs else point.lanes
-
-
-def packed_shape(problem: Problem, point: Point, packs: bool) -> tuple[int, int, int, int, int]:
-    """[panels of all groups, R, S, words of a group, channels of a panel]."""
-    panel = panel_width(point, packs)
-    panels = problem.groups * -(-problem.group_outputs // panel)
-    return (panels, problem.r, problem.s, problem.group_inputs, panel)
+_LINE = 16  # words of a cache line
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -132,21 +63,12 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
-def place_on_border(index, low: int, high: int, outputs: int):
-    """The place of output row or column `index`: 0 .. low - 1 at the low border, low inside, then the high border."""
-    if low + high == 0:
-        return 0
-    if low == outputs:
-        return index
-    return tirx.min(index, low) + tirx.max(0, index - (outputs - 1 - high))
-
-
 @dataclass(frozen=True)
 class _Panel:
-    """A panel being computed: its number, the first word of its group's inputs, its first channel, channels it has."""
+    """A panel being computed: its number, its group, its first channel, channels it has."""
 
     index: object
-    first_word: object
+    group: object
     first_output: object
     channels: int
 
@@ -160,52 +82,17 @@ class _Pixels:
     base: object
 
 
-class _Adder:
-    """The carry-save sums of one pixel and one vector of channels, in buffers that become registers."""
-
-    def __init__(self, counter: BitCounter, levels: int):
-        self.counter, self.levels, self.lanes = counter, levels, counter.lanes
-        self.at = span(0, self.lanes)
-        self.sums = [T.alloc_buffer((self.lanes,), "uint32") for _ in range(levels)]
-        self.total = T.alloc_buffer((self.lanes,), "int32")
-        self.waiting: list[list] = [[] for _ in range(levels + 1)]
-
-    def start(self, value) -> None:
-        T.buffer_store(self.total, value, [self.at])
-        for each in self.sums:
-            T.buffer_store(each, T.broadcast(T.uint32(0), self.lanes), [self.at])
-
-    def push(self, word, level: int = 0) -> None:
-        """Add a word of weight 2^level. Two of a level wait for each other, or for `settle`."""
-        if level == self.levels:
-            self._count(word, level)
-            return
-        self.waiting[level].append(T.bind(word))
-        if len(self.waiting[level]) == 2:
-            total, carry = self.counter.full_add(self.sums[level][self.at], *self.waiting[level])
-            self._carry(total, carry, level)
-
-    def settle(self) -> None:
-        """Leave no word waiting: what lives on are the sums."""
-        for level in range(self.levels):
-            if self.waiting[level]:
-                word = self.waiting[level][0]
-                self._carry(*self.counter.half_add(self.sums[level][self.at], word), level)
-
-    def _carry(self, total, carry, level: int) -> None:
-        carry = T.bind(carry)  # before the sum it is computed from is overwritten
-        T.buffer_store(self.sums[level], total, [self.at])
-        self.waiting[level].clear()
-        self.push(carry, level + 1)
-
-    def _count(self, word, level: int) -> None:
-        counted = self.counter.count(self.total[self.at], T.bind(word), -2 << level)
-        T.buffer_store(self.total, counted, [self.at])
-
-    def finish(self) -> None:
-        """Leave the result in `total`."""
-        for level, each in enumerate(self.sums):
-            self._count(each[self.at], level)
+def _parities(words, count: int):
+    """The parities, column by column, of 2, 4, ... `count` of these uint32 words: a vector of half the length."""
+    half = count // 2
+    even, odd = (T.bind(tirx.Shuffle([words], list(range(start, count, 2)))) for start in (0, 1))
+    found, distance = T.bind(even ^ odd), 1
+    while distance < half:
+        zeros = T.broadcast(T.uint32(0), half)
+        behind = [*[half] * distance, *range(half - distance)]
+        found = T.bind(found ^ tirx.Shuffle([found, zeros], behind))
+        distance *= 2
+    return found
 
 
 class BinaryContraction:
@@ -236,15 +123,17 @@ class BinaryContraction:
     def emit(self) -> None:
         """All pixels for one panel of weights before the next."""
         problem = self.problem
-        if any(self.whole.padding):
+        if not problem.flat:
             self._pad()
+        if self.point.paired:
+            self._add_up_parities()
         count = -(-problem.group_outputs // self.panel)
         full, rest = divmod(problem.group_outputs, self.panel)
 
         def group(g) -> None:
             def panel(q, channels: int) -> None:
                 first = g * problem.group_outputs + q * self.panel
-                self._over_tiles(_Panel(g * count + q, g * problem.group_inputs, first, channels))
+                self._over_tiles(_Panel(g * count + q, g, first, channels))
 
             if full:
                 with loop(full, self.parallel and problem.groups == 1) as q:
@@ -259,28 +148,78 @@ class BinaryContraction:
                 group(g)
 
     def _pad(self) -> None:
-        """Work on a padded copy from here on."""
+        """Work on a padded copy from here on, its rows laid flat: [N, H, W * C]."""
         p, (top, left, _, _) = self.problem, self.whole.padding
-        x, copy = self.x, T.sblock_alloc_buffer((p.n, p.h, p.w, p.c), "uint32")
+        x, copy = self.x, T.sblock_alloc_buffer((p.n, p.h, p.w * p.c), "uint32")
         tail = self.whole.bits % WORD_BITS
-        with T.serial(0, p.n * p.h) as row, T.serial(0, p.w * p.c) as at:
-            n, h = tirx.floordiv(row, p.h), tirx.floormod(row, p.h)
-            word = tirx.const(0, "uint32")
-            if self.whole.pad_value == 1:
-                word = T.uint32((1 << WORD_BITS) - 1)
-                if tail:
-                    last = tirx.floormod(at, p.group_inputs) == p.group_inputs - 1
-                    word = tirx.Select(last, T.uint32((1 << tail) - 1), word)
-            T.buffer_store(copy, word, [n, h, tirx.floordiv(at, p.c), tirx.floormod(at, p.c)])
+        if any(self.whole.padding):
+            with T.serial(0, p.n * p.h) as row, T.serial(0, p.w * p.c) as at:
+                word = tirx.const(0, "uint32")
+                if self.whole.pad_value == 1:
+                    word = T.uint32((1 << WORD_BITS) - 1)
+                    if tail:
+                        last = tirx.floormod(at, p.group_inputs) == p.group_inputs - 1
+                        word = tirx.Select(last, T.uint32((1 << tail) - 1), word)
+                T.buffer_store(copy, word, [*unravel(row, (p.n, p.h)), at])
         width = self.whole.w * p.c
         with T.serial(0, p.n * self.whole.h) as row, T.serial(0, width) as at:
             n, h = tirx.floordiv(row, self.whole.h), tirx.floormod(row, self.whole.h)
             w, c = tirx.floordiv(at, p.c), tirx.floormod(at, p.c)
-            T.buffer_store(copy, x[n, h, w, c], [n, h + top, w + left, c])
+            T.buffer_store(copy, x[n, h, w, c], [n, h + top, left * p.c + at])
         self.x = copy
+
+    def _add_up_parities(self) -> None:
+        """Compute `parities` [..., pairs]: of the words of each run of X up to each pair's second, from each first column."""
+        p, run = self.problem, run_words(self.problem, self.point)
+        line, pairs = line_words(p), line_words(p) // 2
+        whole = whole_lines(p)
+        step, starts = (p.stride[1], p.ow) if whole else (1, p.w)
+        columns = (math.prod(self.x_lead),) if p.flat else (p.n, p.h, starts)
+        copy = T.sblock_alloc_buffer((*columns, p.groups * pairs), "uint32")
+
+        def words(at: list, group, place, count: int):
+            if p.flat:
+                return self.x[(*unravel(at[0], self.x_lead), span(place, count))]
+            first = at[2] * (step * p.c) + group * p.group_inputs + place
+            return self.x[at[0], at[1], span(first, count)]
+
+        def add_up(at: list, group, first, count: int) -> None:
+            before = None
+            for offset, width in pieces(count - count % 2, _LINE):
+                parities = _parities(T.bind(words(at, group, first + offset, width)), width)
+                if before is not None:
+                    parities = T.bind(parities ^ splat(before, width // 2))
+                place = group * pairs + tirx.floordiv(first, 2) + offset // 2
+                T.buffer_store(copy, parities, [*at, span(place, width // 2)])
+                last = width // 2 - 1
+                before = T.bind(tirx.Shuffle([parities], [last])) if last else parities
+
+        with T.serial(0, math.prod(columns)) as index, T.serial(0, p.groups) as group:
+            at = unravel(index, columns)
+            if line >= run:
+                with T.serial(0, line // run) as part:
+                    add_up(at, group, part * run, run)
+            if line % run > 1:
+                add_up(at, group, T.int32(line - line % run), line % run)
+        self.parities = copy
+
+    def _keep_panel(self, panel: _Panel) -> None:
+        """Work on a copy of the panel that the loop over tiles also writes behind (`_tile`).
+
+        LLVM would else load a whole panel before that loop and spill it, one cache line over another.
+        """
+        shape = tuple(int(d) for d in self.w.shape)[1:]
+        size = math.prod(shape)
+        self.kept = T.alloc_buffer((size + _LINE,), "uint32")
+        lanes = self.point.lanes
+        with T.serial(0, size // lanes) as i:
+            at = [panel.index, *unravel(i * lanes, shape)]
+            at[-1] = span(at[-1], lanes)
+            T.buffer_store(self.kept, self.w[tuple(at)], [span(i * lanes, lanes)])
 
     def _over_tiles(self, panel: _Panel) -> None:
         problem = self.problem
+        self._keep_panel(panel)
         if problem.flat:
             with loop(self.row.count) as t:
                 self._tile(_Pixels(None, None, self.row.base(t)), panel)
@@ -298,32 +237,37 @@ class BinaryContraction:
 
     def _tile(self, pixels: _Pixels, panel: _Panel) -> None:
         lanes, mr = self.point.lanes, self.point.mr
-        words: list = [None] * mr
-        for v, (_, stored) in enumerate(vectors(panel.channels, lanes)):
-            adders = [_Adder(self.counter, self.point.levels) for _ in range(mr)]
-            for p, adder in enumerate(adders):
-                adder.start(self._terms(pixels, p, panel, v))
-            self._sum(adders, pixels, panel, v)
-            for p, adder in enumerate(adders):
-                adder.finish()
-                if self.packs:
-                    words[p] = self._append(words[p], adder.total[adder.at], panel, v)
-                    continue
-                at = [*self._place(pixels, p), span(panel.first_output + v * lanes, stored)]
-                self.kernel.store(adder.total[span(0, stored)], at)
-        if self.packs:
-            word = tirx.floordiv(panel.first_output, WORD_BITS)
-            flip = self.flips[word]
-            for p, bits in enumerate(words):
-                self.kernel.store(bits ^ flip, [*self._place(pixels, p), word])
+        behind = int(self.kept.shape[0]) - _LINE + tirx.floormod(pixels.base, _LINE)
+        T.buffer_store(self.kept, T.uint32(0), [behind])
+        if not self.packs:
+            for v, (_, stored) in enumerate(vectors(panel.channels, lanes)):
+                for p, sums in enumerate(self._sums(pixels, panel, v)):
+                    at = [*self._place(pixels, p), span(panel.first_output + v * lanes, stored)]
+                    self.kernel.store(sums[span(0, stored)], at)
+            return
+        words = T.alloc_buffer((mr,), "uint32")
+        for p in range(mr):
+            T.buffer_store(words, T.uint32(0), [p])
+        with T.serial(0, -(-panel.channels // lanes)) as v:
+            for p, sums in enumerate(self._sums(pixels, panel, v)):
+                channel = span(panel.first_output + v * lanes, lanes)
+                reached = sums[span(0, lanes)] >= self.thresholds[channel]
+                bits = lane_mask(reached, lanes) << (v * lanes).astype("uint32")
+                T.buffer_store(words, words[p] | bits, [p])
+        word = tirx.floordiv(panel.first_output, WORD_BITS)
+        for p in range(mr):
+            self.kernel.store(words[p] ^ self.flips[word], [*self._place(pixels, p), word])
 
-    def _append(self, word, sums, panel: _Panel, v: int):
-        """`word` with the bits of vector `v`: whether its sums reach their thresholds."""
-        lanes = self.point.lanes
-        reached = sums >= self.thresholds[span(panel.first_output + v * lanes, lanes)]
-        bits = lane_mask(reached, lanes)
-        bits = bits if v == 0 else bits << T.uint32(v * lanes)
-        return T.bind(bits if word is None else word | bits)
+    def _sums(self, pixels: _Pixels, panel: _Panel, v) -> list:
+        """Buffers with the sums of vector `v` of the panel, one per pixel."""
+        looped = self.problem.steps > self.point.block
+        adders = [Adder(self.counter, self.point.levels, looped) for _ in range(self.point.mr)]
+        for p, adder in enumerate(adders):
+            adder.start(self._terms(pixels, p, panel, v))
+        self._add(adders, pixels, panel, v)
+        for adder in adders:
+            adder.finish()
+        return [adder.total for adder in adders]
 
     def _place(self, pixels: _Pixels, p: int) -> list:
         if self.problem.flat:
@@ -340,54 +284,96 @@ class BinaryContraction:
         place = row * whole.places[1] + column
         return self.terms[panel.index, place, span(v * lanes, lanes)]
 
-    def _sum(self, adders: list[_Adder], pixels: _Pixels, panel: _Panel, v: int) -> None:
+    def _add(self, adders: list[Adder], pixels: _Pixels, panel: _Panel, v) -> None:
         """Add the words of all taps, in straight-line code as far as it stays short."""
-        problem = self.problem
-        (sh, sw), (dh, dw) = problem.stride, problem.dilation
-        words, lanes = problem.group_inputs, self.point.lanes
-        whole_rows = dw == 1 and problem.groups == 1
-        runs, length = (1, problem.s * words) if whole_rows else (problem.s, words)
+        problem, limit = self.problem, self.point.block
+        line, run = line_words(problem), run_words(problem, self.point)
+        taps = 1 if whole_lines(problem) else problem.s
 
-        def add(r, s, k) -> None:
-            """One word for all pixels: number k of tap s of row r, counted on into the next taps where they follow."""
-            c = problem.group_inputs if whole_rows else length
-            tap, within = (s + tirx.floordiv(k, c), tirx.floormod(k, c)) if whole_rows else (s, k)
-            w = T.bind(self.w[panel.index, r, tap, within, span(v * lanes, lanes)])
-            for p, adder in enumerate(adders):
-                pixel = pixels.base + p
-                if problem.flat:
-                    at = (*unravel(pixel, self.x_lead), panel.first_word + within)
-                else:
-                    row, column = pixels.oh * sh + r * dh, pixel * sw + tap * dw
-                    at = (pixels.image, row, column, panel.first_word + within)
-                adder.push(T.broadcast(self.x[at], lanes) ^ w)
+        def add(r, s, first, count: int) -> None:
+            self._run(adders, pixels, panel, v, r, s, first, count)
 
         def settle() -> None:
             for adder in adders:
                 adder.settle()
 
-        limit = self.point.block
-        if problem.r * runs * length <= limit:
+        if problem.steps <= limit:
             for r in range(problem.r):
-                for s in range(runs):
-                    for k in range(length):
-                        add(r, s, k)
-            settle()
+                for s in range(taps):
+                    add(r, s, 0, line)
             return
         with T.serial(0, problem.r) as r:
-            if runs * length <= limit:
-                for s in range(runs):
-                    for k in range(length):
-                        add(r, s, k)
+            if taps * line <= limit:
+                for s in range(taps):
+                    add(r, s, 0, line)
                 settle()
                 return
-            with T.serial(0, runs) as s:
-                block = min(limit, length)
-                if length >= block:
-                    with T.serial(0, length // block) as i:
-                        for k in range(block):
-                            add(r, s, i * block + k)
+            with T.serial(0, taps) as s:
+                if line >= run:
+                    with T.serial(0, line // run) as part:
+                        add(r, s, part * run, run)
                         settle()
-                for k in range(length - length % block, length):
-                    add(r, s, k)
-                settle()
+                if line % run:
+                    add(r, s, line - line % run, line % run)
+                    settle()
+
+    def _run(self, adders, pixels: _Pixels, panel: _Panel, v, r, s, first, count: int) -> None:
+        """Add `count` words of a line, beginning with number `first`."""
+        before: list = [None] * len(adders)
+        pairs = count // 2 if self.point.paired else 0
+        for i in range(pairs):
+            place = first + 2 * i
+            w, w_parity = (T.bind(self._weight(panel, v, r, s, place + j)) for j in (0, 1))
+            for p, adder in enumerate(adders):
+                word = T.bind(self._word(pixels, p, panel, r, s, place) ^ w)
+                parity = T.bind(self._parity(pixels, p, panel, r, s, place) ^ w_parity)
+                adder.push(self.counter.pair_carry(before[p], parity, word), 1)
+                before[p] = parity
+        for p, adder in enumerate(adders if pairs else []):
+            adder.push(before[p])
+        for i in range(2 * pairs, count):
+            w = T.bind(self._weight(panel, v, r, s, first + i))
+            for p, adder in enumerate(adders):
+                adder.push(self._word(pixels, p, panel, r, s, first + i) ^ w)
+
+    def _tap(self, s, place) -> tuple:
+        """The tap, and the word of it, that number `place` is of the line that begins at tap `s`."""
+        words = self.problem.group_inputs
+        if whole_lines(self.problem):
+            return tirx.floordiv(place, words), tirx.floormod(place, words)
+        return s, place
+
+    def _weight(self, panel: _Panel, v, r, s, place):
+        lanes = self.point.lanes
+        tap, word = self._tap(s, place)
+        p = self.problem
+        at = ((r * p.s + tap) * p.group_inputs + word) * self.panel + v * lanes
+        return self.kept[span(at, lanes)]
+
+    def _word(self, pixels: _Pixels, p: int, panel: _Panel, r, s, place):
+        """A word of X, on all lanes."""
+        problem, pixel = self.problem, pixels.base + p
+        tap, within = self._tap(s, place)
+        word = panel.group * problem.group_inputs + within
+        if problem.flat:
+            at = (*unravel(pixel, self.x_lead), word)
+        else:
+            column = pixel * problem.stride[1] + tap * problem.dilation[1]
+            at = (pixels.image, self._row(pixels, r), column * problem.c + word)
+        return T.broadcast(self.x[at], self.point.lanes)
+
+    def _parity(self, pixels: _Pixels, p: int, panel: _Panel, r, s, place):
+        """The parity of the run of X up to the word behind number `place`, on all lanes."""
+        problem, pixel = self.problem, pixels.base + p
+        pair = panel.group * (line_words(problem) // 2) + tirx.floordiv(place, 2)
+        if problem.flat:
+            at = (pixel, pair)
+        else:
+            column = pixel
+            if not whole_lines(problem):
+                column = pixel * problem.stride[1] + s * problem.dilation[1]
+            at = (pixels.image, self._row(pixels, r), column, pair)
+        return T.broadcast(self.parities[at], self.point.lanes)
+
+    def _row(self, pixels: _Pixels, r):
+        return pixels.oh * self.problem.stride[0] + r * self.problem.dilation[0]

@@ -4,7 +4,8 @@
 Counting one vector of words costs 7 instructions where there is no instruction for it, so words are first added bit by bit,
 32 columns per word (Harley and Seal): three words of weight 1 become a sum word of weight 1 and a carry word of weight 2.
 After `levels` such stages one word in 2^levels is counted, with that weight. With three-input logic (AVX-512) a full adder
-is two instructions, and a word costs about 3.4 in all.
+is two instructions. Of words that are each the xor of one of X and one of W, the sum column by column is the xor of two
+parities, one of X alone and one of W alone, which are there already: two words then cost two xors and a carry (`pair_carry`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from schedules.target import CpuTarget
 WORD_BITS = 32
 # Bits set in a nibble, one byte each: a table for a byte shuffle, as little-endian words.
 _NIBBLE_COUNTS = (0x02010100, 0x03020201, 0x03020201, 0x04030302)
-_SUM, _MAJORITY = 0x96, 0xE8  # truth tables of three-input logic
+# Truth tables of three-input logic: a ^ b ^ c; the carry of a + b + c from a, b and their sum; from c, the sum and a.
+_SUM, _CARRY_OF_SUM, _CARRY_OF_PAIR = 0x96, 0xD4, 0xB2
 
 
 def words_for(bits: int) -> int:
@@ -56,20 +58,34 @@ class BitCounter:
     @property
     def levels(self) -> int:
         """Stages of carry-save addition before bits are counted, where sums are long."""
-        return {"vpopcntd": 0, "vnni": 3, "avx512": 3, "avx2": 2, "ctpop": 2}[self.method]
+        return {"vpopcntd": 0, "vnni": 5, "avx512": 5, "avx2": 2, "ctpop": 2}[self.method]
+
+    @property
+    def three_inputs(self) -> bool:
+        """Whether one instruction computes any function of three bits."""
+        return self.method in ("vnni", "avx512", "vpopcntd")
+
+    def _of_three(self, table: int, a, b, c):
+        args = [v.astype(f"int32x{self.lanes}") for v in (a, b, c)]
+        return tirx.call_llvm_pure_intrin(
+            f"int32x{self.lanes}", "llvm.x86.avx512.pternlog.d.512", *args, T.int32(table)
+        ).astype(f"uint32x{self.lanes}")
 
     def full_add(self, a, b, c) -> tuple:
         """(sum, carry) of three uint32 vectors, column by column."""
-        if self.method in ("vnni", "avx512", "vpopcntd"):
-            args = [v.astype(f"int32x{self.lanes}") for v in (a, b, c)]
-            return tuple(
-                tirx.call_llvm_pure_intrin(
-                    f"int32x{self.lanes}", "llvm.x86.avx512.pternlog.d.512", *args, T.int32(table)
-                ).astype(f"uint32x{self.lanes}")
-                for table in (_SUM, _MAJORITY)
-            )
+        if self.three_inputs:
+            total = T.bind(self._of_three(_SUM, a, b, c))
+            return total, self._of_three(
+                _CARRY_OF_SUM, b, c, total
+            )  # of the sum: `a` dies, no copy
         half = T.bind(a ^ b)
         return half ^ c, (a & b) | (half & c)
+
+    def pair_carry(self, before, total, word):
+        """The carry of before + word + another word, where `total` is the three's sum; `before` None for 0."""
+        if before is None:
+            return word & ~total
+        return self._of_three(_CARRY_OF_PAIR, before, total, word)
 
     def half_add(self, a, b) -> tuple:
         """(sum, carry) of two uint32 vectors, column by column."""

@@ -28,3 +28,13 @@ def unpack_bits(words: np.ndarray, axis: int, channels: int, groups: int = 1) ->
     bits = (moved[..., None] >> places) & np.uint32(1)
     bits = bits.reshape(*moved.shape[:-1], groups, -1)[..., : channels // groups]
     return np.moveaxis(bits.reshape(*moved.shape[:-1], channels).astype(bool), -1, axis)
+
+
+def with_parities(words: np.ndarray, axis: int, run: int) -> np.ndarray:
+    """`words` in runs along `axis`: every second one of a run becomes the parity, bit by bit, of the run up to it."""
+    moved = np.moveaxis(words, axis, 0)
+    found = moved.copy()
+    for first in range(0, len(moved), run):
+        parities = np.bitwise_xor.accumulate(moved[first : first + run])
+        found[first : first + run][1::2] = parities[1::2]
+    return np.ascontiguousarray(np.moveaxis(found, 0, axis))

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from tvm import relax, te, tirx
 
-from passes.binary.bits import pack_bits
+from passes.binary.bits import pack_bits, with_parities
 from passes.binary.operators import (
     BINARY_CONV2D,
     BINARY_CONV2D_BITS,
@@ -24,7 +24,16 @@ from passes.family import Lowering
 from passes.layers import attrs_of, channels_last_attrs, const_array, shape_of
 from passes.lower import call_te
 from schedules import binary_contraction
-from schedules.binary_contraction import Point, Problem, place_on_border
+from schedules.binary_problem import (
+    Point,
+    Problem,
+    line_words,
+    packed_shape,
+    panel_width,
+    place_on_border,
+    run_words,
+    whole_lines,
+)
 from schedules.bit_words import WORD_BITS, words_for
 from schedules.fused import annotations
 from schedules.spaces import point_for
@@ -45,18 +54,20 @@ def problem_of(call: relax.Call) -> Problem:
 
 
 def pack_weights(weight: np.ndarray, problem: Problem, point: Point, packs: bool) -> np.ndarray:
-    """+-1 [O, C/groups, R, S] -> `binary_contraction.packed_shape`, zeros where a panel has no channel."""
+    """+-1 [O, C/groups, R, S] -> `packed_shape`, zeros where a panel has no channel."""
     weight = weight.reshape(*weight.shape[:2], problem.r, problem.s)
     words = pack_bits(weight > 0, 1)  # [O, words, R, S]
     groups, outputs = problem.groups, problem.group_outputs
-    panel = binary_contraction.panel_width(point, packs)
+    panel = panel_width(point, packs)
     panels = -(-outputs // panel)
     full = np.zeros((groups, panels * panel, *words.shape[1:]), np.uint32)
     full[:, :outputs] = words.reshape(groups, outputs, *words.shape[1:])
     split = full.reshape(groups, panels, panel, *words.shape[1:])
-    return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2)).reshape(
-        binary_contraction.packed_shape(problem, point, packs)
-    )
+    packed = np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2))
+    if point.paired:
+        lines = packed.reshape(-1, line_words(problem), panel)
+        packed = with_parities(lines, 1, run_words(problem, point))
+    return packed.reshape(packed_shape(problem, point, packs))
 
 
 def border_terms(weight: np.ndarray, problem: Problem, point: Point, packs: bool) -> np.ndarray:
@@ -84,7 +95,7 @@ def border_terms(weight: np.ndarray, problem: Problem, point: Point, packs: bool
                 inside(j, sw, dw, left, problem.s, problem.w),
             )
             terms.append(problem.bits * valid.sum() + 2 * (ones * ~valid).sum((1, 2)))
-    panel = binary_contraction.panel_width(point, packs)
+    panel = panel_width(point, packs)
     panels = -(-outputs // panel)
     full = np.zeros((groups, panels * panel, len(terms)), np.int32)
     full[:, :outputs] = np.stack(terms, -1).reshape(groups, outputs, -1)
@@ -115,7 +126,7 @@ def _padded(x, problem: Problem):
 def _sums(problem: Problem, point: Point, packs: bool, out_shape, x, w, terms, notes=None):
     """The te stages of the int32 sums."""
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
-    panel = binary_contraction.panel_width(point, packs)
+    panel = panel_width(point, packs)
     panels, outputs = -(-problem.group_outputs // panel), problem.group_outputs
     padded = _padded(x, problem)
     r = te.reduce_axis((0, problem.r), "r")
@@ -127,6 +138,22 @@ def _sums(problem: Problem, point: Point, packs: bool, out_shape, x, w, terms, n
         group, within = (0, o) if problem.groups == 1 else (o // outputs, o % outputs)
         return group * panels + within // panel, group, within % panel
 
+    def weight(index, r, s, k, within):
+        if not point.paired:
+            return w[index, r, s, k, within]
+        whole, words = whole_lines(problem), problem.group_inputs
+        number = s * words + k if whole else k  # of its line
+        place = tirx.floormod(number, run_words(problem, point))
+
+        def stored(back: int):
+            at = tirx.max(number - back, 0)
+            tap, word = (tirx.floordiv(at, words), tirx.floormod(at, words)) if whole else (s, at)
+            return w[index, r, tap, word, within]
+
+        zero = tirx.const(0, "uint32")
+        before = stored(1) ^ tirx.Select(place >= 2, stored(2), zero)
+        return stored(0) ^ tirx.Select(tirx.floormod(place, 2) == 1, before, zero)
+
     def differing(*at):
         index, group, within = place(at[-1])
         channel = group * problem.group_inputs + k
@@ -134,7 +161,7 @@ def _sums(problem: Problem, point: Point, packs: bool, out_shape, x, w, terms, n
             pixel = padded[(*at[:-1], channel)]
         else:
             pixel = padded[at[0], at[1] * sh + r * dh, at[2] * sw + s * dw, channel]
-        different = tirx.popcount(pixel ^ w[index, r, s, k, within])
+        different = tirx.popcount(pixel ^ weight(index, r, s, k, within))
         return te.sum(different.astype("int32"), axis=[r, s, k])
 
     counted = te.compute(out_shape, differing, name="differing")

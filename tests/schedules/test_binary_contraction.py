@@ -12,7 +12,7 @@ from passes.binary import FAMILY, operators
 from passes.binary.bits import pack_bits, unpack_bits
 from passes.layers import shape_of
 from passes.lower import lower_operators
-from schedules.binary_contraction import Point, Problem, default_point, packed_shape
+from schedules.binary_problem import Point, Problem, default_point, packed_shape
 from schedules.bit_words import BitCounter
 from schedules.dispatch import schedule_module
 from schedules.target import NAMED
@@ -39,6 +39,13 @@ CONVOLUTIONS = {
         {"padding": [2, 1, 0, 1], "groups": 2, "strides": [2, 1], "dilation": [1, 2]},
     ),
     "long rows": ((1, 3, 3, 512), (32, 512, 3, 3), {"padding": [1, 1, 1, 1]}),
+    "lines of a row in parities": ((2, 5, 6, 96), (64, 96, 3, 3), {"padding": [1, 0, 1, 1], "strides": [1, 2]}),
+    "a line in several runs": ((1, 3, 4, 1056), (64, 1056, 3, 3), {"padding": [1, 1, 1, 1]}),
+    "taps apart in parities": (
+        (1, 6, 8, 224), (128, 112, 3, 3), {"padding": [2, 2, 2, 2], "dilation": [2, 2], "groups": 2},
+    ),
+    "one long sum in straight-line code": ((1, 4, 3, 512), (64, 512, 3, 3), {"padding": [1, 1, 1, 1]}),
+    "pointwise, long": ((1, 3, 3, 1090), (80, 1090, 1, 1), {}),
     "pointwise": ((1, 5, 5, 255), (48, 255, 1, 1), {}),
 }  # fmt: skip
 
@@ -188,6 +195,7 @@ def test_points_fit_and_survive_json(target):
         Problem(1, 1, 1, 4, 10, bits=100),
     ):
         point = default_point(problem, target)
+        assert not point.paired or BitCounter.of(target).three_inputs
         assert 1 <= point.mr <= problem.row and point.block >= 1
         assert point.mr * (point.levels + 1) < target.registers
         assert Point.from_dict(point.to_dict()) == point
