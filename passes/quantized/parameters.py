@@ -13,6 +13,7 @@ DEFAULTS = {
     "percentile": 99.99,
     "per_channel": True,
     "symmetric": False,
+    "tables": True,
     **tricks.DEFAULTS,
 }
 
@@ -47,6 +48,7 @@ PARAMETERS = {
     "percentile": _percentile,
     "per_channel": _switch,
     "symmetric": _switch,
+    "tables": _switch,
     "density": parse_density,
     "grain": _grain,
     **tricks.PARAMETERS,

@@ -25,6 +25,7 @@ from passes.quantized.plan_bytes import BytesPlan, plan_bytes, tensors
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import NEED_HISTOGRAM, Affine, choose_range
 from passes.quantized.rank_sensitivity import joined, most_sensitive, rank_sensitivity
+from passes.quantized.store_tables import StoreTables
 from passes.quantized.switch_layers import SWITCHES, switch_layers
 from passes.quantized.take_imported import is_quantized, take_imported
 from passes.quantized.tricks import prepare
@@ -57,12 +58,17 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
             f"kept in float32: alone it would add noise of {noise:.2g} of the output's power"
         )
     treated = calibrated.quantize()
+    tables = StoreTables()
+    if treated is not calibrated.mod and any(p["tables"] for p in calibrated.parameters.values()):
+        treated = tables(treated)
     decisions = [
         calibrated.decision(layer, treatments[layer.name])
         for layer in layers_of(mod)
         if layer.name in treatments
     ]
-    return Rewritten(treated, decisions, reference=treated, floats=calibrated.mod)
+    return Rewritten(
+        treated, decisions, reference=treated, floats=calibrated.mod, notes=tables.notes
+    )
 
 
 @dataclass
