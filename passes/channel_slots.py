@@ -9,7 +9,6 @@ only where weights are zero. A residual sum thus keeps a channel that is alive i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.channel_axes import by_group, concat_parts, extent, per_input, reads, reshaped_axis
 from passes.channels_last import ELEMENTWISE
 from passes.evaluate import evaluate_value
 from passes.layers import (
@@ -68,12 +68,16 @@ class Channels:
 
 
 class ChannelSlots:
-    """The analysis of one function in NCHW, done at construction: `channels` by variable, `removable()` slots."""
+    """The analysis of one function in NCHW, done at construction: `channels` by variable, `removable()` slots.
+
+    Slots that stay, with the reason: `pinned` by what the graph does with them, `held` by the constants they have now.
+    """
 
     def __init__(self, func: relax.Function):
         self.channels: dict[relax.Var, Channels] = {}
         self.parents: list[int] = []
         self.pinned: dict[int, str] = {}
+        self.held: dict[int, str] = {}
         self.grouped: list[tuple[np.ndarray, np.ndarray]] = []
         bindings = bindings_of(func)
         for binding in bindings:
@@ -122,7 +126,7 @@ class ChannelSlots:
         """
         roots = self.roots(np.arange(len(self.parents)))
         free = np.ones(len(self.parents), bool)  # by root
-        free[roots[list(self.pinned)]] = False
+        free[roots[[*self.pinned, *self.held]]] = False
         for found in self.channels.values():
             free[roots[found.slots[found.needed & ~found.known]]] = False
         while True:
@@ -205,7 +209,8 @@ class ChannelSlots:
         steady = x.known & ((x.value == 0) | (not padded))
         if padded:
             stuck = x.known & (x.value != 0) & per_input(reads, groups).any(axis=0)
-            self._pin_slots(x.slots[stuck], "a constant that is not zero meets zero padding")
+            reason = "a constant that is not zero meets zero padding"
+            self.held |= dict.fromkeys(map(int, x.slots[stuck]), reason)
         inputs = by_group(steady, groups, len(reads))
         values = by_group(x.value, groups, len(reads))
         return ~(reads & ~inputs).any(axis=1), np.where(reads & inputs, sums * values, 0.0).sum(
@@ -342,58 +347,6 @@ class ChannelSlots:
                 x.needed |= result.asked.reshape(x.size, -1).any(axis=1)
             else:
                 x.needed |= result.asked
-
-
-def reads(weight: np.ndarray) -> np.ndarray:
-    """bool [O, I/groups]: whether an output channel reads an input channel of its group (NaN weights do)."""
-    return (weight != 0).reshape(*weight.shape[:2], -1).any(axis=2)
-
-
-def by_group(inputs: np.ndarray, groups: int, outputs: int) -> np.ndarray:
-    """[O, I/groups]: the values of the input channels that each output channel may read."""
-    return np.repeat(inputs.reshape(groups, -1), outputs // groups, axis=0)
-
-
-def per_input(used: np.ndarray, groups: int) -> np.ndarray:
-    """[O/groups, I] of [O, I/groups]: by input channel."""
-    split = used.reshape(groups, -1, used.shape[1])
-    return split.transpose(1, 0, 2).reshape(split.shape[1], -1)
-
-
-def extent(expr: relax.Expr, axis: int, rank: int) -> int:
-    """The size of an operand along axis `axis` of a result of rank `rank` that it is broadcast to."""
-    shape = shape_of(expr)
-    at = axis - (rank - len(shape))
-    return shape[at] if at >= 0 else 1
-
-
-def concat_parts(call: relax.Call) -> list[tuple[relax.Expr, int]]:
-    """The operands of a concatenation and where each begins."""
-    axis, first, parts = int(call.attrs.axis or 0), 0, []
-    for part in call.args[0].fields:
-        parts.append((part, first))
-        first += shape_of(part)[axis]
-    return parts
-
-
-def reshaped_axis(before, after, axis: int, merge: bool) -> tuple[int, int] | None:
-    """(axis, entries per channel) where a reshape or a broadcast of `before` to `after` has the channels of `axis`:
-    alone on an axis, or merged with everything behind them. None where they are cut or mixed."""
-    if not merge:
-        at = axis + len(after) - len(before)
-        return (at, 1) if after[at] == before[axis] else None
-    lead, inner = math.prod(before[:axis]), math.prod(before[axis + 1 :])
-    for at, size in enumerate(after):
-        if (
-            math.prod(after[:at]) != lead
-            or math.prod(after[at + 1 :]) * size != inner * before[axis]
-        ):
-            continue
-        if size == before[axis]:
-            return at, 1
-        if size == before[axis] * inner and at == len(after) - 1:
-            return at, inner
-    return None
 
 
 def _keep_groups_even(free: np.ndarray, ins: np.ndarray, outs: np.ndarray) -> None:

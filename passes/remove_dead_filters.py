@@ -21,7 +21,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from passes.channel_slots import Channels, ChannelSlots, by_group, extent
+from passes.channel_axes import by_group, extent
+from passes.channel_slots import Channels, ChannelSlots
 from passes.layers import (
     CONV2D,
     DENSE,
@@ -154,7 +155,7 @@ class _Compactor:
             return "every filter is dead; one stays"
         slot = int(self.slots.channels[var].slots[np.flatnonzero(staying)[0]])
         root = self.slots.root(slot)
-        for pinned, reason in self.slots.pinned.items():
+        for pinned, reason in {**self.slots.held, **self.slots.pinned}.items():
             if self.slots.root(pinned) == root:
                 return reason
         return "other branches or groups need these channels"

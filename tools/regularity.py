@@ -290,10 +290,8 @@ def table(accuracy, studies, loads, density: float) -> str:
         size, indices = storage(grain, d)
         cells = [grain, f"{d:.0%}", f"{accuracy[grain][d]:.1%}", f"{size:.2f}", f"{indices:.0%}"]
         for study in studies.values():
-            point = next(
-                p for p in study.points if (p.grain, p.density) == (grain, asked(grain, d))
-            )
-            cells.append(f"{point.latency_us / study.latency_us:.2f}")
+            found = [p for p in study.points if (p.grain, p.density) == (grain, asked(grain, d))]
+            cells.append(f"{found[0].latency_us / study.latency_us:.2f}" if found else "")
         lines.append("| " + " | ".join(cells) + " |" + _load_cells(loads, grain))
     return "\n".join(lines)
 

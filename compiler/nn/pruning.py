@@ -24,7 +24,7 @@ from torch import nn
 
 from compiler.nn.coupled_filters import FilterCoupling
 from passes.sparse.grains import Grain
-from passes.sparse.prune import density_to_keep, kept_by_constraint, most_salient
+from passes.sparse.prune import density_to_keep, kept_by_constraint, most_salient, one_is_kept
 from schedules.errors import UserError
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -234,10 +234,7 @@ class Pruner:
         return kept
 
     def _note(self, name: str, density: float, grains: int) -> None:
-        self.notes.append(
-            f"layer {name}: density {density:.3g} would leave none of its {grains} grains "
-            f"({self.grain.name}); one is kept"
-        )
+        self.notes.append(f"layer {name}: {one_is_kept(self.grain, grains, density)}")
 
 
 @dataclass(frozen=True)

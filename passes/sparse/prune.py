@@ -56,6 +56,13 @@ def density_to_keep(grain: Grain, density: float | None) -> float:
     return density
 
 
+def one_is_kept(grain: Grain, grains: int, density: float) -> str:
+    """What to tell where a density leaves a layer empty but for the one grain that is always kept."""
+    return (
+        f"density {density:.3g} would leave none of its {grains} grains ({grain.name}); one is kept"
+    )
+
+
 def check(parameters: Mapping[str, object], prune: bool) -> None:
     """That pruning knows what to reach. Raises ValueError."""
     if prune:

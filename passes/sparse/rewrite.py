@@ -6,6 +6,7 @@ rewrite: a graph with zeros  ->  kerf.RemoveDeadFilters  ->  kerf.sparse_conv2d,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
@@ -18,7 +19,9 @@ from passes.family import Context, Layer, Rewritten
 from passes.layers import attrs_of, is_layer
 from passes.remove_dead_filters import LayerChannels, block_vars, compact
 from passes.rewriting import bindings_of
-from passes.sparse.format import block_of
+from passes.sparse.format import ELEMENT, best_grain, block_of
+from passes.sparse.grains import Grain
+from passes.sparse.prune import one_is_kept
 from passes.sparse.prune_filters import prune_filters
 from passes.sparse.treat import treat
 from passes.treat_layers import decide, layers_of, rewrite_layers
@@ -108,6 +111,10 @@ def _decision(
     taken = not isinstance(outcome, Declined) or smaller_as_asked(treatment, channels)
     decision = decide(layer, treatment, None if taken else outcome.reason)
     facts, declined = dict(decision.found), decision.declined
+    if isinstance(outcome, relax.Call):
+        facts |= _packed(layer, attrs_of(outcome)["grain"])
+    if treatment.prune and (note := _nearly_empty(layer, treatment)):
+        facts["one_grain_kept"] = note
     if channels.changed:
         facts |= {"inputs": list(channels.inputs), "outputs": list(channels.outputs)}
     if channels.reason:
@@ -115,3 +122,25 @@ def _decision(
         if declined and "filter" in (facts.get("grain"), treatment.parameters.get("grain")):
             declined = f"its dead filters stay: {channels.reason}"
     return replace(decision, found=facts, declined=declined)
+
+
+def _packed(layer: Layer, runs_as: str) -> dict:
+    """What packing adds where the grain does not fit the channels: a block never straddles two groups of a convolution, so
+    it is stored finer; the last block is padded."""
+    facts: dict = {}
+    if layer.attrs.get("groups", 1) > 1 and runs_as != best_grain(layer.weight):
+        facts["runs_as"] = runs_as
+    if padded := -len(layer.weight) % block_of(runs_as):
+        facts["padded_outputs"] = padded
+    return facts
+
+
+def _nearly_empty(layer: Layer, treatment: Treatment) -> str | None:
+    grain, density = (
+        Grain.parse(treatment.parameters.get("grain", ELEMENT)),
+        treatment.parameters.get("density"),
+    )
+    grains = math.prod(grain.grid(layer.weight.shape))
+    if grain.of or density is None or round(density * grains) >= 1:
+        return None
+    return one_is_kept(grain, grains, density)

@@ -9,8 +9,8 @@ from tvm import relax
 
 from passes.evaluate import evaluate
 from passes.family import Context
-from passes.layers import conv2d, dense
-from passes.treat_layers import layers_of, treat_layers
+from passes.layers import attrs_of, const_array, conv2d, dense
+from passes.treat_layers import layers_of, rewrite_layers, treat_layers
 from passes.treatment import Treatment
 from schedules.errors import UserError
 from schedules.target import NAMED
@@ -117,3 +117,48 @@ def test_weights_that_are_not_numbers_cannot_be_pruned(build):
     mod = build([(1, 64, 8, 8)], lambda _b, x: conv2d(x, relax.const(weight), name="l"))
     with pytest.raises(UserError, match="layer l: cannot be pruned; found NaN weights"):
         treat(mod, names=("l",), grain="element", density=0.1)
+
+
+def test_padding_finer_blocks_and_nearly_empty_layers_are_told(build, rng):
+    def vectors(shape, block, density):
+        weight = rng.standard_normal(shape).astype("float32")
+        kept = rng.random((-(-shape[0] // block), *shape[1:])) < density
+        return relax.const(weight * np.repeat(kept, block, axis=0)[: shape[0]])
+
+    def body(builder, x):
+        x = builder.emit(
+            conv2d(x, vectors((96, 24, 3, 3), 48, 0.1), name="grouped", padding=(1,) * 4, groups=4)
+        )
+        return conv2d(x, vectors((90, 96, 1, 1), 4, 0.1), name="padded")
+
+    mod = build([(1, 96, 28, 28)], body)
+    _, by_name = treat(mod, names=("grouped", "padded"))
+    # 24 output channels a group are no multiple of the 16 that share their zeros
+    assert by_name["grouped"].treatment == "sparse"
+    assert by_name["grouped"].found["runs_as"] == "out:8"
+    assert by_name["padded"].found["padded_outputs"] == 2
+    assert "padded_outputs" not in by_name["grouped"].found
+    alone = build(
+        [(1, 256, 28, 28)], lambda _b, x: conv2d(x, vectors((256, 256, 1, 1), 1, 1), name="l")
+    )
+    _, by_name = treat(alone, names=("l",), grain="kernel", density=1e-6)
+    assert by_name["l"].treatment == "sparse" and by_name["l"].found["one_grain_kept"] == (
+        "density 1e-06 would leave none of its 65536 grains (kernel); one is kept"
+    )
+
+
+def test_filters_that_are_dead_already_are_pruned_like_others(network):
+    """A dead filter whose bias is not zero stays, as zero padding meets it; pruned, its bias is zero as well."""
+
+    def kill(call):
+        weight = const_array(call.args[1]).copy()
+        weight[:8] = 0
+        if attrs_of(call)["name"] != "a":
+            return call
+        return conv2d(call.args[0], relax.const(weight), name="a", padding=(1,) * 4)
+
+    found, by_name = treat(
+        rewrite_layers(network, kill), names=("a",), grain="filter", density=0.75
+    )
+    assert by_name["a"].found["outputs"] == [64, 48]
+    assert shapes(found.treated)["a"] == (48, 64, 3, 3)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,6 +275,29 @@ def test_a_mask_of_ones_own_and_nan_weights_behind_it():
     pruner = Pruner(layer)
     pruner.set_mask("", mask)
     assert torch.equal(layer.weight != 0, mask.bool()) and pruner.finish() is layer
+
+
+def test_the_examples_of_the_documentation_run(net, data, tmp_path, monkeypatch):
+    from compiler.inspect import inspect_model
+
+    page = Path(__file__).parents[3] / "docs" / "sparsity.md"
+    first, *others = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+    def evaluate(model):
+        with torch.no_grad():
+            return -float(nn.functional.cross_entropy(model(data[0]), data[1]))
+
+    monkeypatch.chdir(tmp_path)
+    names = {"model": net, "evaluate": evaluate, "batches": [data]}
+    exec(compile(first, str(page), "exec"), names)
+    layers = {layer.name: layer.found for layer in inspect_model("pruned.pt2").layers}
+    pruned = [n for n, d in names["budgets"].items() if d < 1 and n != "stem"]
+    assert pruned and all(layers[n]["grain"] == "out:4" for n in pruned)
+    assert layers["stem"]["grain"] is None
+    for block in others:
+        exec(compile(block, str(page), "exec"), names)
+    assert names["pruner"].grain.name == "filter" and not names["pruner"].revived()
+    assert int((net.block.a.weight != 0).flatten(1).any(1).sum()) == 11  # of 16
 
 
 def test_importing_loads_neither_tvm_nor_more_than_torch():
