@@ -9,6 +9,7 @@ shares). There is no padded copy of the input, see `windows`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -57,9 +58,13 @@ class Taps:
 
 
 class ChannelTiles:
-    """Emission of a window reduced per channel. A subclass says how: `dtype` (of the registers), `start`, `combine`, `finish`."""
+    """Emission of a window reduced per channel. A subclass says how: `dtype` (of the registers), `start`, `combine`, `finish`.
+
+    Of `orders` views of each vector, one is taken by all pixels before the next: their sums do not wait for each other.
+    """
 
     dtype = "float32"
+    orders = 1
 
     def __init__(self, kernel: Emission, problem: Problem, point: Point):
         self.kernel, self.problem, self.point = kernel, problem, point
@@ -70,8 +75,12 @@ class ChannelTiles:
         """What a register holds before the first value."""
         raise NotImplementedError
 
-    def combine(self, held, value, r, s: int, channels):
-        """`held` with `value` taken in, seen through tap (r, s); `channels` is its ramp of channels."""
+    def view(self, value, order: int):
+        """A vector of the input as its view number `order` has it."""
+        return value
+
+    def combine(self, held, value, r, s: int, channels, order: int):
+        """`held` with the view `order` of an input vector taken in, seen through tap (r, s) at the ramp `channels`."""
         raise NotImplementedError
 
     def finish(self, held, taps: Taps, pixel: int):
@@ -112,15 +121,16 @@ class ChannelTiles:
                 T.buffer_store(register, splat(start, lanes), [span(0, lanes)])
         with T.serial(taps.first, taps.last) as r:
             ih = oh * problem.stride[0] + r * problem.dilation[0] - problem.padding[0]
-            for offset, users in sorted(self._columns(taps.edge).items()):
+            columns = sorted(self._columns(taps.edge).items())
+            for order, (offset, users) in itertools.product(range(self.orders), columns):
                 iw = base * problem.stride[1] + offset
                 for v, lanes in enumerate(widths):
                     lane, channels = span(0, lanes), span(channel + v * self.point.lanes, lanes)
                     for p, s in users:
                         held, value = registers[p][v][lane], self.x[image, ih, iw, channels]
-                        T.buffer_store(
-                            registers[p][v], self.combine(held, value, r, s, channels), [lane]
-                        )
+                        value = self.view(value, order)
+                        result = self.combine(held, value, r, s, channels, order)
+                        T.buffer_store(registers[p][v], result, [lane])
         for p, pixel in enumerate(registers):
             for v, lanes in enumerate(widths):
                 value = self.finish(pixel[v][span(0, lanes)], taps, p)
@@ -143,5 +153,5 @@ class _Depthwise(ChannelTiles):
     def start(self) -> float:
         return 0.0
 
-    def combine(self, held, value, r, s: int, channels):
+    def combine(self, held, value, r, s: int, channels, order: int):
         return held + value * self.kernel.inputs[1][r, s, channels]

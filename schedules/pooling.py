@@ -64,7 +64,7 @@ class _Max(ChannelTiles):
     def start(self) -> float:
         return _LOWEST[self.dtype]
 
-    def combine(self, held, value, r, s: int, channels):
+    def combine(self, held, value, r, s: int, channels, order: int):
         return larger(held, value)
 
 
@@ -76,7 +76,7 @@ class _Average(ChannelTiles):
     def start(self) -> float:
         return 0.0
 
-    def combine(self, held, value, r, s: int, channels):
+    def combine(self, held, value, r, s: int, channels, order: int):
         return held + value
 
     def finish(self, held, taps: Taps, pixel: int):
@@ -103,7 +103,7 @@ class _ByteAverage(_Average):
     dtype = "int32"
     zero_point = 0
 
-    def combine(self, held, value, r, s: int, channels):
+    def combine(self, held, value, r, s: int, channels, order: int):
         return held + value.astype(held.ty.dtype)
 
     def finish(self, held, taps: Taps, pixel: int):

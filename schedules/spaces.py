@@ -69,6 +69,7 @@ def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
     spaces = {
         "contraction": _contraction,
         "depthwise": _depthwise,
+        "grouped": _depthwise,
         "batch_matmul": _batch_matmul,
         "winograd": _winograd,
     }

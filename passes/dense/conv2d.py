@@ -11,7 +11,7 @@ from passes.dense import winograd
 from passes.family import Lowering
 from passes.layers import CONV2D, channels_last_attrs, const_array, shape_of
 from passes.lower import call_te
-from schedules import contraction, depthwise
+from schedules import contraction, depthwise, grouped
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
@@ -94,6 +94,34 @@ def define_depthwise(problem: contraction.Problem, point: depthwise.Point):
     return depthwise_conv2d
 
 
+def define_grouped(problem: contraction.Problem, point: depthwise.Point):
+    """te function (x [N, H, W, C], w [R, S, C/groups, O] from `pack_grouped`) -> [N, OH, OW, O]."""
+    notes = annotations("grouped", problem=problem.to_dict(), point=point.to_dict())
+    (sh, sw), (dh, dw) = problem.stride, problem.dilation
+
+    def grouped_conv2d(x, w):
+        padded = pad_image(x, problem)
+        r = te.reduce_axis((0, problem.r), "r")
+        s = te.reduce_axis((0, problem.s), "s")
+        d = te.reduce_axis((0, problem.group_inputs), "d")
+        return te.compute(
+            (problem.n, problem.oh, problem.ow, problem.o),
+            lambda n, i, j, o: te.sum(
+                padded[n, i * sh + r * dh, j * sw + s * dw, o ^ d] * w[r, s, d, o], axis=[r, s, d]
+            ),
+            name="grouped_conv2d", attrs=notes,
+        )  # fmt: skip
+
+    return grouped_conv2d
+
+
+def pack_grouped(weight: np.ndarray) -> np.ndarray:
+    """[O, g, R, S] of groups with g outputs -> [R, S, g, O]: for d < g and o the weight of input o ^ d."""
+    outputs, group = weight.shape[:2]
+    o, d = np.arange(outputs), np.arange(group)[:, None]
+    return np.ascontiguousarray(weight[o, (o % group) ^ d].transpose(2, 3, 0, 1))
+
+
 def problem_of(call: relax.Call) -> contraction.Problem:
     """The problem of a `kerf.conv2d` call in NHWC layout. Raises ScheduleError in any other layout."""
     attrs = channels_last_attrs(call)
@@ -104,7 +132,7 @@ def problem_of(call: relax.Call) -> contraction.Problem:
 
 
 def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """Winograd's algorithm where it pays, a depthwise kernel where every channel is its own group, else a contraction."""
+    """Winograd's algorithm where it pays, channel by channel or in small groups where they are, else a contraction."""
     if (fast := winograd.lower(bb, call, target)) is not None:
         return fast
     problem, weight = problem_of(call), const_array(call.args[1])
@@ -122,11 +150,20 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
             relax.const(packed),
             hint=f"depthwise{kind}_{size}",
         )
+    if grouped.suits(problem, target):
+        point = point_for(grouped, problem, target)
+        return call_te(
+            bb,
+            define_grouped(problem, point),
+            call.args[0],
+            relax.const(pack_grouped(weight)),
+            hint=f"grouped{kind}_{size}_g{problem.groups}",
+        )
     point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight, problem, point))
-    grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
+    groups = f"_g{problem.groups}" if problem.groups > 1 else ""
     return call_te(
-        bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{grouped}"
+        bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{groups}"
     )
 
 

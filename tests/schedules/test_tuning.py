@@ -116,7 +116,7 @@ def problem(**fields):
 
 def spaces():
     """(loops, problem, default point, space) of assorted problems on every tier."""
-    from schedules import batch_matmul, contraction, depthwise, winograd
+    from schedules import batch_matmul, contraction, depthwise, grouped, winograd
     from schedules.spaces import space_of
 
     same = {"r": 3, "s": 3, "padding": (1, 1, 1, 1)}
@@ -129,6 +129,7 @@ def spaces():
             (contraction, problem(c=64, o=64, groups=4, **same)),
             (contraction, problem(h=1, w=1, c=2048, o=1000)),
             (depthwise, problem(groups=64, **same)),
+            (grouped, problem(groups=32, **same)),
             (batch_matmul, batch),
         ]
         for structure, found in cases:

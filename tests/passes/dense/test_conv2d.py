@@ -32,6 +32,21 @@ CASES = {
     "long sum": (1, 7, 9, 300, 40, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
     "groups of 24": (1, 14, 14, 48, 48, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2),
     "groups of 8 s2": (1, 14, 14, 48, 48, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 6),
+    "groups of 8, half a vector left": (
+        2,
+        9,
+        17,
+        104,
+        104,
+        (3, 3),
+        (1, 1),
+        (1, 1, 1, 1),
+        (1, 1),
+        13,
+    ),
+    "groups of 4": (1, 7, 33, 36, 36, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 9),
+    "groups of 2, 5x5 s2 dilated": (1, 15, 17, 38, 38, (5, 5), (2, 2), (4, 4, 4, 4), (2, 2), 19),
+    "groups of 8, 1x1": (1, 5, 7, 16, 16, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 2),
     "depthwise x2": (1, 14, 14, 12, 24, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 12),
     "depthwise": (1, 14, 14, 40, 40, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 40),
     "depthwise 5x5 s2": (2, 15, 15, 37, 37, (5, 5), (2, 2), (2, 2, 2, 2), (1, 1), 37),
@@ -39,7 +54,14 @@ CASES = {
     "depthwise 1x1": (1, 9, 9, 16, 16, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 16),
     "depthwise dilated": (1, 13, 11, 33, 33, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), 33),
 }
-SEVERAL_TARGETS = ["3x3 batch, overlapped", "stem 7x7 s2", "1x1 prime", "groups of 24", "depthwise"]
+SEVERAL_TARGETS = [
+    "3x3 batch, overlapped",
+    "stem 7x7 s2",
+    "1x1 prime",
+    "groups of 24",
+    "groups of 4",
+    "depthwise",
+]
 
 
 def _layer(case, rng):
@@ -75,7 +97,7 @@ def _check(run, case, rng, target):
 
     got = run(build, [x, residual], LOWERINGS, target)
     assert len(got.loops) == 1, "the epilogue was not fused"
-    assert set(got.loops.values()) <= {"contraction", "depthwise"}
+    assert set(got.loops.values()) <= {"contraction", "depthwise", "grouped"}
     np.testing.assert_allclose(
         got.output, np.maximum(wanted + bias + residual, 0), rtol=0, atol=2e-5
     )
@@ -122,7 +144,7 @@ def test_without_epilogue_and_with_odd_ones(run, rng):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["1x1 prime", "3x3 one tile", "depthwise"])
+@pytest.mark.parametrize("name", ["1x1 prime", "3x3 one tile", "groups of 4", "depthwise"])
 def test_infinities_and_nans_reach_the_pixels_that_see_them(name, run, rng):
     x, weight, attrs = _layer(CASES[name], rng)
     x[0, 3, 2, 1], x[0, 0, 5, 3] = np.nan, np.inf
