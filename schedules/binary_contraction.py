@@ -34,6 +34,7 @@ from schedules.binary_problem import (
     packed_shape,
     panel_width,
     place_on_border,
+    row_units,
     run_words,
     whole_lines,
 )
@@ -121,22 +122,29 @@ class BinaryContraction:
     # ---- loops
 
     def emit(self) -> None:
-        """All pixels for one panel of weights before the next."""
-        problem = self.problem
-        if not problem.flat:
+        """All pixels of some rows for one panel of weights before the next."""
+        if not self.problem.flat:
             self._pad()
         if self.point.paired:
             self._add_up_parities()
+        units, _ = row_units(self.problem, self.point.mr)
+        rows = self.point.rows or units
+        with loop(units // rows, self.parallel and rows < units) as block:
+            self._over_panels(block * rows, rows, self.parallel and rows == units)
+
+    def _over_panels(self, first, rows: int, parallel: bool) -> None:
+        """All panels over `rows` rows (tiles, if flat) beginning with number `first`."""
+        problem = self.problem
         count = -(-problem.group_outputs // self.panel)
         full, rest = divmod(problem.group_outputs, self.panel)
 
         def group(g) -> None:
             def panel(q, channels: int) -> None:
-                first = g * problem.group_outputs + q * self.panel
-                self._over_tiles(_Panel(g * count + q, g, first, channels))
+                output = g * problem.group_outputs + q * self.panel
+                self._over_tiles(_Panel(g * count + q, g, output, channels), first, rows)
 
             if full:
-                with loop(full, self.parallel and problem.groups == 1) as q:
+                with loop(full, parallel and problem.groups == 1) as q:
                     panel(q, self.panel)
             if rest:
                 panel(full, rest)
@@ -144,7 +152,7 @@ class BinaryContraction:
         if problem.groups == 1:
             group(0)
         else:
-            with loop(problem.groups, self.parallel) as g:
+            with loop(problem.groups, parallel) as g:
                 group(g)
 
     def _pad(self) -> None:
@@ -217,19 +225,15 @@ class BinaryContraction:
             at[-1] = span(at[-1], lanes)
             T.buffer_store(self.kept, self.w[tuple(at)], [span(i * lanes, lanes)])
 
-    def _over_tiles(self, panel: _Panel) -> None:
+    def _over_tiles(self, panel: _Panel, first, rows: int) -> None:
         problem = self.problem
         self._keep_panel(panel)
         if problem.flat:
-            with loop(self.row.count) as t:
-                self._tile(_Pixels(None, None, self.row.base(t)), panel)
+            with loop(rows) as t:
+                self._tile(_Pixels(None, None, self.row.base(first + t)), panel)
             return
-        with loop(problem.rows) as u:
-            image, oh = (
-                (0, u)
-                if problem.n == 1
-                else (tirx.floordiv(u, problem.oh), tirx.floormod(u, problem.oh))
-            )
+        with loop(rows) as u:
+            image, oh = unravel(first + u, (problem.n, problem.oh))
             with loop(self.row.count) as t:
                 self._tile(_Pixels(image, oh, self.row.base(t)), panel)
 

@@ -75,6 +75,7 @@ class Point(Annotated):
 
     `lanes` of a vector, `mr` pixels of a tile, `levels` of bitwise addition before words are counted, the most words of
     each pixel that are added in straight-line code, `block`, and whether sums of pairs are taken from parities, `paired`.
+    All panels of weights pass over `rows` rows of output (tiles, if flat) before the next ones; 0 stands for all rows.
     """
 
     lanes: int
@@ -82,6 +83,7 @@ class Point(Annotated):
     levels: int
     block: int
     paired: bool = False
+    rows: int = 0
 
 
 def line_words(problem: Problem) -> int:
@@ -116,7 +118,23 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     shared = -(-problem.group_outputs // target.lanes)
     paired = counter.three_inputs and levels > 0 and line > 1
     paired &= steps > _PAIRED_STEPS and shared >= _PAIRED_VECTORS
-    return Point(target.lanes, mr, levels, block, paired)
+    return Point(target.lanes, mr, levels, block, paired, _rows(problem, mr, target))
+
+
+def _rows(problem: Problem, mr: int, target: CpuTarget) -> int:
+    """Rows whose outputs, and as many numbers to add to them, stay in the second-level cache until their lines are whole."""
+    if 8 * problem.n * problem.oh * problem.ow * problem.o <= target.l2_bytes // 2:
+        return 0
+    units, pixels = row_units(problem, mr)
+    fitting = target.l2_bytes // 4 // (8 * pixels * problem.o)
+    return max((d for d in range(1, units) if units % d == 0 and d <= fitting), default=0)
+
+
+def row_units(problem: Problem, mr: int) -> tuple[int, int]:
+    """What `Point.rows` counts: how many rows of output, or tiles of a flat problem, and the pixels of one."""
+    if problem.flat:
+        return -(-problem.row // mr), mr
+    return problem.rows, problem.ow
 
 
 def panel_width(point: Point, packs: bool) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -98,6 +100,28 @@ def test_the_definition_is_a_convolution_of_signs(rng):
         images, torch.from_numpy(w.astype("float32")), None, 2, 1, 1, 2
     )
     np.testing.assert_array_equal(found.transpose(0, 3, 1, 2), wanted.numpy())
+
+
+def test_rows_in_blocks(rng, host_tiers):
+    """Output that no cache holds."""
+    target = replace(host_tiers[0], l2_bytes=16384)
+    for x_shape, w_shape, padding in (
+        ((2, 9, 5, 40), (33, 40, 3, 3), 1),
+        ((1, 6, 10, 40), (33, 40, 1, 1), 0),
+    ):
+        x = pack_bits(rng.random(x_shape) < 0.5, 3)
+        attrs = {**_PLAIN, "padding": [padding] * 4}
+        for t in (target, target.with_threads(2)):
+            problem = Problem(
+                *x_shape[:3],
+                x.shape[3],
+                *w_shape[:1],
+                *w_shape[2:],
+                padding=(padding,) * 4,
+                bits=40,
+            )
+            assert default_point(problem, t).rows
+            _check(operators.BINARY_CONV2D, x, [_signs(rng, *w_shape)], attrs, t)
 
 
 def test_every_tier_and_counter_agrees(rng, host_tiers):
