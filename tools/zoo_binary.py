@@ -18,8 +18,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compiler.nn.binary import BinaryBlock, BinaryConv2d, RPReLU, sign
+from compiler.nn.binary import BinaryBlock, BinaryConv2d, RPReLU, RSign, sign
 from tools import zoo
+
+
+class Sign(nn.Module):
+    """y = sign(x), the rule of `compiler.nn.binary`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sign(x)
 
 
 class BiRealUnit(nn.Module):
@@ -27,6 +34,7 @@ class BiRealUnit(nn.Module):
 
     def __init__(self, channels: int, outputs: int, stride: int):
         super().__init__()
+        self.binarize = Sign()
         self.conv = BinaryConv2d(channels, outputs, 3, stride=stride, padding=1)
         self.norm = nn.BatchNorm2d(outputs)
         self.around = nn.Identity()
@@ -36,7 +44,7 @@ class BiRealUnit(nn.Module):
             )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(sign(x))) + self.around(x)
+        return self.norm(self.conv(self.binarize(x))) + self.around(x)
 
 
 def stages(widths: list[int], depth: int, make: Callable[[int, int, int], nn.Module]) -> nn.Module:
@@ -90,11 +98,12 @@ class QuickUnit(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self.binarize = Sign()
         self.conv = BinaryConv2d(channels, channels, 3, padding=1, scale="none", pad_value=1.0)
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(F.relu(self.conv(sign(x)))) + x
+        return self.norm(F.relu(self.conv(self.binarize(x)))) + x
 
 
 def _quick_transition(channels: int, outputs: int) -> nn.Module:
@@ -120,11 +129,11 @@ def quicknet(tiny: bool) -> nn.Module:
     return Classifier(stem, nn.Sequential(*units, nn.ReLU()), widths[-1], 10 if tiny else 1000)
 
 
-# name -> (architecture, input extent, tiny input extent, the float architecture it is compared with)
-ZOO: dict[str, tuple[Callable[[bool], nn.Module], int, int, str]] = {
-    "birealnet18": (birealnet18, 224, 32, "resnet18"),
-    "reactnet": (reactnet, 224, 32, "resnet18"),
-    "quicknet": (quicknet, 224, 32, "resnet18"),
+# name -> (architecture, input extent, tiny input extent)
+ZOO: dict[str, tuple[Callable[[bool], nn.Module], int, int]] = {
+    "birealnet18": (birealnet18, 224, 32),
+    "reactnet": (reactnet, 224, 32),
+    "quicknet": (quicknet, 224, 32),
 }
 
 
@@ -132,7 +141,7 @@ def build(
     name: str, *, tiny: bool = False, batch: int = 1, seed: int = 0
 ) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """`(module in eval mode, example inputs)`, images float32 [N, 3, S, S]. Raises KeyError for an unknown name."""
-    architecture, extent, tiny_extent, _ = ZOO[name]
+    architecture, extent, tiny_extent = ZOO[name]
     torch.manual_seed(seed)
     module, size = architecture(tiny), tiny_extent if tiny else extent
     zoo.randomise(module)
@@ -142,6 +151,29 @@ def build(
                 each.slope.uniform_(0.1, 0.4)
     zoo.calibrate_batch_norm(module, torch.randn(4, 3, size, size))
     return module.eval(), (torch.randn(batch, 3, size, size),)
+
+
+def float_twin(name: str, *, tiny: bool = False) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The float network that a binary one is compared with, as `build` gives it.
+
+    ResNet-18 for Bi-Real-18, which has a shortcut more per unit; else the network itself with ReLU for every sign, and
+    ordinary convolutions padded with zeros.
+    """
+    if name == "birealnet18":
+        return zoo.build("resnet18", tiny=tiny)
+    module, example = build(name, tiny=tiny)
+    for path, each in list(module.named_modules()):
+        if isinstance(each, (Sign, RSign)):
+            module.set_submodule(path, nn.ReLU())
+        elif isinstance(each, BinaryConv2d):
+            new = nn.Conv2d(
+                each.in_channels, each.out_channels, each.kernel_size, each.stride, each.padding,
+                each.dilation, each.groups, bias=False,
+            )  # fmt: skip
+            module.set_submodule(path, new)
+    zoo.randomise(module)
+    zoo.calibrate_batch_norm(module, torch.randn(4, *example[0].shape[1:]))
+    return module.eval(), example
 
 
 def main(arguments: list[str] | None = None) -> int:

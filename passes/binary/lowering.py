@@ -262,18 +262,18 @@ def lower_max_pool2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
     (sh, sw), (dh, dw), (top, left, _, _) = (attrs[k] for k in ("strides", "dilation", "padding"))
     _, h, w, _ = shape_of(call.args[0])
 
-    def define(x):
+    def define(x, *flips):
         def value(n, i, j, c):
-            found = tirx.const(0, "uint32")
+            found, zero = tirx.const(0, "uint32"), tirx.const(0, "uint32")
             for r in range(attrs["window"][0]):
                 for s in range(attrs["window"][1]):
                     y, z = i * sh + r * dh - top, j * sw + s * dw - left
-                    inside = tirx.all(y >= 0, y < h, z >= 0, z < w)
-                    word = x[n, y, z, c]
+                    word = x[n, y, z, c] ^ flips[0][c] if flips else x[n, y, z, c]
                     if any(attrs["padding"]):
-                        word = tirx.if_then_else(inside, word, tirx.const(0, "uint32"))
+                        inside = tirx.all(y >= 0, y < h, z >= 0, z < w)
+                        word = tirx.if_then_else(inside, word, zero)
                     found = found | word
-            return found
+            return found ^ flips[0][c] if flips else found
 
         return te.compute(shape_of(call), value, name="binary_max_pool2d")
 

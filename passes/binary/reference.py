@@ -23,8 +23,11 @@ def binary_pack(attrs: dict, x: np.ndarray, threshold: np.ndarray, flips: np.nda
     return pack_bits(reached, axis, attrs["groups"]) ^ _along(flips, axis, x.ndim)
 
 
-def binary_max_pool2d(attrs: dict, x: np.ndarray) -> np.ndarray:
-    """The or of each window; beyond the border counts nothing."""
+def binary_max_pool2d(attrs: dict, x: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
+    """The or of each window, the and of channels with a flip; beyond the border counts nothing."""
+    if flips is not None:
+        opposite = _along(flips, channel_axis(attrs, 4), 4)
+        return binary_max_pool2d(attrs, x ^ opposite) ^ opposite
     axis, (rows, columns) = channel_axis(attrs, 4), image_axes(attrs)
     x = np.moveaxis(x, (rows, columns, axis), (1, 2, 3))
     top, left, bottom, right = attrs["padding"]

@@ -162,6 +162,18 @@ class Chain:
         return np.broadcast_to(const_array(constant).reshape(-1), (self.channels,))
 
 
+@dataclass(frozen=True)
+class Composed:
+    """`then` of what `first` gives, elementwise: what integer thresholds are found of where max pooling lies between them."""
+
+    first: Chain
+    then: Chain
+
+    def evaluate(self, points: np.ndarray) -> np.ndarray:
+        """As `Chain.evaluate`."""
+        return self.then.evaluate(self.first.evaluate(points))
+
+
 def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     """The direction of a sum of two: known where they do not oppose each other."""
     return None if (a * b < 0).any() else np.sign(a + b)
@@ -266,7 +278,9 @@ def _thresholds(keys: np.ndarray, last: int) -> np.ndarray:
     return np.where(keys > last, np.float32(np.nan), values).astype(np.float32)
 
 
-def integer_steps(chain: Chain, scale: np.ndarray, largest: int, parity: int | None) -> Steps | str:
+def integer_steps(
+    chain: Chain | Composed, scale: np.ndarray, largest: int, parity: int | None
+) -> Steps | str:
     """The integer thresholds of a chain whose root is float32(sum) * scale[channel], |sum| <= largest.
 
     `parity`: of all sums there can be, None if both. A message if the chain is no single step.

@@ -32,7 +32,7 @@ from passes.binary.operators import (
     binary_call,
 )
 from passes.binary.recognize import BinaryLayer, binary_weight, recognize, two_planes
-from passes.binary.steps import Chain, Plane, Steps, chains, integer_steps
+from passes.binary.steps import Chain, Composed, Plane, Steps, chains, float_steps, integer_steps
 from passes.channel_flow import Uses
 from passes.family import Context, Layer, Rewritten
 from passes.layers import is_call, is_layer, multiply_accumulates, operator_call, shape_of
@@ -67,10 +67,16 @@ PARAMETERS = {"zero": parse_zero, "binarize": parse_binarize}
 
 @dataclass(frozen=True)
 class Folded:
-    """The sign that one layer reads, as thresholds on the sums of another."""
+    """The sign that one layer reads, as thresholds on the sums of another.
+
+    Where max pooling lies between sums and sign, `pool` is its call: it pools the bits, in the `falling` channels, whose sign
+    falls with what is pooled, their opposites.
+    """
 
     source: str
     steps: Steps
+    pool: relax.Call | None = None
+    falling: np.ndarray | None = None
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
@@ -184,21 +190,50 @@ def _fold(layer: BinaryLayer, binary: Mapping[str, BinaryLayer], uses: Uses) -> 
     reason = "no binary layer before it"
     for chain in chains(uses, given.chain.result, given.chain.axis):
         value = uses.definitions.get(chain.root)
+        if is_call(value, "relax.nn.max_pool2d"):
+            return _fold_through_pool(layer, chain, value, binary, uses)
         if not is_layer(value):
             reason = _between(value, reason)
             continue
-        name = Layer(value).name
-        if name not in binary:
-            return f"{name} before it is not binary"
-        source = binary[name]
         if not chain.is_only_reader():
             return "a residual connection reads the same numbers"
-        if layer.layer.attrs.get("groups", 1) > 1:
-            per_group = layer.layer.weight.shape[1]
-            if per_group % WORD_BITS:
-                return f"its groups of {per_group} channels begin inside words"
-        outcome = _fold_into(chain, source)
-        return outcome if isinstance(outcome, str) else Folded(name, outcome)
+        return _fold_into(chain, Layer(value).name, layer, binary)
+    return reason
+
+
+def _fold_through_pool(
+    layer: BinaryLayer,
+    chain: Chain,
+    pool: relax.Call,
+    binary: Mapping[str, BinaryLayer],
+    uses: Uses,
+) -> Folded | str:
+    """`_fold` where `chain` begins with max pooling: the sign of a maximum is the maximum, or the minimum, of signs."""
+    steps, pooled = float_steps(chain), pool.args[0]
+    if steps is None:
+        return "the sign behind max pooling does not rise or fall with what is pooled"
+    if (
+        not chain.is_only_reader()
+        or len(uses.readers.get(pooled, [])) > 1
+        or pooled in uses.outputs
+    ):
+        return "other operators read what is pooled"
+    reason = "no binary layer before it"
+    if is_layer(uses.definitions.get(pooled)):
+        above = [Chain(uses, pooled, pooled, chain.axis)]
+    else:
+        above = chains(uses, pooled, chain.axis)
+    for before in above:
+        value = uses.definitions.get(before.root)
+        if not is_layer(value):
+            reason = _between(value, reason)
+            continue
+        if before.inside() and not before.is_only_reader():
+            return "a residual connection reads the same numbers"
+        found = _fold_into(Composed(before, chain), Layer(value).name, layer, binary)
+        if isinstance(found, str):
+            return found
+        return replace(found, pool=pool, falling=steps.planes[0].flip)
     return reason
 
 
@@ -209,11 +244,22 @@ def _between(value, reason: str) -> str:
     return reason
 
 
-def _fold_into(chain: Chain, source: BinaryLayer) -> Steps | str:
+def _fold_into(
+    chain: Chain | Composed, name: str, layer: BinaryLayer, binary: Mapping[str, BinaryLayer]
+) -> Folded | str:
+    """The signs of `layer` as thresholds on the sums of the layer `name`, where `chain` begins."""
+    if name not in binary:
+        return f"{name} before it is not binary"
+    if layer.layer.attrs.get("groups", 1) > 1:
+        per_group = layer.layer.weight.shape[1]
+        if per_group % WORD_BITS:
+            return f"its groups of {per_group} channels begin inside words"
+    source = binary[name]
     planes = len(source.input.steps.planes)
     terms = math.prod(source.layer.weight.shape[1:]) * planes
     bordered = any(source.input.padding) and source.input.pad_value == 0
-    return integer_steps(chain, sum_scale(source), terms, None if bordered else terms % 2)
+    steps = integer_steps(chain, sum_scale(source), terms, None if bordered else terms % 2)
+    return steps if isinstance(steps, str) else Folded(name, steps)
 
 
 def sum_scale(layer: BinaryLayer) -> np.ndarray:
@@ -301,7 +347,8 @@ class _Rewriter:
         source, plane = self.binary[fold.source], fold.steps.planes[0]
         thresholds, flips = constant(plane.threshold), constant(pack_bits(plane.flip, 0))
         call = self._contraction(source, thresholds, flips)
-        return self.graph.emit(call, f"{fold.source}_bits")
+        bits = self.graph.emit(call, f"{fold.source}_bits")
+        return self._pooled(bits, fold.pool, fold.falling)
 
     def _pack(self, layer: BinaryLayer, plane: Plane, groups: int) -> relax.Var:
         given = layer.input
@@ -315,12 +362,15 @@ class _Rewriter:
         args = [x, constant(thresholds), constant(pack_bits(flips, 0, groups))]
         return self.graph.emit(binary_call(BINARY_PACK, args, groups=groups, **layout), "signs")
 
-    def _pooled(self, bits: relax.Var, pool: relax.Call | None) -> relax.Var:
+    def _pooled(
+        self, bits: relax.Var, pool: relax.Call | None, falling: np.ndarray | None = None
+    ) -> relax.Var:
         if pool is None:
             return bits
         a = pool.attrs
+        opposites = [] if falling is None else [constant(pack_bits(falling, 0))]
         call = binary_call(
-            BINARY_MAX_POOL2D, [bits], window=ints(a.pool_size), strides=ints(a.strides),
+            BINARY_MAX_POOL2D, [bits, *opposites], window=ints(a.pool_size), strides=ints(a.strides),
             padding=ints(a.padding), dilation=ints(a.dilation), layout="NCHW",
         )  # fmt: skip
         return self.graph.emit(call, "pooled_signs")

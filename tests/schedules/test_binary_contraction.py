@@ -177,6 +177,8 @@ def test_max_pooling_of_bits(rng, host_tiers):
         "window": [3, 2], "strides": [2, 1], "padding": [1, 0, 1, 1], "dilation": [1, 2], "layout": "NHWC",
     }  # fmt: skip
     _check(operators.BINARY_MAX_POOL2D, x, [], attrs, host_tiers[0])
+    flips = pack_bits(rng.random(40) < 0.5, 0)  # the smallest sign of these channels
+    _check(operators.BINARY_MAX_POOL2D, x, [flips], attrs, host_tiers[0])
 
 
 def test_two_threads_divide_the_panels(rng, host_tiers):

@@ -147,6 +147,99 @@ def test_pooled_signs_padded_with_signs(value, rng):
     assert _operators(treated) == [BINARY_PACK, BINARY_MAX_POOL2D, BINARY_CONV2D]
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["norm before pooling", "nothing before"])
+def test_pooling_between_sums_and_sign_pools_bits(before, rng):
+    """XNOR-Net's order; where a norm's factor is negative the sign of a maximum is the smallest sign."""
+    w = Weights(rng)
+
+    def body(b, x):
+        y = b.emit(conv2d(_sign(b, x), w(40, 33, 3, 3), name="a", padding=(1, 1, 1, 1)))
+        if before:
+            y = b.emit(
+                OP.nn.relu(b.emit(OP.add(b.emit(OP.multiply(y, w.channels(40))), w.channels(40))))
+            )
+        y = b.emit(OP.nn.max_pool2d(y, [3, 3], [2, 2], padding=[1, 1, 1, 1]))
+        y = b.emit(OP.add(b.emit(OP.multiply(y, w.channels(40))), w.channels(40)))
+        return b.emit(conv2d(_sign(b, y), w(8, 40, 3, 3), name="b", padding=(1, 1, 1, 1)))
+
+    treated, decisions = _check(build_function([(1, 33, 9, 8)], body), _images(rng, 1, 33, 9, 8))
+    assert _operators(treated) == [
+        BINARY_PACK, BINARY_CONV2D_BITS, BINARY_MAX_POOL2D, BINARY_CONV2D,
+    ]  # fmt: skip
+    assert decisions["b"].found["signs"] == "bits of a, thresholds folded"
+
+
+@pytest.mark.parametrize("what", ["sums", "pooled", "not monotone", "average"])
+def test_pooling_that_something_else_reads_or_that_is_no_maximum_does_not_fold(what, rng):
+    w = Weights(rng)
+
+    def body(b, x):
+        sums = y = b.emit(conv2d(_sign(b, x), w(32, 32, 1, 1), name="a"))
+        pool = OP.nn.avg_pool2d if what == "average" else OP.nn.max_pool2d
+        pooled = y = b.emit(pool(y, [2, 2], [2, 2]))
+        if what == "not monotone":
+            y = b.emit(OP.subtract(b.emit(OP.abs(y)), w.channels(32)))
+        z = b.emit(conv2d(_sign(b, y), w(8, 32, 1, 1), name="b"))
+        if what == "sums":
+            z = b.emit(OP.add(z, b.emit(OP.max(sums, [1, 2, 3], True))))
+        if what == "pooled":
+            z = b.emit(OP.add(z, b.emit(OP.max(pooled, [1, 2, 3], True))))
+        return z
+
+    treated, decisions = _check(build_function([(1, 32, 6, 4)], body), _images(rng, 1, 32, 6, 4))
+    assert BINARY_CONV2D_BITS not in _operators(treated)
+    assert decisions["b"].found["signs"].startswith("packed from float32")
+
+
+def test_scales_of_zero_and_below_and_thresholds_no_sum_reaches(rng):
+    """Channels whose sign is constant, rises and falls with the sum."""
+    w = Weights(rng)
+    factor = np.array([0, -1, 1, -2, 3, 0, 1, -1] * 4, np.float32).reshape(-1, 1, 1)
+    shift = np.array([0, 0, 0, 1e6, -1e6, -1, 1e6, 0.5] * 4, np.float32).reshape(-1, 1, 1)
+
+    def body(b, x):
+        y = b.emit(conv2d(_sign(b, x), w(32, 16, 3, 3), name="a"))
+        y = b.emit(OP.add(b.emit(OP.multiply(y, relax.const(factor))), relax.const(shift)))
+        return b.emit(conv2d(_sign(b, y), w(8, 32, 1, 1), name="b"))
+
+    treated, _ = _check(build_function([(1, 16, 6, 5)], body), _images(rng, 1, 16, 6, 5))
+    assert _operators(treated) == [BINARY_PACK, BINARY_CONV2D_BITS, BINARY_CONV2D]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
+def test_special_inputs_have_the_sign_that_the_model_gives_them(value, rng):
+    w = Weights(rng)
+
+    def body(b, x):
+        return b.emit(conv2d(_sign(b, x), w(8, 32, 1, 1), name="a"))
+
+    x = _images(rng, 1, 32, 3, 3)
+    x[0][0, 1:4] = value
+    _check(build_function([(1, 32, 3, 3)], body), x)
+
+
+def test_a_border_that_repeats_pixels_stays_exact(rng):
+    """No padding that the kernels know: the signs of the padded image are packed."""
+    w = Weights(rng)
+
+    def body(b, x):
+        y = b.emit(OP.nn.pad(x, [0, 0, 0, 0, 1, 1, 1, 1], "reflect"))
+        return b.emit(conv2d(_sign(b, y), w(8, 32, 3, 3), name="a"))
+
+    mod = build_function([(1, 32, 5, 4)], body)
+    treated, decisions = _check(mod, _images(rng, 1, 32, 5, 4))
+    assert _operators(treated) == [BINARY_PACK, BINARY_CONV2D]
+
+    def declined(b, x):
+        y = b.emit(OP.nn.pad(_sign(b, x), [0, 0, 0, 0, 1, 1, 1, 1], "reflect"))
+        return b.emit(conv2d(y, w(8, 32, 3, 3), name="a"))
+
+    treated, decisions = _check(
+        build_function([(1, 32, 5, 4)], declined), _images(rng, 1, 32, 5, 4)
+    )
+    assert "not signs of anything" in decisions["a"].declined
+
+
 def test_signs_laid_flat_for_a_dense_layer(rng):
     w = Weights(rng)
 
