@@ -41,7 +41,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
 
 # Shares of the second-level cache: an operand that is still there when it is read again; a panel of weights that is
 # worth cutting into chunks, and the size of these. Measured on 1 MiB (Cascade Lake).
-_NEAR = 0.4
+NEAR = 0.4
 _LONG_PANEL = 0.25
 _CHUNK_PANEL = 0.1
 _ALIAS_BYTES = 4096  # pixels this far apart compete for one set of the first-level cache
@@ -109,7 +109,7 @@ def _chunk(problem: Problem, panel: int, target: CpuTarget) -> int:
 
 def _order(problem: Problem, panels: int, chunk: int, target: CpuTarget) -> tuple[str, int]:
     """(order, block) that reads least from beyond the second-level cache."""
-    near = _NEAR * target.l2_bytes
+    near = NEAR * target.l2_bytes
     weights = 4 * problem.o * problem.steps
     if weights <= near:
         return "blocks", 1

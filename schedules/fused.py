@@ -212,6 +212,18 @@ class Emission:
         """Write `epilogue(value)` at `indices` of the output; the last index is a ramp if `value` is a vector."""
         T.buffer_store(self.output, self.epilogue(value, indices), list(indices))
 
+    def operand(self, source, indices):
+        """What the anchor reads at `indices` of `source`: a parameter's, or computed by the blocks before the anchor."""
+        fused = self.fused
+        if _position(fused.params, source) is not None:
+            return self._new(source)[tuple(indices)]
+        for block in (fused.blocks[i] for i in fused.definition if i != fused.anchor_index):
+            if block.writes[0].source.same_as(source) and isinstance(block.body, tirx.BufferStore):
+                indices = [tirx.const(i, "int32") if isinstance(i, int) else i for i in indices]
+                values = {v.var: a for v, a in zip(block.iter_vars, indices)}
+                return _rebuild(block.body.value, values, self.operand)
+        raise ScheduleError(f"the anchor reads {source.name}, which no elementwise block makes")
+
     def epilogue(self, value, indices):
         """What the fused function computes from the anchor's result `value` at `indices`."""
         fused = self.fused

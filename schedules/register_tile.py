@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -22,7 +23,8 @@ from schedules.fused import Emission
 from schedules.terms import FloatTerms, QuadTerms
 from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, unravel, vectors
 
-_LINE = 16  # elements of 4 bytes in a cache line
+_LINE_BYTES = 64
+_LINE = _LINE_BYTES // 4  # elements in a cache line
 
 
 @dataclass(frozen=True)
@@ -424,7 +426,8 @@ class Contraction:
                 else [pixels.image, pixels.oh, pixels.base + p]
             )
             for buffer in (self.kernel.output, *self.kernel.residuals):
-                for v in range(len(panel.widths)):
+                line = 8 * _LINE_BYTES // tvm.DataType(buffer.dtype).bits
+                for v in range(0, len(panel.widths), max(1, line // self.point.lanes)):
                     # A residual too with intent to write: close by, for its time comes with the output's.
                     _prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)
 

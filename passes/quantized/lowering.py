@@ -4,7 +4,8 @@
     rewrite: kerf.int8_conv2d(x, w)  ->  call_tir(int8_conv, (x, packed w[, starts]))
 
 Pixels outside the image count 0, so a sum over the taps inside starts at -zero_point * (the sum of their weights). Channels
-are padded to a multiple of 4 per group where they are none, in a pass of its own over x.
+are padded to a multiple of 4 per group where they are none, in a pass of its own over x; where a kernel row reads several
+pixels of them, that pass gives the image a border of its zero point instead, and a kernel row's bytes are padded together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from passes.quantized.operators import (
     INT8_DENSE,
     QUANTIZE,
 )
-from schedules import contraction, int8_contraction, int8_depthwise
+from schedules import byte_border, contraction, int8_contraction, int8_depthwise
 from schedules.fused import annotations
 from schedules.int8_contraction import QUAD, Point, Problem
 from schedules.spaces import point_for
@@ -109,16 +110,63 @@ def define_pad_channels(shape: tuple[int, ...], groups: int):
     return pad
 
 
+def row_quads(problem: Problem) -> Problem | None:
+    """The convolution as one whose kernel rows are single taps, over images that hold their own border, or None.
+
+    A pixel's few channels lie beside those of the next: the S * C bytes that a kernel row reads are together in fewer
+    quads than S pixels of channels each padded to quads. Output pixels read overlapping runs, `step` bytes apart.
+    """
+    if problem.groups > 1 or problem.s == 1 or problem.dilation[1] > 1 or problem.c % QUAD == 0:
+        return None
+    top, _, bottom, _ = problem.padding
+    return replace(
+        problem, h=problem.h + top + bottom, w=problem.ow, c=-(-problem.s * problem.c // QUAD) * QUAD, s=1,
+        stride=(problem.stride[0], 1), padding=(0, 0, 0, 0), dilation=(problem.dilation[0], 1),
+    )  # fmt: skip
+
+
+def border_of(problem: Problem, value: int) -> byte_border.Problem:
+    """What a convolution of `row_quads` reads: its image with `value` around it, as wide as quads reach."""
+    top, left, bottom, right = problem.padding
+    reach = (problem.ow - 1) * problem.stride[1] + -(-row_quads(problem).c // problem.c)
+    columns = max(left + problem.w + right, reach)
+    return byte_border.Problem(
+        problem.n, problem.h, problem.w, problem.c, top, left, top + problem.h + bottom, columns, value
+    )  # fmt: skip
+
+
+def define_border(border: byte_border.Problem):
+    """te function x uint8 [n, h, w, c] -> [n, rows, columns, c]."""
+    few = border.c <= byte_border.MOST_CHANNELS
+    notes = annotations("byte_border", problem=border.to_dict()) if few else {}
+
+    def define(x):
+        def pixel(b, i, j, k):
+            i, j = i - border.top, j - border.left
+            inside = tirx.all(i >= 0, i < border.h, j >= 0, j < border.w)
+            return te.if_then_else(inside, x[b, i, j, k], tirx.const(border.value, "uint8"))
+
+        shape = (border.n, border.rows, border.columns, border.c)
+        return te.compute(shape, pixel, name="border", attrs=notes)
+
+    return define
+
+
 def _inside(problem: Problem, h, w):
     return tirx.all(h >= 0, h < problem.h, w >= 0, w < problem.w)
 
 
-def define(shape: tuple[int, ...], problem: Problem, point: Point, shift: int):
+def define(
+    shape: tuple[int, ...], problem: Problem, point: Point, shift: int, step: int | None = None
+):
     """te function (x, packed w[, starts]) -> int32 of `shape`, [N, OH, OW, O] or [..., O] of a matrix product.
 
-    `shift` is subtracted from every pixel inside the image.
+    `shift` is subtracted from every pixel inside the image. With `step`, the problem is one of `row_quads`.
     """
-    notes = annotations("int8_contraction", problem=problem.to_dict(), point=point.to_dict())
+    more = {} if step is None else {"step": step}
+    notes = annotations(
+        "int8_contraction", problem=problem.to_dict(), point=point.to_dict(), **more
+    )
     (sh, sw), (dh, dw), (top, left, _, _) = problem.stride, problem.dilation, problem.padding
     inputs, outputs = problem.group_inputs, problem.group_outputs
     panels = contraction.panels_per_group(problem, point)
@@ -144,7 +192,11 @@ def define(shape: tuple[int, ...], problem: Problem, point: Point, shift: int):
                 return te.sum(pixel * weight.astype("int32"), axis=[k])
             h, v = corner(at)
             h, v = h + r * dh, v + s * dw
-            pixel = x[at[0], h, v, first + k].astype("int32") - shift
+            where = (v, first + k)
+            if step is not None:  # byte k of a run that begins `step` bytes behind the one before
+                channels = int(x.shape[-1])
+                where = (v * (step // channels) + k // channels, k % channels)
+            pixel = x[(at[0], h, *where)].astype("int32") - shift
             if any(problem.padding):
                 pixel = te.if_then_else(_inside(problem, h, v), pixel, tirx.const(0, "int32"))
             weight = w[panel, r, s, k // QUAD, lane * QUAD + k % QUAD]
@@ -233,13 +285,15 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
             return _lower_depthwise(bb, x, weight, problem, attrs["zero_point"], target)
         grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
         hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}_{problem.o}{grouped}"
-    if problem.group_inputs % QUAD:
-        padded = define_pad_channels(shape_of(x), problem.groups)
-        # Injective to TVM (2): with more channels than its input, it must not become an epilogue.
-        widened = bb.call_te(
-            padded, x, primfunc_name_hint="pad_channels", primfunc_attrs={"op_pattern": 2}
-        )
-        x = bb.emit(widened)
+    step = None
+    if "grain" not in attrs and (rows := row_quads(problem)) is not None:
+        step = problem.stride[1] * problem.c
+        x = _copied(bb, define_border(border_of(problem, attrs["zero_point"])), x, "border")
+        # [O, S * C, R, 1]: the bytes of a kernel row in the order in which they lie in an image.
+        weight = weight.transpose(0, 3, 1, 2).reshape(problem.o, -1, problem.r, 1)
+        weight, problem = pad_channels(weight), rows
+    elif problem.group_inputs % QUAD:
+        x = _copied(bb, define_pad_channels(shape_of(x), problem.groups), x, "pad_channels")
         weight = pad_channels(weight)
         problem = replace(problem, c=shape_of(x)[-1])
     shift = 128 if reads_signed_pixels(target) else 0
@@ -250,8 +304,16 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     packed = [relax.const(pack_weights(weight, problem, point))]
     if offset:
         packed.append(relax.const(pack_starts(weight, offset, problem, point)))
-    kernel = define(shape_of(call), problem, point, shift)
+    kernel = define(shape_of(call), problem, point, shift, step)
     return call_te(bb, kernel, x, *packed, hint=hint)
+
+
+def _copied(bb: relax.BlockBuilder, define_copy, x: relax.Expr, hint: str) -> relax.Expr:
+    """A copy of x in a pass of its own, into which what makes x fuses."""
+    # Injective to TVM (2): with more elements than its input, it must not become an epilogue.
+    return bb.emit(
+        bb.call_te(define_copy, x, primfunc_name_hint=hint, primfunc_attrs={"op_pattern": 2})
+    )
 
 
 LOWERINGS: dict[str, Lowering] = {

@@ -42,6 +42,11 @@ def dense_problems() -> list[SampleProblem]:
         SampleProblem((33, 64), (70, 64), 7),
         SampleProblem((1, 130), (17, 130), 255),
         SampleProblem((2, 3, 5, 20), (16, 20), 0),
+        # Few channels: a border of its own. Stride beyond the kernel, one channel, dilated rows, two images, a border of 0.
+        _conv((2, 9, 21, 3), (20, 3, 3, 3), 200, (2, 2), (1, 1, 1, 1)),
+        _conv((1, 11, 18, 1), (17, 1, 5, 4), 7, (1, 5), (2, 0, 1, 3), (2, 1)),
+        _conv((1, 8, 33, 2), (16, 2, 1, 7), 0, padding=(0, 3, 0, 3)),
+        _conv((1, 6, 6, 3), (16, 3, 3, 3), 255, (1, 1), (3, 0, 0, 4), (1, 2)),
     ]
 
 

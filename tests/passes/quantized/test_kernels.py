@@ -116,6 +116,10 @@ def layer(sample: SampleProblem, x, weight: np.ndarray) -> relax.Call:
     return int8.int8_conv2d(x, w, layout="NHWC", **dict(sample.attrs), **more)
 
 
+def _window(strides, padding) -> tuple:
+    return (("strides", strides), ("padding", padding), ("dilation", (1, 1)), ("groups", 1))
+
+
 def weight_of(sample: SampleProblem, rng) -> np.ndarray:
     """int8 weights, whole blocks of them zero where the sample has a grain."""
     weight = rng.integers(-128, 128, sample.w).astype("int8")
@@ -162,7 +166,9 @@ def test_sparse_sums_are_exact(target, rng):
 def test_two_threads(rng):
     target = tiers()[0].with_threads(2)
     check_samples(sparse_problems()[1:2], target, rng)
-    check_samples([dense_problems()[i] for i in (6, 10)] + depthwise_problems()[:1], target, rng)
+    check_samples(
+        [dense_problems()[i] for i in (6, 10, 13)] + depthwise_problems()[:1], target, rng
+    )
 
 
 @pytest.mark.parametrize("target", each_tier())
@@ -183,6 +189,34 @@ def test_nothing_saturates(target):
     got = check(body, [x, flat], target)
     assert got[0].max() == 255 * 127 * 64 * 9 and got[1].min() == -255 * 128 * 64 * 9
     assert (got[2] == 255 * 127 * 4096).all()
+
+
+@pytest.mark.parametrize("target", each_tier())
+def test_images_are_quantized_into_their_border(target, rng):
+    """Planar floats become bytes within a border in one kernel: whole vectors of pixels, the rest, three channels or one."""
+    samples = [
+        SampleProblem((2, 9, 53, 3), (16, 3, 7, 7), 124, _window((2, 2), (3, 3, 3, 3))),
+        SampleProblem((1, 5, 16, 2), (16, 2, 3, 3), 0, _window((1, 1), (0, 1, 2, 0))),
+        SampleProblem((1, 7, 31, 1), (16, 1, 2, 5), 255, _window((1, 3), (0, 0, 0, 0))),
+    ]
+    samples = samples if target is tiers()[0] else samples[:1]
+    weights = [weight_of(s, rng) for s in samples]
+    images = [
+        rng.standard_normal([s.x[i] for i in (0, 3, 1, 2)]).astype("float32") for s in samples
+    ]
+    for image in images:
+        image.flat[: len(SPECIAL)] = SPECIAL
+
+    def body(bb, *images):
+        for sample, image, weight in zip(samples, images, weights):
+            x = bb.emit(int8.quantize(image, scale=0.02, zero_point=sample.zero_point))
+            yield layer(sample, bb.emit(op.permute_dims(x, (0, 2, 3, 1))), weight)
+
+    found = list(scheduled(graph(body, images), target)[1].values())
+    assert sorted(set(found)) == ["byte_border", "int8_contraction"] and len(found) == 2 * len(
+        samples
+    )
+    check(body, images, target)
 
 
 def test_borders_count_nothing(rng):
