@@ -6,6 +6,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.emission import covering, ramp, widest_lanes
 from schedules.sparse_elements import FloatElements, QuadElements
 from schedules.sparse_problem import Problem
 
@@ -20,12 +21,30 @@ class Panel:
         self.problem, self.lanes, self.x, self.elements = problem, lanes, x, elements
         self.outside = tirx.const(elements.outside, elements.dtype)
 
-    def pack(self, panel, first, vectors, width) -> None:
-        """`panel[tap * C + c][pixel]` for `vectors` vectors from output pixel `first`; zero where a tap falls on padding."""
+    def copy(self, panel, image, starts: list, width) -> None:
+        """`panel[c][pixel]` from planes, a vector from each pixel of `starts`."""
+        p, lanes = self.problem, self.lanes
+        with T.serial(0, p.channels) as c:
+            row = T.Bind((image * p.channels + c) * (p.height * p.width))
+            for j, start in enumerate(starts):
+                pixels = self.x[T.ramp(row + start, 1, lanes)]
+                T.buffer_store(panel, pixels, [T.ramp(c * width + j * lanes, 1, lanes)])
+
+    def every(self, row, x: int, lanes: int):
+        """`lanes` pixels of the line of planes that begins at `row`, a stride apart, from pixel `x` on."""
+        if self.problem.strides[1] == 1 or lanes == 1:
+            return self.x[ramp(row + x, lanes)]
+        first = min(x, self.problem.width - 2 * lanes)  # not beyond the line
+        both = [self.x[ramp(row + (first + i * lanes), lanes)] for i in range(2)]
+        return tirx.Shuffle(both, [x - first + 2 * i for i in range(lanes)])
+
+    def pack(self, panel, start_of, vectors, width) -> None:
+        """`panel[tap * C + c][pixel]` for `vectors` vectors, number g from output pixel `start_of(g)`; zero where a tap
+        falls on padding."""
         p, lanes = self.problem, self.lanes
         with T.serial(0, vectors) as g:
             pixel = T.Bind(
-                tirx.min(T.ramp(first + g * lanes, 1, lanes), T.broadcast(_i(p.pixels - 1), lanes))
+                tirx.min(T.ramp(start_of(g), 1, lanes), T.broadcast(_i(p.pixels - 1), lanes))
             )
             offset = small((lanes,), "int32")
             every = T.ramp(0, 1, lanes)
@@ -90,15 +109,33 @@ class Panel:
                 T.buffer_store(panel, value, [T.ramp(start + (c + k) * step, 1, lanes)])
 
 
+def columns_of(
+    problem: Problem, line: int, aside: int, most: int
+) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """How a line of `line` columns of a panel is copied from one of planes: (column, first pixel, lanes) of each vector, and
+    the columns that lie on padding. Pixels are a stride apart, `aside` the phase."""
+    stride, left = problem.strides[1], problem.padding[1]
+    pixels = [column * stride + aside - left for column in range(line)]
+    inside = [column for column, x in enumerate(pixels) if 0 <= x < problem.width]
+    outside = [column for column in range(line) if column not in inside]
+    if not inside:
+        return [], outside
+    lanes = widest_lanes(len(inside), most)
+    while stride > 1 and lanes > 1 and 2 * lanes > problem.width:
+        lanes //= 2
+    pieces = [(inside[at], pixels[inside[at]], width) for at, width in covering(len(inside), lanes)]
+    return pieces, outside
+
+
 def small(shape: tuple[int, ...], dtype: str = "float32"):
     """A buffer on the stack inside the current loop, under 1 KiB: LLVM keeps it in registers where indices are constant."""
     return T.alloc_buffer(shape, dtype)
 
 
-def prefetch(value) -> None:
-    """Fetch the line of a buffer element into the second-level cache; past the end it does nothing."""
+def prefetch(value, level: int = 2) -> None:
+    """Fetch the line of a buffer element into the second-level cache (`level` 3: the first); past the end it does nothing."""
     line = tirx.address_of(value)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", line, _i(0), _i(2), _i(1)))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", line, _i(0), _i(level), _i(1)))
 
 
 def transpose(load, quads: int, lanes: int) -> list:

@@ -81,9 +81,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
         passes = -(-chunk * row_bytes // (target.l2_bytes // 3))
         chunk = -(-chunk // passes)
     part = 128 if chunk < problem.panel_rows else 64
-    if problem.planes_out:  # nothing is kept
-        part = problem.outputs
-    elif problem.outputs * 4 >= _FAR_APART:
+    if problem.outputs * 4 >= _FAR_APART:
         part = 256
         if problem.block == 4 and problem.pixels >= 8 * lanes:
             vectors = min(vectors, 3)
@@ -141,7 +139,7 @@ class Planes:
         self.panel = Panel(problem, self.lanes, self.x, elements)
         self.parts = parts_of(problem.outputs, point.part)
         self.chunks = -(-problem.panel_rows // point.chunk)
-        # Tiles of planes end within an image; the last vectors of one overlap.
+        # Tiles of planes end within an image, where the last vectors overlap.
         self.by_image = problem.planes_in or problem.planes_out
         self.image = _i(0)
         self.by_quads = (
@@ -200,16 +198,9 @@ class Planes:
 
     def _compute(self, panel, sums, first, vectors, most: int, share) -> None:
         """The share-th part of the output channels for `vectors` (`most` or one less) vectors from pixel `first`."""
-        count, splits = len(self.parts), self.point.splits
         width = T.Bind(vectors * self.lanes) if vectors is not most else most * self.lanes
-        begin, end = (
-            (0, count) if splits == 1 else (share * count // splits, (share + 1) * count // splits)
-        )
-        with T.serial(begin, end) as part:
-            first_channel = T.Bind(part * self.point.part)
-            channels = self.parts[-1][1]
-            if channels != self.point.part and count > 1:
-                channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
+        with T.serial(*self._share_of_parts(share)) as part:
+            first_channel, channels = self._part(part)
             if self.chunks > 1:
                 self._clear(sums, channels, width)
             self._either(
@@ -217,14 +208,26 @@ class Planes:
                 most,
                 lambda n: self._multiply(panel, sums, first, first_channel, channels, n),
             )
-            if self.problem.planes_out:
-                continue  # stored from registers
             if self.by_quads:
                 self._store_quads(sums, first, first_channel, channels, vectors, width)
             elif self.problem.outputs < self.lanes:
                 self._store_few(sums, first, width)
             else:
                 self._store(sums, first, first_channel, channels, vectors, width)
+
+    def _share_of_parts(self, share) -> tuple:
+        """The first part that the share-th task of a tile computes, and the one behind its last."""
+        count, splits = len(self.parts), self.point.splits
+        if splits == 1:
+            return 0, count
+        return share * count // splits, (share + 1) * count // splits
+
+    def _part(self, part) -> tuple:
+        """(first channel, channels) of a part."""
+        count, channels = len(self.parts), self.parts[-1][1]
+        if channels != self.point.part and count > 1:
+            channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
+        return T.Bind(part * self.point.part), channels
 
     def _zeros(self):
         return T.broadcast(tirx.const(0, self.elements.dtype), self.lanes)
@@ -251,22 +254,24 @@ class Planes:
             at = T.Bind(chunk * p.blocks + first_channel // p.block + b)
             begin, end = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
             block = T.Bind(self.order[at].astype("int32"))
-            if self.chunks == 1:
+            if p.planes_out:
+                pass  # stored line by line
+            elif self.chunks == 1:
                 self._fetch_output(first, first_channel, width, b)
             else:
                 with T.If(chunk == self.chunks - 1), T.Then():
                     self._fetch_output(first, first_channel, width, b)
             with T.serial(0, p.block // rows) as half:
                 row = T.Bind(block * p.block + half * rows)
+                base = T.Bind(self._place(row, first, width))
                 acc = self._multiply_rows(
-                    panel, sums, self._place(row, first, width), (begin, end), chunk * self.point.chunk,
-                    half * rows, vectors,
-                )  # fmt: skip
-                self._keep(acc, sums, self._place(row, first, width), chunk, vectors)
+                    panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors
+                )
+                self._keep(acc, sums, base, vectors)
 
     def _place(self, row, first, width):
         """Where in the sums those of row `row` of a part begin."""
-        return T.Bind(row * width)
+        return row * width
 
     def _stride(self, width: int):
         """Sums of a row."""
@@ -279,35 +284,66 @@ class Planes:
         width = vectors * lanes
         # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.
         acc = [small((width,), self.elements.dtype) for _ in range(rows)]
-        cells = [(r, T.ramp(j * lanes, 1, lanes)) for r in range(rows) for j in range(vectors)]
-
-        def kept(i: int):
-            return T.ramp(base + i * lanes, 1, lanes)
-
-        for i, (r, at) in enumerate(cells):
-            start = self._zeros() if self.chunks == 1 else sums[kept(i)]
-            T.buffer_store(acc[r], start, [at])
+        for r in range(rows):
+            for j in range(vectors):
+                start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else self._zeros()
+                T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
         begin, end = span
         with T.serial(0, end - begin) as i:
             n = T.Bind(begin + i)
             row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
             x = [T.Bind(panel[T.ramp(row + j * lanes, 1, lanes)]) for j in range(vectors)]
+            self._fetch_ahead(panel, n, width)
             for r in range(rows):
                 weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
                 for j in range(vectors):
                     at = T.ramp(j * lanes, 1, lanes)
                     held = self.elements.add(acc[r][at], weight, x[j], lanes)
                     T.buffer_store(acc[r], held, [at])
+        return acc
+
+    def _kept(self, base, row: int, vector: int, width: int):
+        """Where in the sums a vector of a tile's row is kept."""
+        return T.ramp(base + (row * self._stride(width) + vector * self.lanes), 1, self.lanes)
+
+    def _keep(self, acc: list, sums, base, vectors: int) -> None:
+        """Sums from registers to where the store will find them."""
+        lanes = self.lanes
+        width = vectors * lanes
         if not self.by_quads:
-            for i, (r, at) in enumerate(cells):
-                T.buffer_store(sums, acc[r][at], [kept(i)])
+            for r, row in enumerate(acc):
+                for j in range(vectors):
+                    at = T.ramp(j * lanes, 1, lanes)
+                    T.buffer_store(sums, row[at], [self._kept(base, r, j, width)])
             return
-        for r in range(0, rows, 4):
+        for r in range(0, len(acc), 4):
             for j in range(vectors):
                 at = T.ramp(j * lanes, 1, lanes)
                 columns = transpose_quads([acc[r + i][at] for i in range(4)], lanes)
                 for q, value in enumerate(columns):
-                    T.buffer_store(sums, value, [kept(r * vectors + 4 * j + q)])
+                    place = base + r * width + (4 * j + q) * lanes
+                    T.buffer_store(sums, value, [T.ramp(place, 1, lanes)])
+
+    def _store_planes(self, acc: list, first, channel, vectors: int) -> None:
+        """Store the sums of a tile's channels from `channel` on into their planes, through the epilogue."""
+        starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+
+        def store(row, o) -> None:
+            for j, start in enumerate(starts):
+                at = T.ramp(start, 1, self.lanes)
+                value = row[T.ramp(j * self.lanes, 1, self.lanes)]
+                self.kernel.store(value, [self.image, o, at])
+
+        for r, row in enumerate(acc):
+            o = T.Bind(channel + r)
+            if self.problem.outputs % self.problem.block == 0:
+                store(row, o)
+            else:
+                with T.If(o < self.problem.outputs), T.Then():
+                    store(row, o)
+
+    def _fetch_ahead(self, panel, n, width: int) -> None:
+        """Fetch what a non-zero after number n will read."""
 
     def _panel_start(self, position, width: int):
         """Where in the panel the vectors of a packed position begin."""
@@ -347,7 +383,7 @@ class Planes:
 
     def _flat_pixel(self, pixel):
         """The output pixel, counted over all images, of a tile's pixel."""
-        return pixel
+        return self.image * self.problem.image_pixels + pixel if self.by_image else pixel
 
     # -- store ---------------------------------------------------------------------------------------------------------
 
@@ -357,7 +393,7 @@ class Planes:
         pieces = lanes // 4
         with T.serial(0, vectors) as g, T.serial(0, pieces) as s:
             for q in range(4):
-                with self._stored(T.Bind(first + g * lanes + s * 4 + q)) as place:
+                with self._stored(T.Bind(self._pixel(first, g) + s * 4 + q)) as place:
                     at = T.Bind((g * 4 + q) * lanes + s * 4)
 
                     def load(c, at=at):
@@ -370,7 +406,11 @@ class Planes:
 
     def _store_few(self, sums, first, width) -> None:
         """Store fewer channels than one vector holds."""
-        with T.serial(0, width) as pixel, self._stored(T.Bind(first + pixel)) as place:
+        lanes = self.lanes
+        with (
+            T.serial(0, width) as pixel,
+            self._stored(T.Bind(self._pixel(first, pixel // lanes) + pixel % lanes)) as place,
+        ):
             for o in range(self.problem.outputs):
                 self.kernel.store(sums[o * width + pixel], [*place, _i(o)])
 
@@ -394,7 +434,7 @@ class Planes:
                 )
                 for k, value in enumerate(columns):
                     T.buffer_store(staged, value, [T.ramp(c + k * stride, 1, lanes)])
-            with T.serial(0, lanes) as j, self._stored(T.Bind(first + g * lanes + j)) as place:
+            with T.serial(0, lanes) as j, self._stored(T.Bind(self._pixel(first, g) + j)) as place:
 
                 def load(c, j=j):
                     return staged[T.ramp(c + j * stride, 1, lanes)]
@@ -425,7 +465,7 @@ class Planes:
             rest = rest // extent
         if len(self.kernel.fused.shape) > 1:
             indices.insert(0, rest)
-        if self.problem.pixels % self.lanes == 0:
+        if self.by_image or self.problem.pixels % self.lanes == 0:
             yield indices
         else:
             with T.If(pixel < self.problem.pixels), T.Then():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from schedules import sparse_planes, sparse_vector, sparse_windows
+from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
 from schedules.sparse_problem import Problem, tiles_of
 from schedules.target import CpuTarget
 
@@ -14,6 +14,7 @@ Choices = dict[str, tuple]
 _PARTS = (16, 32, 64, 128, 256)
 _CHUNKS = (96, 192, 384, 768)
 _LINES = (1, 2, 3, 4, 7, 8, 14, 16, 28)
+_PANELS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SUMS = (1, 2, 4, 8, 16)
 
 
@@ -83,6 +84,27 @@ def windows_choices(problem: Problem, default: sparse_windows.Point, target: Cpu
     return choices, assemble, estimate
 
 
+def chain_choices(problem: Problem, default: sparse_chain.Point, target: CpuTarget):
+    """(choices, assemble, estimate) around a `sparse_chain` point."""
+    total = -(-problem.image_pixels // target.lanes)
+    choices: Choices = {
+        "tile": _sorted(tiles(problem, target), (default.rows, default.vectors)),
+        "span": _sorted({-(-total // n) for n in _PANELS if n <= total}, default.span),
+    }
+
+    def assemble(chosen) -> sparse_chain.Point:
+        tile_rows, vectors = chosen["tile"]
+        return replace(default, rows=tile_rows, vectors=vectors, span=chosen["span"])
+
+    def estimate(point: sparse_chain.Point) -> float:
+        panels = problem.batch * -(-total // point.span)
+        panel = problem.panel_rows * point.span * target.lanes * 4
+        slow = 1.0 if panel <= target.l2_bytes // 2 else 2.0
+        return panels * slow * _cycles(problem, target, point, point.span * target.lanes)
+
+    return choices, assemble, estimate
+
+
 def vector_choices(problem: Problem, default: sparse_vector.Point, target: CpuTarget):
     """(choices, assemble, estimate) around a `sparse_vector` point."""
     fits = {s for s in _SUMS if s * problem.pixels <= max(16, default.sums * problem.pixels)}
@@ -101,6 +123,7 @@ def _sorted(values: set, default) -> tuple:
 
 
 CHOICES: dict[str, Callable] = {
+    "sparse_chain": chain_choices,
     "sparse_planes": planes_choices,
     "sparse_windows": windows_choices,
     "sparse_vector": vector_choices,

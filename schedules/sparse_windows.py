@@ -17,9 +17,10 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
+from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
-from schedules.sparse_panel import small
+from schedules.sparse_panel import columns_of, prefetch, small
 from schedules.sparse_planes import Planes, scratch
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
@@ -38,6 +39,8 @@ class Point(Annotated):
     lines: int
 
 
+# Non-zeros between fetching a panel row into the first-level cache and using it.
+_AHEAD = 2
 # Vectors that begin in the last columns of a plane end within this many elements of it.
 _SLACK = 16
 
@@ -93,7 +96,10 @@ def suits(problem: Problem) -> bool:
     Their multiplications hide the unaligned loads, while one channel alone is bound by its loads and does better with
     aligned panel rows, unless the image has so few channels that packing a row for each tap would take longer.
     """
-    return problem.taps > 1 and (problem.block > 1 or problem.channels < 4)
+    blocks = problem.taps > 1 and (problem.block > 1 or problem.channels < 4)
+    # Planes are copied into padded planes, whatever the kernel and stride, and written line by line.
+    between_planes = problem.planes_out and problem.taps > 1
+    return blocks or between_planes or (problem.planes_in and not problem.pointwise)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
@@ -110,6 +116,11 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     if target.threads > 1 and tiles < 2 * target.threads:
         splits = min(target.threads, len(parts_of(problem.outputs, base.part)))
     part = max(target.lanes, problem.block, 64)
+    if problem.planes_out:
+        flat = lines * window_of(problem, lines).line
+        while part > problem.block and part * flat * 4 > target.l2_bytes // 10:
+            part //= 2
+        part = max(part, problem.block)
     return Point(base.vectors, base.rows, part, splits, lines)
 
 
@@ -139,20 +150,107 @@ class _Windows(Planes):
         loop = T.parallel if self.threads > 1 and p.batch * count * splits > 1 else T.serial
         flat = (self.lines - 1) * window.line + p.out_width
         tiles, most, large = tiles_of(flat, lanes, self.point.vectors)
+        self.band = -(-flat // lanes) * lanes
         with loop(0, p.batch * count * splits) as task:
             share = task % splits
             self.image = T.Bind(task // splits // count)
             self.first_line = T.Bind(task // splits % count * self.lines)
             panel = scratch(p.channels * window.channel + _SLACK, self.elements.dtype)
-            sums = scratch(self._sums_size(most), self.elements.dtype)
-            self._pack_band(panel)
+            size = self._sums_size(most)
+            if p.planes_out:
+                size = size // (most * lanes) * self.band
+            sums = scratch(size, self.elements.dtype)
+            if p.planes_in:
+                self._copy_band(panel)
+            else:
+                self._pack_band(panel)
+            if p.planes_out:
+                self._compute_band(panel, sums, tiles, most, large, share)
+            else:
+                with T.serial(0, tiles) as tile:
+                    first, vectors = self._tile(tile, tiles, most, large)
+                    self.first = first
+                    self._compute(panel, sums, first, vectors, most, share)
+
+    def _tile(self, tile, tiles: int, most: int, large: int):
+        """Where a tile of a band begins, and how many vectors it has."""
+        vectors, first = most, T.Bind(tile * (most * self.lanes))
+        if large < tiles:
+            vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
+            first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
+        return first, vectors
+
+    def _compute_band(self, panel, sums, tiles: int, most: int, large: int, share) -> None:
+        """The share-th part of the output channels of a whole band, stored line by line into their planes."""
+        with T.serial(*self._share_of_parts(share)) as part:
+            first_channel, channels = self._part(part)
             with T.serial(0, tiles) as tile:
-                vectors, first = most, T.Bind(tile * (most * lanes))
-                if large < tiles:
-                    vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
-                    first = T.Bind(first - tirx.max(tile - large, 0) * lanes)
+                first, vectors = self._tile(tile, tiles, most, large)
                 self.first = first
-                self._compute(panel, sums, first, vectors, most, share)
+                self._either(
+                    vectors,
+                    most,
+                    lambda n, first=first: self._multiply(
+                        panel, sums, first, first_channel, channels, n
+                    ),
+                )
+            self._store_lines(sums, first_channel, channels)
+
+    def _store_lines(self, sums, first_channel, channels) -> None:
+        """Store a part's sums of a band through the epilogue, without what lies beyond the lines of the output."""
+        p, window = self.problem, self.window
+        with T.serial(0, channels) as channel, T.serial(0, self.lines) as line:
+            row = T.Bind(self.first_line + line)
+            with T.If(row < p.out_height), T.Then():
+                start = T.Bind(channel * self.band + line * window.line)
+                o = T.Bind(first_channel + channel)
+                pixel = T.Bind(row * p.out_width)
+                for column, lanes in covering(p.out_width, self.lanes):
+                    value = sums[ramp(start + column, lanes)]
+                    self.kernel.store(value, [self.image, o, ramp(pixel + column, lanes)])
+
+    def _place(self, row, first, width):
+        return row * self.band + first if self.problem.planes_out else row * width
+
+    def _stride(self, width: int):
+        return self.band if self.problem.planes_out else width
+
+    def _fetch_ahead(self, panel, n, width: int) -> None:
+        # Unaligned vectors of a panel in the second-level cache: out-of-order execution alone does not hide the wait.
+        if self.point.rows == 1:
+            return
+        last = int(self.index.shape[0]) - 1
+        ahead = T.Bind(self.index[tirx.min(n + _AHEAD, last)].astype("int32"))
+        row = T.Bind(self._panel_start(ahead, width))
+        for j in range(width // self.lanes + 1):
+            prefetch(panel[row + j * self.lanes], level=3)
+
+    def _pixel(self, first, vector):
+        return first + vector * self.lanes
+
+    def _copy_band(self, panel) -> None:
+        """Copy a band of planes into the panel, with zeros around."""
+        p, window = self.problem, self.window
+        sh, top = p.strides[0], p.padding[0]
+        zero = tirx.const(self.elements.outside, self.elements.dtype)
+        for phase in range(window.phases[0] * window.phases[1]):
+            up, aside = divmod(phase, window.phases[1])
+            pieces, outside = columns_of(p, window.line, aside, self.lanes)
+            with T.serial(0, p.channels) as c, T.serial(0, window.lines) as line:
+                h = T.Bind((self.first_line + line) * sh + (up - top))
+                start = T.Bind(c * window.channel + phase * window.plane + line * window.line)
+                with T.If(tirx.all(h >= 0, h < p.height)):
+                    with T.Then():
+                        row = T.Bind(((self.image * p.channels + c) * p.height + h) * p.width)
+                        for column, x, lanes in pieces:
+                            value = self.panel.every(row, x, lanes)
+                            T.buffer_store(panel, value, [ramp(start + column, lanes)])
+                        for column in outside:
+                            T.buffer_store(panel, zero, [start + column])
+                    with T.Else():
+                        for column, lanes in covering(window.line, self.lanes):
+                            zeros = T.broadcast(zero, lanes) if lanes > 1 else zero
+                            T.buffer_store(panel, zeros, [ramp(start + column, lanes)])
 
     def _pack_band(self, panel) -> None:
         """Transpose a band of x into the panel, line by line: what a line's last vector writes beyond it comes later."""

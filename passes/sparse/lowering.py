@@ -12,10 +12,11 @@ from types import ModuleType
 import numpy as np
 from tvm import relax, te, tirx
 
-from passes.layers import attrs_of, const_array, shape_of
+from passes.layers import attrs_of, const_array, conv2d_output_hw, shape_of
 from passes.lower import call_te
 from passes.sparse.format import SparseFormat, block_of, block_pattern, pack
-from schedules import sparse_planes, sparse_vector, sparse_windows
+from passes.sparse.operators import image_of
+from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.sparse_problem import Problem, parts_of
@@ -24,16 +25,19 @@ from schedules.target import CpuTarget
 
 def problem_of(call: relax.Call) -> Problem:
     """The kernel's problem: of a convolution (channels last), or of a matrix product seen as a 1x1 convolution."""
-    attrs = attrs_of(call)
-    x, w, out = shape_of(call.args[0]), shape_of(call.args[1]), shape_of(call)
+    attrs, w, image = attrs_of(call), shape_of(call.args[1]), image_of(call)
     block = block_of(attrs["grain"])
     stored = int(block_pattern(const_array(call.args[1]), block).sum())
+    planes = {side: bool(attrs.get(side, 0)) for side in ("planes_in", "planes_out")}
     if len(w) == 2:
-        pixels = math.prod(x[:-1])
-        return Problem(1, 1, pixels, x[-1], w[0], 1, pixels, block=block, stored=stored)
+        pixels = math.prod(image)
+        return Problem(
+            1, 1, pixels, w[1], w[0], 1, pixels, block=block, stored=stored, **planes
+        )  # fmt: skip
+    out = conv2d_output_hw(attrs, *image[1:], w[2:])
     return Problem(
-        x[0], x[1], x[2], x[3], w[0], out[1], out[2], tuple(w[2:]), tuple(attrs["strides"]), tuple(attrs["dilation"]),
-        tuple(attrs["padding"]), attrs["groups"], block, stored,
+        *image, w[1] * attrs["groups"], w[0], *out, tuple(w[2:]), tuple(attrs["strides"]), tuple(attrs["dilation"]),
+        tuple(attrs["padding"]), attrs["groups"], block, stored, **planes,
     )  # fmt: skip
 
 
@@ -45,9 +49,12 @@ def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
 
 
 def structure_for(problem: Problem) -> ModuleType:
-    """The loop structure that suits a problem: for a few rows, over padded planes, or with one panel row per tap."""
+    """The loop structure that suits a problem: for a few rows, into planes, over padded planes, or with one panel row per
+    tap."""
     if sparse_vector.suits(problem):
         return sparse_vector
+    if sparse_chain.suits(problem):
+        return sparse_chain
     return sparse_windows if sparse_windows.suits(problem) else sparse_planes
 
 
@@ -62,6 +69,8 @@ def pack_at(
     """The weight packed for one kernel."""
     if structure is sparse_vector:
         return pack(weight, grain, part=problem.block)
+    if structure is sparse_chain:
+        return pack(weight, grain, groups=problem.groups, part=point.part)
     if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]
@@ -87,7 +96,7 @@ def lower_at(
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
     lines = point.lines if structure is sparse_windows else 0
-    define = definition(problem, lines, packed, shape_of(call), notes)
+    define = definition(problem, lines, packed, shape_of(call), notes, rows=image_of(call))
     return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))
 
 
@@ -98,12 +107,13 @@ def _product(weight, x, place: tuple, inside):
 
 def definition(
     problem: Problem, lines: int, packed: SparseFormat, out_shape: tuple[int, ...], notes: dict,
-    product=_product, zero=0.0,
+    product=_product, zero=0.0, rows: tuple[int, ...] = (),
 ):  # fmt: skip
     """The te function (x, pointer, index, values, order, slot) -> y, one sum over the non-zeros of each output channel.
 
     `lines` are those of a tile whose indices are places in padded planes, 0 where they are panel rows.
     `product(weight, x, place, inside)` is one term, of an element of x that may be several of its values.
+    `rows` are the leading axes of a matrix, needed where one side of its product lies in planes.
     """
     p, block, blocks, chunk = problem, packed.block, packed.blocks, packed.chunk
     parts = parts_of(p.outputs, packed.part)
@@ -112,7 +122,31 @@ def definition(
     def first_of_part(o):
         return tirx.min(o // packed.part, len(parts) - 1) * packed.part
 
-    def place(row):
+    def split_output(at: tuple) -> tuple:
+        """(output channel, its pixel: indices of the image, or of the rows of a matrix)."""
+        if not p.planes_out:
+            return at[-1], at[:-1]
+        pixel = at[2]
+        return at[1], (at[0], pixel // p.out_width, pixel % p.out_width) if conv else (pixel,)
+
+    def flat(pixel: tuple):
+        """A row of a matrix, counted over its leading axes `rows`, or as it is."""
+        number = pixel[0]
+        for extent, i in zip(rows[1:], pixel[1:]):
+            number = number * extent + i
+        return number
+
+    def unflat(pixel: tuple) -> tuple:
+        """The indices of the leading axes of a matrix."""
+        if not p.planes_out:
+            return pixel
+        found, rest = [], pixel[0]
+        for extent in reversed(rows[1:]):
+            found.insert(0, rest % extent)
+            rest = rest // extent
+        return (rest, *found)
+
+    def place_of(row):
         """(channel, pixels down, pixels right of the window's corner) of a stored position."""
         if not lines:
             tap = row // p.channels
@@ -135,7 +169,7 @@ def definition(
         j = te.reduce_axis((0, min(chunk, p.panel_rows // p.groups)), "nonzero")
 
         def term(*at):
-            o = at[-1]
+            o, pixel = split_output(at)
             slot_of = slot[q * p.outputs + o].astype("int32")
             b = q * blocks + first_of_part(o) // block + slot_of // block
             n = pointer[b] + j
@@ -144,12 +178,15 @@ def definition(
             present = tirx.all(n < pointer[b + 1], mine)
             weight = values[n, slot_of % block]
             if not conv:
-                return tirx.if_then_else(present, product(weight, x, (*at[:-1], row), None), zero)
-            c, down, right = place(row)
-            h = at[1] * p.strides[0] + down - p.padding[0]
-            w = at[2] * p.strides[1] + right - p.padding[1]
+                place = (0, row, flat(pixel)) if p.planes_in else (*unflat(pixel), row)
+                return tirx.if_then_else(present, product(weight, x, place, None), zero)
+            c, down, right = place_of(row)
+            image, height, width = pixel
+            h = height * p.strides[0] + down - p.padding[0]
+            w = width * p.strides[1] + right - p.padding[1]
             inside = tirx.all(h >= 0, h < p.height, w >= 0, w < p.width)
-            return tirx.if_then_else(present, product(weight, x, (at[0], h, w, c), inside), zero)
+            place = (image, c, h * p.width + w) if p.planes_in else (image, h, w, c)
+            return tirx.if_then_else(present, product(weight, x, place, inside), zero)
 
         return te.compute(
             out_shape, lambda *at: te.sum(term(*at), axis=[q, j]), name="sparse", attrs=notes

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-sparse 1x1 convolution and matrix product that leave their sums in planes, for another sparse layer to read.
+
+As `sparse_planes`, but sums go from registers through the epilogue into planes `y[n, o, pixel]`. A panel holds as many pixels
+as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
+reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
+before them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.emission import ramp
+from schedules.fused import Fused
+from schedules.sparse_elements import elements_of
+from schedules.sparse_panel import columns_of
+from schedules.sparse_planes import Planes, scratch
+from schedules.sparse_planes import Point as PlanesPoint
+from schedules.sparse_planes import default_point as planes_point
+from schedules.sparse_problem import Problem, tiles_of
+from schedules.target import CpuTarget
+
+# Share of the second-level cache that a panel may take: activations and weights pass through the rest.
+_PANEL_SHARE = 0.45
+# What one more tile costs a block, in multiplications of one vector with one row of it.
+_TILE_COST = 6.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Frozen parameters of one kernel.
+
+    vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
+    rows     output channels computed at once, a divisor of the block
+    span     pixel vectors of a panel
+    part     output channels of a task
+    splits   tasks that share one panel, each with its own parts; each fills the panel again
+    """
+
+    vectors: int
+    rows: int
+    span: int
+    part: int
+    splits: int = 1
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def suits(problem: Problem) -> bool:
+    """Whether this is the kernel to use."""
+    padded = problem.planes_in and any(problem.padding)
+    return problem.planes_out and problem.taps == 1 and not padded
+
+
+def default_point(problem: Problem, target: CpuTarget) -> Point:
+    """The panels with the fewest vectors computed twice of those that fit the cache."""
+    base = planes_point(problem, target)
+    lanes = target.lanes
+    total = -(-problem.image_pixels // lanes)
+    fit = max(1, int(target.l2_bytes * _PANEL_SHARE) // (problem.panel_rows * lanes * 4))
+    fewest = -(-total // fit)
+    rows, vectors = base.rows, min(base.vectors, total)
+
+    def work(tiles: int) -> float:
+        span = -(-total // tiles)
+        return tiles * (span + _TILE_COST / rows * -(-span // vectors))
+
+    tiles = min(range(fewest, min(2 * fewest, total) + 1), key=work)
+    splits = 1
+    if problem.batch * tiles < target.threads:
+        splits = min(target.threads, problem.blocks)
+    share = problem.blocks // splits * problem.block
+    return Point(
+        vectors, rows, -(-total // tiles), problem.outputs if splits == 1 else share, splits
+    )
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel of a fused function whose anchor is annotated `sparse_chain`."""
+    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    with fused.emit() as kernel:
+        _Chain(kernel, problem, point, target, elements_of(fused.point, target)).emit()
+    return kernel.func
+
+
+class _Chain(Planes):
+    """Emits one kernel: the planes kernel with longer panels and no sums to keep."""
+
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
+        whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, point.part, point.splits)
+        super().__init__(kernel, problem, whole, target, elements)
+        self.span = point.span
+        # An odd number of vectors: rows of a power of two would share a few sets of the caches.
+        self.row = (point.span | 1) * self.lanes
+        self.lead = 0
+        if problem.planes_in and not problem.pointwise:
+            # Lines are copied whole: those at both ends stick out.
+            self.lead = -(-problem.out_width // self.lanes) * self.lanes
+            self.row = ((self.row + 2 * self.lead) // self.lanes | 1) * self.lanes
+
+    def emit(self) -> None:
+        p, splits, lanes = self.problem, self.point.splits, self.lanes
+        panels = -(-p.image_pixels // (self.span * lanes))
+        tasks = p.batch * panels * splits
+        loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
+        with loop(0, tasks) as task:
+            share = task % splits
+            self.image = T.Bind(task // splits // panels)
+            last = max(0, p.image_pixels - self.span * lanes)
+            self.first = T.Bind(tirx.min(task // splits % panels * (self.span * lanes), last))
+            panel = scratch(p.panel_rows * self.row, self.elements.dtype)
+            self._fill(panel)
+            with T.serial(*self._share_of_parts(share)) as part:
+                first_channel, channels = self._part(part)
+                self._multiply_part(panel, first_channel, channels)
+
+    def _fill(self, panel) -> None:
+        p, lanes = self.problem, self.lanes
+        if not p.planes_in:
+            self.panel.pack(panel, lambda g: self._pixel(self.first, g), self.span, self.row)
+            return
+        if not p.pointwise:
+            self._fill_strided(panel)
+            return
+        with T.serial(0, p.channels) as c:
+            plane = T.Bind((self.image * p.channels + c) * p.image_pixels)
+
+            def copy(vector, start) -> None:
+                pixels = self.x[T.ramp(plane + start, 1, lanes)]
+                T.buffer_store(panel, pixels, [T.ramp(c * self.row + vector * lanes, 1, lanes)])
+
+            if self.span > 1:
+                with T.serial(0, self.span - 1) as g:
+                    copy(g, self.first + g * lanes)
+            copy(self.span - 1, T.Bind(self._start(self.first, self.span - 1)))
+
+    def _fill_strided(self, panel) -> None:
+        """Copy the lines that a panel's pixels lie in, a stride of pixels apart."""
+        p = self.problem
+        pieces, _ = columns_of(p, p.out_width, 0, self.lanes)
+        end = tirx.min(self.first + self.span * self.lanes, p.image_pixels)
+        top = T.Bind(self.first // p.out_width)
+        lines = T.Bind((end - 1) // p.out_width + 1 - top)
+        with T.serial(0, p.channels) as c:
+            begin = T.Bind(c * self.row + self.lead)
+            with T.serial(0, lines) as line:
+                h = T.Bind((top + line) * p.strides[0])
+                row = T.Bind(((self.image * p.channels + c) * p.height + h) * p.width)
+                start = T.Bind(begin + (top + line) * p.out_width - self.first)
+                for column, x, lanes in pieces:
+                    value = self.panel.every(row, x, lanes)
+                    T.buffer_store(panel, value, [ramp(start + column, lanes)])
+            if self.span * self.lanes > p.image_pixels:  # the last vector ends with the image
+                value = panel[ramp(begin + p.image_pixels - self.lanes, self.lanes)]
+                at = begin + (self.span - 1) * self.lanes
+                T.buffer_store(panel, value, [ramp(at, self.lanes)])
+
+    def _multiply_part(self, panel, first_channel, channels) -> None:
+        p, rows, lanes = self.problem, self.point.rows, self.lanes
+        tiles, most, large = tiles_of(self.span * lanes, lanes, self.point.vectors)
+        with T.serial(0, (channels + p.block - 1) // p.block) as b:
+            at = T.Bind(first_channel // p.block + b)
+            span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
+            block = T.Bind(self.order[at].astype("int32"))
+            with T.serial(0, p.block // rows) as half, T.serial(0, tiles) as tile:
+                channel = T.Bind(first_channel + block * p.block + half * rows)
+                vectors, self.tile = most, T.Bind(tile * (most * lanes))
+                if large < tiles:
+                    vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
+                    self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * lanes)
+
+                def multiply(count: int, half=half, channel=channel, span=span) -> None:
+                    acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, count)
+                    self._store_planes(acc, self.first + self.tile, channel, count)
+
+                self._either(vectors, most, multiply)
+
+    def _panel_start(self, position, width: int):
+        return position * self.row + (self.lead + self.tile)
