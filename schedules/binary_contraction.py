@@ -127,6 +127,10 @@ class BinaryContraction:
             self._pad()
         if self.point.paired:
             self._add_up_parities()
+        if not self.parallel:
+            size = math.prod(int(d) for d in self.w.shape[1:])
+            self.kept = T.sblock_alloc_buffer((size + _LINE,), "uint32")
+            T.buffer_store(self.kept, T.uint32(0), [size])  # out here, so that it is allocated once
         units, _ = row_units(self.problem, self.point.mr)
         rows = self.point.rows or units
         with loop(units // rows, self.parallel and rows < units) as block:
@@ -216,10 +220,10 @@ class BinaryContraction:
 
         LLVM would else load a whole panel before that loop and spill it, one cache line over another.
         """
-        shape = tuple(int(d) for d in self.w.shape)[1:]
+        shape, lanes = tuple(int(d) for d in self.w.shape)[1:], self.point.lanes
         size = math.prod(shape)
-        self.kept = T.alloc_buffer((size + _LINE,), "uint32")
-        lanes = self.point.lanes
+        if self.parallel:
+            self.kept = T.alloc_buffer((size + _LINE,), "uint32")
         with T.serial(0, size // lanes) as i:
             at = [panel.index, *unravel(i * lanes, shape)]
             at[-1] = span(at[-1], lanes)

@@ -44,7 +44,7 @@ def _layer(channels: int, outputs: int, kernel: int, extent: int) -> Measured:
     rng = np.random.default_rng(0)
     weight = np.where(rng.random((outputs, channels, kernel, kernel)) < 0.5, -1, 1)
     threshold = rng.integers(-9, 9, (outputs, 1, 1)) + 0.5
-    shape = (1, channels, extent, extent)
+    shape = (1, extent, extent, channels)
     make = functools.partial(
         _graph, shape, weight.astype("float32"), threshold.astype("float32"), kernel // 2
     )
@@ -53,7 +53,7 @@ def _layer(channels: int, outputs: int, kernel: int, extent: int) -> Measured:
 
 
 def _graph(shape, weight: np.ndarray, threshold: np.ndarray, padding: int, signs: bool):
-    """where(conv2d(x, weight) >= threshold, 1, -1), of sign(x) if `signs`."""
+    """where(conv2d(x, weight) >= threshold, 1, -1), of sign(x) if `signs`; channels last on both sides, as in a network."""
     register()
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(shape, "float32"))
@@ -66,11 +66,13 @@ def _graph(shape, weight: np.ndarray, threshold: np.ndarray, padding: int, signs
 
     with builder.function("main", [x]):
         with builder.dataflow():
-            given = sign(x, np.float32(0)) if signs else x
+            image = builder.emit(relax.op.permute_dims(x, [0, 3, 1, 2]))
+            given = sign(image, np.float32(0)) if signs else image
             sums = builder.emit(
                 conv2d(given, relax.const(weight), name="layer", padding=[padding] * 4)
             )
-            result = builder.emit_output(sign(sums, threshold))
+            result = sign(sums, threshold)
+            result = builder.emit_output(relax.op.permute_dims(result, [0, 2, 3, 1]))
         builder.emit_func_output(result)
     return builder.get()
 

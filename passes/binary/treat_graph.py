@@ -148,7 +148,7 @@ def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decisi
             else f"packed from float32: {fold}"
         )
         if len(found.input.steps.planes) > 1:
-            shown["zeros"] = "exact, on two planes of bits"
+            shown["sign_of_zero"] = "exact, on two planes of bits"
     changed = bool(treatment.parameters.get("binarize")) and declined is None
     return decide(layer, treatment, declined, found=shown, pruned=changed)
 

@@ -267,7 +267,7 @@ def test_sign_of_zero_is_zero_where_the_model_says_so(rng):
     mod = build_function([(1, 32, 4, 4)], body)
     treated, decisions = _check(mod, _with_zeros(rng, 1, 32, 4, 4))
     assert _operators(treated) == [BINARY_PACK, BINARY_PACK, BINARY_CONV2D]
-    assert "two planes" in decisions["a"].found["zeros"]
+    assert "two planes" in decisions["a"].found["sign_of_zero"]
 
 
 def test_sign_of_zero_declines_where_it_cannot_be_exact_unless_told_otherwise(rng):
