@@ -61,11 +61,20 @@ def test_short_names_stand_for_networks(tool):
     assert [*tool.parse([]).networks, "bert_token"] == list(tool.NETWORKS)
 
 
-@pytest.mark.parametrize("bad", [["alexnet"], ["--builds", "element"], ["--builds", "dense,int4"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["alexnet"],
+        ["--builds", "element"],
+        ["--builds", "dense,int4"],
+        ["--builds", "dense,filter_shape"],
+    ],
+)
 def test_unknown_names_are_refused(tool, bad, capsys):
     with pytest.raises(SystemExit):
         tool.parse(bad)
-    assert "must hold dense" in (err := capsys.readouterr().err) or "unknown network" in err
+    wanted = ("must hold dense", "unknown network", "name both")
+    assert any(text in err for err in [capsys.readouterr().err] for text in wanted)
 
 
 def test_what_was_measured_is_not_measured_again(tool, tmp_path, monkeypatch, capsys):
@@ -76,6 +85,31 @@ def test_what_was_measured_is_not_measured_again(tool, tmp_path, monkeypatch, ca
     assert tool.main(["resnet18", "--json", str(path), "--markdown", str(table)]) == 0
     captured = capsys.readouterr()
     assert "measured already" in captured.err and "| resnet18 |" in table.read_text()
+
+
+def test_dense_is_what_lies_beside_a_build_of_the_whole_network(tool):
+    # those of another shape, or pruned before, have another dense variant
+    assert tool.artifact_of("dense", ["dense", "filter_shape", "element"]) == "element"
+    assert tool.artifact_of("dense", ["dense", "pruned"]) == "dense"
+    assert tool.artifact_of("filter_shape", ["dense", "filter_shape"]) == "filter_shape"
+    variants = {name: build.variant for name, build in tool.BUILDS.items()}
+    assert [n for n, v in variants.items() if v == "dense"] == ["dense", "filter_shape"]
+
+
+def test_every_build_has_a_line_with_what_it_is_beside(tool):
+    ratios = {"filter/dense": 0.5, "filter/filter_shape": 0.99}
+    measured = row("resnet50", **ratios)
+    measured["latency_ms"]["filter"] = {"median": 5.0, "noisy": False}
+    measured |= {
+        "layers_alone_us": {"dense": 900.0, "filter": 450.0},
+        "bytes": {"dense": [90, 10], "filter": [45, 5]},
+        "layers_compressed": {"dense": [0, 54], "filter": [54, 54]},
+    }
+    line = next(p for p in tool.markdown([measured]).splitlines() if "| filter |" in p)
+    assert line == (
+        "| resnet50 | filter | 5.00 | 0.500 (0.490-0.510) | 0.500 | 0.500 | 54 of 54 "
+        "| filter_shape 0.990 (0.980-1.000) |"
+    )
 
 
 def test_every_network_is_in_the_zoo(tool):
