@@ -160,14 +160,14 @@ def test_slower_layers_go_back_as_in_a_build(net, monkeypatch):
     names = ("stem", "a", "b", "c", "head")
     dense = dict.fromkeys(names, 100.0)
     study.layer_us, study.layer_bytes = dense, dict.fromkeys(names, 1000)
-    study.latency, study.weights_bytes = 600.0, 5000
+    study.latency, study.weights_bytes, study.overhead = 600.0, 5000, 40.0
 
     def point(us: float, others: float):
         after = {"stem": 100.0, "a": 130.0, "b": us, "c": us, "head": 100.0}
-        whole = {"dense": 600.0, "compressed": sum(after.values()) + others}
-        times = Times({}, {"dense": dense, "compressed": after})
+        total = {"dense": 560.0, "compressed": sum(after.values()) + others - 40.0}
+        times = Times(total, {"dense": dense, "compressed": after})
         sizes = {**dict.fromkeys(names, 1000), "a": 200, "b": 200, "c": 200}
-        timing = _Timing(times, whole, sum(sizes.values()), sizes)
+        timing = _Timing(times, sum(sizes.values()), sizes)
         monkeypatch.setattr(study, "_timing", lambda _treated: timing)
         return study.measure("out:8", 0.1)
 
