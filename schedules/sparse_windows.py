@@ -108,7 +108,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     count = 1
     while count < problem.out_height:
         lines = -(-problem.out_height // count)
-        if problem.channels * window_of(problem, lines).channel * 4 <= target.l2_bytes // 3:
+        if problem.channels * window_of(problem, lines).channel * 4 <= target.l2_bytes * 6 // 10:
             break
         count += 1
     lines = -(-problem.out_height // count)

@@ -14,9 +14,9 @@ from tvm import relax
 from passes import layers
 from passes.sparse import lowering, reference
 from passes.sparse.format import block_of
-from passes.sparse.operators import sparse_call
+from passes.sparse.operators import in_planes, sparse_call
 from passes.sparse.problems import SampleProblem, problems
-from schedules import sparse_planes, sparse_vector, sparse_windows
+from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
 from schedules.dispatch import loop_structure
 from schedules.errors import ScheduleError
 from schedules.fused import Fused
@@ -34,13 +34,28 @@ def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
     )
 
 
-def fused_kernel(sample: SampleProblem, weight, target, *, point=None, epilogue: str = "bias relu"):
-    """(definition, scheduled PrimFunc, arguments but x and y, attributes, y's shape) of one layer with an epilogue."""
+def to_planes(x: np.ndarray, sample: SampleProblem) -> np.ndarray:
+    """A channels-last tensor of a layer as planes, one per channel."""
+    images = x.shape[0] if sample.attrs else 1
+    return np.ascontiguousarray(x.reshape(images, -1, x.shape[-1]).transpose(0, 2, 1))
+
+
+def fused_kernel(
+    sample: SampleProblem, weight, target, *, point=None, epilogue: str = "bias relu", planes=(False, False)
+):  # fmt: skip
+    """(definition, scheduled PrimFunc, arguments but x and y, attributes, y's shape) of one layer with an epilogue.
+    `planes`: whether x and y lie in planes."""
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(sample.x, "float32"))
     bias = np.linspace(-1, 1, weight.shape[0], dtype=np.float32)
+    if planes[1]:
+        bias = bias.reshape(1, -1, 1)
+    given = x
+    if planes[0]:
+        shape = to_planes(np.empty(sample.x, np.float32), sample).shape
+        given = relax.Var("x", relax.TensorType(shape, "float32"))
     constants = []
-    with bb.function("main", [x]):
+    with bb.function("main", [given]):
         with bb.dataflow():
             w = relax.const(weight)
             attrs = dict(sample.attrs)
@@ -49,7 +64,8 @@ def fused_kernel(sample: SampleProblem, weight, target, *, point=None, epilogue:
                 if attrs
                 else layers.dense(x, w, name="l")
             )
-            call = bb.normalize(sparse_call(call, sample.grain))
+            call = sparse_call(call, sample.grain)
+            call = bb.normalize(in_planes(call, given, *planes) if any(planes) else call)
             problem = lowering.problem_of(call)
             point = point or lowering.default_point(problem, target)
             structure = importlib.import_module(type(point).__module__)
@@ -122,6 +138,59 @@ def check(cases: dict, target, rng) -> None:
         assert (error <= bound + 1e-30).all(), (
             f"{name}: error {np.nanmax(error)} beyond rounding, {sample}"
         )
+
+
+def check_planes(cases: dict, target, rng) -> None:
+    """As `check`, of {name: (sample, point, (x in planes, y in planes))}, and the definitions as well."""
+    made = {}
+    for name, (sample, point, planes) in cases.items():
+        weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+        made[name] = (*fused_kernel(sample, weight, target, point=point, planes=planes), sample, weight, planes)  # fmt: skip
+    functions = {name: m[1] for name, m in made.items()}
+    functions |= {f"{n}_definition": m[0] for n, m in made.items() if all(m[-1])}
+    lib = build(functions, target)
+    for name, (_, _, arrays, attrs, shape, sample, weight, planes) in made.items():
+        x = rng.standard_normal(sample.x).astype(np.float32)
+        want, bound = expected(attrs, x, weight, epilogue=True)
+        if planes[1]:
+            want, bound = to_planes(want, sample), to_planes(bound, sample)
+        given = to_planes(x, sample) if planes[0] else x
+        for function in {name, f"{name}_definition"} & functions.keys():
+            error = np.abs(run(lib, function, given, arrays, shape) - want)
+            assert (error <= bound + 1e-30).all(), f"{function}: {np.nanmax(error)}, {sample}"
+
+
+def test_planes_between_layers(host_tiers, rng):
+    """Every side in planes: remainders of vectors, two images, strides, dilation, groups, blocks that stick out."""
+    attrs = {"strides": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
+
+    def conv(x, w, grain, **changes):
+        return SampleProblem("kerf.sparse_conv2d", x, w, grain, 0.3, tuple((attrs | changes).items()))  # fmt: skip
+
+    around = {"padding": (1, 1, 1, 1)}
+    samples = {
+        "pointwise": conv((1, 7, 7, 16), (18, 16, 1, 1), "out:4"),
+        "images": conv((2, 7, 9, 12), (33, 12, 3, 3), "out:8", **around),
+        "strided": conv((1, 14, 13, 8), (16, 8, 3, 3), "out:4", strides=(2, 2), **around),
+        "shortcut": conv((1, 30, 29, 8), (16, 8, 1, 1), "out:4", strides=(2, 2)),
+        "elements": conv((1, 9, 9, 12), (20, 12, 1, 1), "element", strides=(2, 2)),
+        "grouped": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", groups=4, padding=(1, 0, 2, 1)),
+        "dilated": conv((1, 13, 14, 8), (16, 8, 5, 5), "element", dilation=(2, 1), padding=(2, 2, 2, 2)),
+        "matrix": SampleProblem("kerf.sparse_dense", (2, 17, 40), (22, 40), "out:8", 0.2),
+    }  # fmt: skip
+    sides = ((True, True), (False, True), (True, False))
+    cases = {
+        f"{name}_{i}": (s, None, planes)
+        for i, planes in enumerate(sides)
+        for name, s in samples.items()
+        if i == 0 or name in ("pointwise", "images")
+    }
+    Chain = sparse_chain.Point
+    cases["panels"] = (samples["pointwise"], Chain(2, 4, 2, 18), (True, True))
+    cases["panels_of_lines"] = (samples["shortcut"], Chain(3, 2, 5, 16), (True, True))
+    check_planes(cases, host_tiers[0], rng)
+    split = {"split": (samples["pointwise"], Chain(2, 4, 3, 8, 2), (True, True)), "image": cases["images_0"]}  # fmt: skip
+    check_planes(split, host_tiers[-1].with_threads(2), rng)
 
 
 def test_every_sample_on_every_tier(host_tiers, rng):
@@ -244,8 +313,15 @@ def test_blocks_of_a_spatial_kernel_use_windows_and_others_do_not():
     assert chosen() is sparse_windows
     assert chosen(block=1) is sparse_planes
     assert chosen(block=1, channels=3) is sparse_windows
+    assert chosen(block=1, planes_in=True) is sparse_windows
+    assert chosen(block=1, planes_out=True) is sparse_windows
     pointwise = dict(kernel=(1, 1), padding=(0, 0, 0, 0))
     assert chosen(**pointwise) is sparse_planes
+    assert chosen(planes_in=True, **pointwise) is sparse_planes
+    assert chosen(planes_out=True, **pointwise) is sparse_chain
+    halved = dict(strides=(2, 2), out_height=28, out_width=28, **pointwise)
+    assert chosen(planes_in=True, planes_out=True, **halved) is sparse_chain
+    assert chosen(planes_in=True, **halved) is sparse_windows
     row = dict(height=1, width=1, out_height=1, out_width=1, **pointwise)
     assert chosen(**row) is sparse_vector
     assert chosen(batch=4, **row) is sparse_vector
