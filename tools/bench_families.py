@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     import tvm
 
+    from compiler.artifact import CompiledVariant
+
 # Subcommand -> the module whose `cases()` gives what to measure.
 FAMILIES = {
     "activation-sparse": "tools.bench_activation_sparse",
@@ -74,7 +76,7 @@ def run(case: Case, *, seconds: float, runs: int) -> dict:
     size = sum(c.nbytes for c in next(iter(variants.values())).constants)
     copies = max(2, -(-_COLD_BYTES // size)) if made.cold else 1
     specs = _specs(next(iter(made.graphs.values())))
-    models = {n: _models(v, copies, specs, target) for n, v in variants.items()}
+    models = _models(variants, copies, specs)
     rows = []
     with pinned(1):
         for label, arrays in made.inputs.items():
@@ -95,25 +97,30 @@ def _compiled(name: str, graph: tvm.IRModule, target):
     return compile_graph(name, fuse_graph(lay_out(graph), target), target)
 
 
-def _models(variant, copies: int, specs: tuple[list, list], target) -> list:
-    """So many models with the code of one and weights of their own."""
+def _models(
+    variants: Mapping[str, CompiledVariant], copies: int, specs: tuple[list, list]
+) -> dict[str, list]:
+    """So many models of each variant, with the code of one and weights of their own.
+
+    Made in turns: where in memory weights lie can change their time by several percent, and so does it for all alike.
+    """
     import tvm
 
     from compiler.runtime import LoadedModel
 
-    code = variant.executable.jit()
+    code = {name: variant.executable.jit() for name, variant in variants.items()}
     inputs, outputs = specs
-    return [
-        LoadedModel(
-            code,
-            [tvm.runtime.tensor(c) for c in variant.constants],
-            variant=variant.name,
-            inputs=inputs,
-            outputs=outputs,
-            kernels=variant.kernels,
-        )
-        for _ in range(copies)
-    ]
+    made: dict[str, list] = {name: [] for name in variants}
+    for _ in range(copies):
+        for name, variant in variants.items():
+            weights = [tvm.runtime.tensor(c) for c in variant.constants]
+            made[name].append(
+                LoadedModel(
+                    code[name], weights, variant=variant.name, inputs=inputs, outputs=outputs,
+                    kernels=variant.kernels,
+                )
+            )  # fmt: skip
+    return made
 
 
 def _specs(graph: tvm.IRModule) -> tuple[list, list]:
