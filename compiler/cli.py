@@ -87,6 +87,16 @@ _calibration = click.option(
     metavar="FILE|DIR|random",
     help="Samples of the inputs, for what depends on activations: .npz, or a directory.",
 )
+_preprocess = click.option(
+    "--preprocess",
+    help="How calibration images are prepared: resize=256,crop=224,mean=0.485/0.456/0.406,std=...",
+)
+_recipe = click.option(
+    "--recipe",
+    default="dense",
+    show_default=True,
+    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse), or a TOML file.",
+)
 _variant = click.Choice(["dense", "compressed"])
 
 
@@ -115,12 +125,7 @@ def inspect(model, inputs, batch, calibration, json_path):
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
-@click.option(
-    "--recipe",
-    default="dense",
-    show_default=True,
-    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse), or a TOML file.",
-)
+@_recipe
 @click.option("--density", type=float, help="Share of weights to keep, in (0, 1].")
 @click.option("--grain", help="Grain of the zeros, for example element or out:4.")
 @click.option(
@@ -131,10 +136,7 @@ def inspect(model, inputs, batch, calibration, json_path):
     help="Another parameter of the recipe's treatment; may be repeated.",
 )
 @_calibration
-@click.option(
-    "--preprocess",
-    help="How calibration images are prepared: resize=256,crop=224,mean=0.485/0.456/0.406,std=...",
-)
+@_preprocess
 @click.option(
     "--eval",
     "evaluation",
@@ -405,12 +407,17 @@ def what_if(model, grains, densities, inputs, batch, target, threads, json_path,
 @click.option(
     "--records", required=True, type=click.Path(path_type=Path), help="Directory for what is found."
 )
+@_recipe
+@_calibration
+@_preprocess
 @click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
 @_shapes
 @_batch
 @_threads
 @click.option("--seconds", type=_Seconds(1), help="Stop searching after this long.")
-def tune(model, trials, records, target, inputs, batch, threads, seconds):
+def tune(
+    model, trials, records, recipe, calibration, preprocess, target, inputs, batch, threads, seconds
+):
     """Search for better kernel parameters for MODEL; `build --records` uses them."""
     from schedules.target import parse_target
 
@@ -425,6 +432,9 @@ def tune(model, trials, records, target, inputs, batch, threads, seconds):
         target=cpu,
         inputs=dict(inputs) or None,
         batch=batch,
+        recipe=recipe,
+        calibration=calibration,
+        preprocess=preprocess,
         time_budget=seconds,
         progress=_progress,
     )

@@ -118,22 +118,7 @@ def build(
 
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
-    if calibration is not None:
-        from compiler.calibration import load_calibration
-        from compiler.samples import index_ranges
-
-        loaded = load_calibration(
-            calibration, imported.inputs, preprocess, index_ranges(imported.mod)
-        )
-        options = options.calibrated(loaded)
-        if warning := loaded.description.get("warning"):
-            say(f"warning: {warning}")
-    elif preprocess is not None:
-        raise UserError(
-            "says how calibration images are prepared, and there are none",
-            where="--preprocess",
-            todo="Give --calibration DIRECTORY",
-        )
+    options = with_calibration(options, imported, calibration, preprocess, say)
     if evaluation is not None or max_drop is not None:
         options = with_evaluation(options, evaluation, max_drop, imported)
     say("simplifying the graph")
@@ -182,6 +167,27 @@ def build(
 def _warnings(options: BuildOptions) -> list[str]:
     description = options.calibration.description if options.calibration else {}
     return [str(description["warning"])] if "warning" in description else []
+
+
+def with_calibration(
+    options: BuildOptions, imported, source, preprocess: str | None, say: Progress
+) -> BuildOptions:
+    """The options with samples to observe graphs on. Raises UserError for a preprocessing of no samples."""
+    if source is None:
+        if preprocess is None:
+            return options
+        raise UserError(
+            "says how calibration images are prepared, and there are none",
+            where="--preprocess",
+            todo="Give --calibration DIRECTORY",
+        )
+    from compiler.calibration import load_calibration
+    from compiler.samples import index_ranges
+
+    loaded = load_calibration(source, imported.inputs, preprocess, index_ranges(imported.mod))
+    if warning := loaded.description.get("warning"):
+        say(f"warning: {warning}")
+    return options.calibrated(loaded)
 
 
 def with_evaluation(options: BuildOptions, source, max_drop, imported) -> BuildOptions:

@@ -35,6 +35,7 @@ from passes.rewriting import bindings_of
 
 Reference = Callable[..., np.ndarray]
 _TO_FIRST = (0, 3, 1, 2)
+_WIDEST_BORDER = 24  # rows or columns, both sides together, that a kernel may put around an image
 
 
 def jumping_operators() -> frozenset[str]:
@@ -176,10 +177,16 @@ def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | N
 
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end), flattened."""
+    """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, or within a
+    border), flattened."""
     found = []
     if tensor.ndim == 4 and len(shape) == 4:
         moved = tensor.transpose(_TO_FIRST)
+        spare = [have - wanted for have, wanted in zip(moved.shape[2:], shape[2:])]
+        if moved.shape[:2] == shape[:2] and any(spare) and min(spare) >= 0:
+            if max(spare) <= _WIDEST_BORDER:
+                for top, left in np.ndindex(spare[0] + 1, spare[1] + 1):
+                    found.append(moved[:, :, top : top + shape[2], left : left + shape[3]])
         if moved.shape[::2] == shape[::2] and moved.shape[3] == shape[3]:
             if moved.shape[1] >= shape[1]:
                 found.append(moved[:, : shape[1]])

@@ -19,10 +19,13 @@ from pathlib import Path
 import tvm
 
 from compiler import __version__, pipeline
+from compiler.driver import BuildOptions, prepare, with_calibration
 from compiler.failures import Interrupts
 from compiler.measure import pinned
+from compiler.recipe import load_recipe
 from compiler.thread_pool import check_threads, prepare_thread_pool, use_threads
 from compiler.tuning_tasks import Task, find_tasks
+from passes.treat_layers import treat_layers
 from schedules.candidates import Bench, Comparison, Outcome
 from schedules.errors import TargetError
 from schedules.records import Records, target_key
@@ -85,13 +88,17 @@ def tune(
     inputs: Mapping[str, tuple[int, ...]] | None = None,
     batch: int | None = None,
     example=None,
+    recipe="dense",
+    calibration=None,
+    preprocess: str | None = None,
     time_budget: float | None = None,
     progress: Progress | None = None,
 ) -> TuningResult:
     """Search kernel parameters for a model and add what is found to the directory `records`.
 
     `trials` counts every candidate ever tried for this model's problems on this target, so a second
-    run with the same number only finishes what the first left. Stops early after `time_budget`
+    run with the same number only finishes what the first left. The problems are those of the model
+    under `recipe`, with `calibration` and `preprocess` as in `build`. Stops early after `time_budget`
     seconds or at Ctrl-C, keeping everything. Raises TargetError for a target that this machine
     cannot run.
     """
@@ -112,10 +119,12 @@ def tune(
     notes = [note] if (note := store.ignored_for(target)) else []
     for note in notes:
         say(note)
+    options = BuildOptions(load_recipe(recipe), target, target.threads)
+    options = with_calibration(options, imported, calibration, preprocess, say)
+    original, treatments = prepare(imported.mod, options)
+    treated = treat_layers(original, treatments, options.context).treated
     say("finding the distinct kernels")
-    tasks = find_tasks(
-        pipeline.lay_out(pipeline.canonicalize(imported.mod)), target.with_records(None)
-    )
+    tasks = find_tasks(pipeline.lay_out(treated), target.with_records(None))
     prepare_thread_pool()
     with pinned(target.threads):
         use_threads(target.threads)

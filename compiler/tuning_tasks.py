@@ -18,6 +18,7 @@ from tvm import relax
 from compiler import pipeline
 from passes import families
 from passes.layers import attrs_of, const_array, is_const, shape_of
+from passes.quantized.operators import quantize
 from schedules.candidates import Candidate
 from schedules.errors import ScheduleError
 from schedules.fused import Fused
@@ -154,14 +155,14 @@ def _task_of(call: relax.Call, calls: int, target: CpuTarget) -> Task | None:
 
 def isolate(call: relax.Call) -> tvm.IRModule | None:
     """The layer alone: its variable arguments are parameters, its weights whole numbers with the
-    zeros where they were. None if an argument is no float32 tensor."""
+    zeros where they were. None if an argument is no tensor of float32 or bytes."""
     random = np.random.default_rng(0)
     parameters, arguments = [], []
     for i, arg in enumerate(call.args):
         if is_const(arg):
             arguments.append(_whole_numbers(const_array(arg), random))
         elif isinstance(arg, relax.Var):
-            if str(getattr(arg.ty, "dtype", "")) != "float32":
+            if str(getattr(arg.ty, "dtype", "")) not in ("float32", "uint8"):
                 return None
             parameters.append(relax.Var(f"x{i}", arg.ty))
             arguments.append(parameters[-1])
@@ -172,19 +173,29 @@ def isolate(call: relax.Call) -> tvm.IRModule | None:
         with bb.dataflow():
             out = bb.emit(relax.Call(call.op, arguments, attrs=call.attrs))
             if call.op.name.startswith("kerf."):
-                bias = random.integers(-3, 4, shape_of(out)[-1]).astype("float32")
-                biased = bb.emit(relax.op.add(out, relax.const(bias)))
-                out = bb.emit(relax.op.nn.relu(biased))
+                out = bb.emit(_followed(bb, out, random))
             out = bb.emit_output(out)
         bb.emit_func_output(out)
     return bb.get()
 
 
+def _followed(bb: relax.BlockBuilder, out: relax.Var, random: np.random.Generator) -> relax.Expr:
+    """What follows a layer in its kernel: a bias and a ReLU, which for sums of bytes is rounding to
+    bytes."""
+    dtype, channels = str(out.ty.dtype), shape_of(out)[-1]
+    biased = bb.emit(relax.op.add(out, relax.const(random.integers(-3, 4, channels).astype(dtype))))
+    if dtype != "int32":
+        return relax.op.nn.relu(biased)
+    scale = relax.const(np.full(channels, 2**-6, "float32"))
+    scaled = bb.emit(relax.op.multiply(bb.emit(relax.op.astype(biased, "float32")), scale))
+    return quantize(scaled, scale=1.0, zero_point=0, bounded=True)
+
+
 def _whole_numbers(array: np.ndarray, random: np.random.Generator) -> relax.Expr:
-    if array.dtype != np.float32:
+    if array.dtype not in (np.float32, np.int8):
         return relax.const(array)
     values = random.integers(1, 3, array.shape) * (1 - 2 * random.integers(0, 2, array.shape))
-    return relax.const(np.where(array == 0, 0, values).astype("float32"))
+    return relax.const(np.where(array == 0, 0, values).astype(array.dtype))
 
 
 def _anchor_call(mod: tvm.IRModule, loops: str) -> tuple[str, relax.Call]:
@@ -209,5 +220,7 @@ def candidate(mod: tvm.IRModule, loops: str, point) -> Candidate:
         if is_const(arg):
             arrays.append(const_array(arg))
         else:
-            arrays.append(random.integers(-3, 4, shape_of(arg)).astype("float32"))
+            dtype = str(arg.ty.dtype)
+            values = random.integers(*((0, 8) if dtype == "uint8" else (-3, 4)), shape_of(arg))
+            arrays.append(values.astype(dtype))
     return Candidate(point, mod[call.args[0]], tuple(arrays))

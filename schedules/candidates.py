@@ -69,7 +69,8 @@ class _Compiled:
     def __init__(self, func: tirx.PrimFunc, candidate: Candidate, target):
         module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
         self._library = tvm.compile(module, target).jit()
-        self.output = tvm.runtime.tensor(np.zeros(candidate.output_shape, np.float32))
+        dtype = str(candidate.func.params[-1].dtype)
+        self.output = tvm.runtime.tensor(np.zeros(candidate.output_shape, dtype))
         self.arguments = [*(tvm.runtime.tensor(a) for a in candidate.inputs), self.output]
 
     def run(self) -> np.ndarray:

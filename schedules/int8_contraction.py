@@ -84,7 +84,7 @@ def _panel_stays(quads: Problem, nv: int, target: CpuTarget) -> bool:
     return QUAD * quads.steps * nv * target.lanes <= _STAYS * target.l1_bytes
 
 
-def _estimated_cycles(quads: Problem, mr: int, nv: int, sums: int, target: CpuTarget) -> float:
+def estimated_cycles(quads: Problem, mr: int, nv: int, sums: int, target: CpuTarget) -> float:
     """Cycles of a row of tiles over all channels: dot products, then what becomes of the sums and their stores.
 
     Fitted to layers of ResNet-50 and MobileNetV2 on Cascade Lake. A panel that ends within a cache line makes two stores
@@ -112,12 +112,16 @@ def _tile(quads: Problem, target: CpuTarget) -> tuple[int, int, int]:
     for nv in range(1, min(count, 8) + 1):
         for mr in sorted({tile_rows(quads.row, m) for m in range(1, max(1, most // nv) + 1)}):
             sums = 1
-            while mr * nv * sums < 8 and 2 * sums <= quads.group_inputs:
+            while (
+                mr * nv * sums < 8
+                and 2 * sums * mr * nv + nv + 1 <= target.registers
+                and 2 * sums <= quads.group_inputs
+            ):
                 sums *= 2
             cost = (
                 contraction.estimated_cycles(quads, target.lanes, mr, nv, sums)
                 if quads.row <= 2  # weights read once are all that counts
-                else _estimated_cycles(quads, mr, nv, sums, target)
+                else estimated_cycles(quads, mr, nv, sums, target)
             )
             if best is None or cost < best[0] * 0.995:
                 best = (cost, mr, nv, sums)

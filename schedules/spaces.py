@@ -15,7 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from schedules import batch_matmul, contraction, depthwise, sparse_spaces, winograd
+from schedules import (
+    batch_matmul,
+    contraction,
+    depthwise,
+    int8_contraction,
+    int8_depthwise,
+    sparse_spaces,
+    winograd,
+)
 from schedules.errors import UserError
 from schedules.target import CpuTarget
 from schedules.windows import tile_rows, vectors
@@ -68,6 +76,8 @@ def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
     """The search space around a problem's `default` point; None where there is nothing to tune."""
     spaces = {
         "contraction": _contraction,
+        "int8_contraction": _int8_contraction,
+        "int8_depthwise": _int8_depthwise,
         "depthwise": _depthwise,
         "grouped": _depthwise,
         "batch_matmul": _batch_matmul,
@@ -174,6 +184,30 @@ def _contraction(
     return Space(choices, assemble, lambda p: cost(p.mr, p.nv, p.sums))
 
 
+def _int8_contraction(
+    problem: int8_contraction.Problem, default: int8_contraction.Point, target: CpuTarget
+) -> Space:
+    """The choices of the same problem counted in quads."""
+    quads = int8_contraction.in_quads(problem)
+
+    def estimate(point: int8_contraction.Point) -> float:
+        return int8_contraction.estimated_cycles(quads, point.mr, point.nv, point.sums, target)
+
+    return replace(_contraction(quads, default, target), estimate=estimate)
+
+
+def _int8_depthwise(
+    problem: int8_depthwise.Problem, default: int8_depthwise.Point, target: CpuTarget
+) -> Space:
+    rows = {tile_rows(problem.ow, largest) for largest in range(1, target.registers // 4)}
+
+    def estimate(point: int8_depthwise.Point) -> float:
+        columns = (point.mr - 1) * problem.stride[1] + (problem.s - 1) * problem.dilation[1] + 1
+        return -(-problem.ow // point.mr) * (problem.r * (columns + point.mr) + 8)
+
+    return Space({"mr": _with(rows, default.mr)}, lambda c: replace(default, mr=c["mr"]), estimate)
+
+
 def _register_tiles(row: int, count: int, most: int, target: CpuTarget) -> set[tuple[int, int]]:
     """(rows, vectors) that fit the registers, for rows that cut `row` into equal tiles."""
     return {
@@ -240,7 +274,7 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
         if (m, rows, v, share) == (default.m, default.rows, default.vectors, 0.0):
             return default
         block = block_of(m, v * lanes, share or _DEFAULT_SHARE)
-        return replace(default, m=m, block=block, rows=min(rows, block), vectors=v)
+        return replace(default, m=m, block=block, rows=min(rows, block), vectors=v, chunk=0)
 
     def estimate(point: winograd.Point) -> float:
         matrices, every = (point.m + 2) ** 2, math.prod(problem.tiles(point.m))

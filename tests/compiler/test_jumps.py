@@ -194,6 +194,7 @@ def test_tensors_are_found_by_what_they_hold(rng):
     noise = rng.integers(0, 255, (1, 4, 5, 3)).astype("uint8")
     last = wanted.transpose(0, 2, 3, 1)
     padded = np.pad(last, ((0, 0), (0, 0), (0, 0), (0, 1)))
-    for held in (wanted, last, padded, wanted.reshape(-1)):
+    bordered = np.pad(last, ((0, 0), (2, 1), (0, 3), (0, 0)), constant_values=9)
+    for held in (wanted, last, padded, bordered, wanted.reshape(-1)):
         np.testing.assert_array_equal(closest([noise, held.copy()], wanted), wanted)
     assert closest([last.astype("int8")], wanted) is None

@@ -76,6 +76,50 @@ def test_candidates_keep_the_zeros_of_the_weights():
     assert (whole == np.round(whole)).all()
 
 
+def int8_network():
+    """Bytes through a layer of each integer kernel, one of few channels, each followed by rounding to bytes."""
+    from tvm import relax
+
+    from passes.quantized import operators as int8
+
+    random = np.random.default_rng(0)
+    int8.register()
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 9, 9, 3), "uint8"))
+    shapes = {"few": ((16, 3, 3, 3), 1), "dw": ((16, 1, 3, 3), 16), "conv": ((24, 16, 1, 1), 1)}
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = x
+            for name, (shape, groups) in shapes.items():
+                weight = relax.const(random.integers(-9, 9, shape).astype("int8"))
+                around = (shape[-1] // 2,) * 4
+                more = {"zero_point": 3, "padding": around, "groups": groups, "layout": "NHWC"}
+                y = bb.emit(int8.int8_conv2d(y, weight, name=name, **more))
+                y = bb.emit(relax.op.astype(y, "float32"))
+                y = bb.emit(int8.quantize(y, scale=9.0, zero_point=3))
+            y = bb.emit_output(y)
+        bb.emit_func_output(y)
+    return bb.get()
+
+
+def test_integer_kernels_are_tuned_as_they_run(tmp_path):
+    """Each kernel with what rounds its sums to bytes, on bytes; candidates give the definition's bytes."""
+    from compiler.tuning_tasks import find_tasks
+
+    tasks = {t.name: t for t in find_tasks(int8_network(), detect_host())}
+    assert sorted(t.loops for t in tasks.values()) == [
+        *("int8_contraction", "int8_contraction", "int8_depthwise")
+    ]
+    for task in tasks.values():
+        made = task.make(task.default)
+        assert made.inputs[0].dtype == np.uint8 and str(made.func.params[-1].dtype) == "uint8"
+    rows, _, tuning, _ = run(list(tasks.values()), tmp_path, trials=12)
+    assert tuning.done == 12 and len(rows) == 3
+    tried = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert {r["loops"] for r in tried} == {"int8_contraction", "int8_depthwise"}
+    assert not [r for r in tried if r["kind"] == "trial" and r["ratio"] is None]
+
+
 def test_tune_resume_and_confirm(tasks_of, tmp_path):
     rows, ended, first, lines = run(tasks_of(), tmp_path, trials=8)
     assert ended == "" and first.done == 8

@@ -116,7 +116,15 @@ def problem(**fields):
 
 def spaces():
     """(loops, problem, default point, space) of assorted problems on every tier."""
-    from schedules import batch_matmul, contraction, depthwise, grouped, winograd
+    from schedules import (
+        batch_matmul,
+        contraction,
+        depthwise,
+        grouped,
+        int8_contraction,
+        int8_depthwise,
+        winograd,
+    )
     from schedules.spaces import space_of
 
     same = {"r": 3, "s": 3, "padding": (1, 1, 1, 1)}
@@ -131,6 +139,10 @@ def spaces():
             (depthwise, problem(groups=64, **same)),
             (grouped, problem(groups=32, **same)),
             (batch_matmul, batch),
+            (int8_contraction, problem(c=512, o=40)),
+            (int8_contraction, problem(c=16, **same)),
+            (int8_contraction, problem(h=1, w=1, c=2048, o=1000)),
+            (int8_depthwise, problem(groups=64, **same)),
         ]
         for structure, found in cases:
             default = structure.default_point(found, target)
