@@ -18,6 +18,8 @@ from passes.treat_layers import decide
 from passes.treatment import Treatment, parse_share
 
 _SHIFTS = ("relax.add", "relax.subtract")
+# What may follow the sums of another family's layer until they are what the layer computes.
+_RESCALING = (*_SHIFTS, "relax.multiply", "relax.astype", "kerf.dequantize")
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
@@ -157,7 +159,7 @@ class _Reasons:
         return f"its other factor {partner} reads another input, has another geometry or is read elsewhere"
 
     def _computed_by(self, expr: relax.Expr) -> tuple[str, relax.Call] | None:
-        """The layer behind an expression and constants added to it."""
+        """The layer behind an expression, and constants it was shifted or scaled by."""
         while isinstance(expr, relax.Var) and expr in self.definitions:
             value = self.definitions[expr]
             if not isinstance(value, relax.Call):
@@ -165,7 +167,7 @@ class _Reasons:
             if names := layers_computed_by(value):
                 return names[0], value
             inner = [a for a in value.args if not is_const(a)]
-            if not any(is_call(value, n) for n in _SHIFTS) or len(inner) != 1:
+            if not any(is_call(value, n) for n in _RESCALING) or len(inner) != 1:
                 return None
             expr = inner[0]
         return None

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from tvm import relax
 
-from passes import layers
+from passes import families, layers
 from passes.evaluate import evaluate
 from passes.family import Context
 from passes.layers import attrs_of
 from passes.quadratic import FAMILY
 from passes.quadratic.operators import is_quadratic, shifts_of, weights_of
 from passes.rewriting import bindings_of
+from passes.treat_layers import treat_layers
 from passes.treatment import Treatment
 from schedules.target import NAMED
 
@@ -225,8 +228,6 @@ def test_near_misses_stay(name, build):
     mod, done = rewritten(build, True, body, [IMAGE] * count)
     assert neurons(done.treated) == [] and done.treated is mod
     assert all(d.treatment == "dense" and d.declined for d in done.decisions)
-    import re
-
     assert any(re.search(reason, d.declined) for d in done.decisions), done.decisions
 
 
@@ -314,3 +315,46 @@ def test_inspect_sees_neurons(build):
     assert found == {n: {"quadratic": "rgb", "neuron": "r, g, b"} for n in "rgb"}
     mod, _ = rewritten(build, True, lambda n, x: n("r", x))
     assert FAMILY.found_in(mod) == {}
+
+
+OTHERS = {
+    "sparse": Treatment("sparse", {"density": 0.1, "grain": "element"}, prune=True),
+    "int8": Treatment("int8"),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(("name", "forms"), [("b", ["rg"]), ("g", ["b"])])
+def test_a_branch_of_another_family_stays_outside_the_kernel(name, forms, family, build):
+    """A compressed square beside a fused product; a compressed factor, which leaves no product to fuse."""
+    image = (1, 128, 28, 28)  # where one weight in ten is worth leaving the others out
+
+    def fan(b, x):
+        square_of_x = b.emit(op.multiply(x, x))
+        r, g, added = (
+            b.emit(layers.conv2d(v, const(128, 128, 1, 1), name=n))
+            for n, v in (("r", x), ("g", x), ("b", square_of_x))
+        )
+        return op.add(b.emit(op.multiply(r, g)), added)
+
+    mod = build([image], fan)
+    x = [RNG.standard_normal(image).astype("float32")]
+    references = {k: v for each in families() for k, v in each.references.items()}
+
+    def observe(graph, names):
+        values = {"x0": x[0]}
+        evaluate(graph, x, references=references, observe=values.__setitem__)
+        yield {n: values[n] for n in names}
+
+    asked = {n: OTHERS[family] if n == name else Treatment("quadratic") for n in "rgb"}
+    done = treat_layers(mod, asked, Context(NAMED["avx512"], observe))
+    assert [form for form, _ in neurons(done.treated)] == forms
+    decisions = {d.layer: d for d in done.decisions}
+    assert decisions[name].treatment == family, decisions[name].declined
+    if name == "g":
+        assert decisions["r"].declined == (
+            f"its other factor g is computed by kerf.{family}_conv2d; the fused kernel takes dense float32 weights"
+        )
+    wanted = evaluate(done.reference, x, references=references)[0]
+    found = evaluate(done.treated, x, references=references)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
