@@ -114,6 +114,23 @@ def test_several_tokens_from_onnx(tmp_path):
     assert down["treatment"] == "activation_sparse" or "dense is faster above" in down["declined"]
 
 
+def test_int8_rows_behind_a_gate_in_int8():
+    """Two families in one MLP: the gate's bytes are calibrated, the rows that it leaves open are int8 by themselves."""
+    rules = (Rule("*gate", "int8"), Rule("*", "activation_sparse", {"weights": "int8"}))
+    artifact = compiler.compile_model(
+        network("gated"),
+        (torch.randn(1, 1, WIDTH),),
+        recipe=Recipe("both", rules),
+        calibration="random",
+        choose="asked",
+    )
+    found = {name.split(".")[-1]: row for name, row in rows(artifact).items()}
+    assert {n: r["treatment"] for n, r in found.items()} == {
+        "gate": "int8", "up": "activation_sparse", "down": "activation_sparse",
+    }  # fmt: skip
+    assert all(0 < found[n]["found"]["int8_weight_error"] < 0.02 for n in ("up", "down"))
+
+
 def test_without_data_nothing_is_assumed():
     artifact = build(network("relu"), example=(torch.randn(1, 1, WIDTH),), calibration=None)
     (down,) = (r for r in artifact.layers if "input_zeros" in r["found"])
