@@ -38,6 +38,8 @@ from schedules.target import CpuTarget
 SLOWER = "measured slower than its dense kernel"
 # Two patterns of one kernel format whose layers differ by no more than this in what they store take the same time.
 _ALIKE = 0.05
+# Of networks that take less there are hundreds of whole runs.
+_SMALL_US = 5000.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ class Point:
 
 @dataclass(frozen=True)
 class _Timing:
-    """A treated network beside the dense one: times of all kernels and by layer ("dense", "compressed"), bytes of constants."""
+    """A treated network beside the dense one: times of all kernels and by layer ("dense", "compressed"), of whole runs, and
+    the bytes of constants."""
 
     times: Times
+    whole: Mapping[str, float]
     weights_bytes: int
     layer_bytes: Mapping[str, int]
 
@@ -110,8 +114,6 @@ class Study:
         self.layer_us = layer_sums(self.dense.kernels, times["dense"])
         measured = total_us({"dense": self.dense}, self.arrays, seconds=2.0)["dense"]
         self.latency = measured if earlier is None else earlier
-        # What a run takes beyond its kernels counts in small networks; a treated one has about as many kernels.
-        self.overhead = max(0.0, measured - sum(times["dense"]))
         self.weights_bytes = sum(c.nbytes for c in whole.constants)
         self.layer_bytes = _bytes_by_layer(whole)
         return self.latency, self.weights_bytes
@@ -128,7 +130,7 @@ class Study:
             return Point(grain, density, self.latency, self.weights_bytes, stored, layers)
         found = self._timing(done.treated)
         back = slower_layers(found.times, done.decisions)
-        ratio = self._ratio(found.times, back)
+        ratio = _ratio_of_networks(found, back)
         if ratio >= 1:  # a build would keep nothing
             ratio, back = 1.0, dict.fromkeys(asked, "")
         layers = tuple(self._layer(d, found, d.layer in back) for d in done.decisions)
@@ -141,15 +143,6 @@ class Study:
             stored,
             layers,
         )
-
-    def _ratio(self, times: Times, back: Mapping[str, str]) -> float:
-        """The treated network's time over the dense one's, with the layers `back` on their dense kernels again. From medians
-        by kernel: those of whole runs would take far more runs on a noisy machine."""
-        given = sum(
-            times.layers["compressed"].get(n, 0.0) - times.layers["dense"].get(n, 0.0) for n in back
-        )
-        treated = times.total["compressed"] - given + self.overhead
-        return treated / (times.total["dense"] + self.overhead)
 
     def _layer(self, decision: Decision, found: _Timing | None, back: bool) -> LayerPoint:
         name = decision.layer
@@ -174,6 +167,7 @@ class Study:
         layers = {name: layer_sums(model.kernels, us[name]) for name, model in models.items()}
         timing = _Timing(
             Times({name: sum(values) for name, values in us.items()}, layers),
+            total_us(models, self.arrays, seconds=2.0),
             sum(c.nbytes for c in variant.constants),
             _bytes_by_layer(variant),
         )
@@ -188,6 +182,18 @@ class Study:
         return from_variant(
             variant, self.imported.inputs, self.imported.outputs, self.target, self.threads
         )
+
+
+def _ratio_of_networks(found: _Timing, back: Mapping[str, str]) -> float:
+    """The treated network's time over the dense one's, with the layers `back` on their dense kernels again.
+
+    Of a small network from whole runs, which hold what lies between kernels; of a large one, where they are too few for a
+    steady median and kernels are nearly all, from the medians by kernel.
+    """
+    layers = found.times.layers
+    given = sum(layers["compressed"].get(n, 0.0) - layers["dense"].get(n, 0.0) for n in back)
+    total = found.whole if found.whole["dense"] < _SMALL_US else found.times.total
+    return (total["compressed"] - given) / total["dense"]
 
 
 def masked_at(mod: tvm.IRModule, grain: Grain, density: float) -> tvm.IRModule:

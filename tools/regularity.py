@@ -336,7 +336,8 @@ def figure(accuracy, studies, path: Path) -> None:
     )
     for axes, name in zip(panels[2:], studies):
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(title=f"{name}: time / dense", xlabel="share of the weights", ylim=(0, None))
+        axes.set(title=f"{name}: time / dense", xlabel="share of the weights")
+        axes.set(xlim=(0, 0.55), ylim=(0, None))
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].legend()

@@ -160,14 +160,14 @@ def test_slower_layers_go_back_as_in_a_build(net, monkeypatch):
     names = ("stem", "a", "b", "c", "head")
     dense = dict.fromkeys(names, 100.0)
     study.layer_us, study.layer_bytes = dense, dict.fromkeys(names, 1000)
-    study.latency, study.weights_bytes, study.overhead = 600.0, 5000, 40.0
+    study.latency, study.weights_bytes = 600.0, 5000
 
     def point(us: float, others: float):
         after = {"stem": 100.0, "a": 130.0, "b": us, "c": us, "head": 100.0}
-        total = {"dense": 560.0, "compressed": sum(after.values()) + others - 40.0}
-        times = Times(total, {"dense": dense, "compressed": after})
+        whole = {"dense": 600.0, "compressed": sum(after.values()) + others}
+        times = Times({}, {"dense": dense, "compressed": after})
         sizes = {**dict.fromkeys(names, 1000), "a": 200, "b": 200, "c": 200}
-        timing = _Timing(times, sum(sizes.values()), sizes)
+        timing = _Timing(times, whole, sum(sizes.values()), sizes)
         monkeypatch.setattr(study, "_timing", lambda _treated: timing)
         return study.measure("out:8", 0.1)
 
@@ -179,6 +179,21 @@ def test_slower_layers_go_back_as_in_a_build(net, monkeypatch):
     # what is moved between layers takes more than they gain: a build leaves all of them dense
     slower = point(50.0, others=201.0)
     assert (slower.latency_us, slower.weights_bytes, slower.treated) == (600.0, 5000, 0)
+
+
+def test_large_networks_are_predicted_by_kernel_and_small_ones_by_whole_runs():
+    from compiler.choice import Times
+    from compiler.what_if_study import _ratio_of_networks, _Timing
+
+    layers = {"dense": {"a": 40.0}, "compressed": {"a": 60.0}}
+
+    def ratio(scale: float, back):
+        whole = {"dense": 100.0 * scale, "compressed": 80.0 * scale}
+        times = Times({"dense": 90.0, "compressed": 45.0}, layers)
+        return _ratio_of_networks(_Timing(times, whole, 0, {}), back)
+
+    assert ratio(1, {}) == 0.8 and ratio(1, {"a": ""}) == 0.6
+    assert ratio(1000, {}) == 0.5 and ratio(1000, {"a": ""}) == pytest.approx(25 / 90)
 
 
 def test_patterns_of_one_kernel_format_are_timed_once():
