@@ -3,7 +3,7 @@
 
 The square of x, taken in registers, is transformed for the branch b, then x once for all branches that read it; the
 branches' results meet after their inverse transforms, where an output is stored. Weights are packed
-`[panels][branches * (m+2)^2][C][panel]`.
+one branch after the other in each panel.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def sources_of(form: str) -> tuple[bool, ...]:
 
 
 def pack_weights(weights: dict[str, np.ndarray], form: str, point: Point) -> np.ndarray:
-    """[O, C, 3, 3] per branch -> float32 [panels, branches * (m+2)^2, C, panel]."""
+    """[O, C, 3, 3] per branch -> float32, the packed weights of `winograd` one after the other on their second axis."""
     return np.concatenate([winograd.pack_weights(weights[b], point) for b in form], axis=1)
 
 
 def define(problem: Problem, point: Point):
     """te function (x [N, H, W, C], packed weights, shifts if any) -> [N, OH, OW, O]."""
     notes = annotations(LOOPS, problem=problem.to_dict(), point=point.to_dict())
-    entries = (point.m + 2) ** 2
+    rows = winograd.packed_rows(problem, point)
 
     def quadratic(x, u, *shifts):
         def squared(*i):
@@ -53,7 +53,7 @@ def define(problem: Problem, point: Point):
 
         branches = [
             winograd.define_stages(
-                squared if b == SQUARED else x, u, problem, point, f"branch_{b}", first=i * entries
+                squared if b == SQUARED else x, u, problem, point, f"branch_{b}", first=i * rows
             )
             for i, b in enumerate(problem.form)
         ]
@@ -91,7 +91,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Problem.from_dict(fused.point["problem"]),
         Point.from_dict(fused.point["point"]),
     )
-    blocks = winograd.STAGES * len(problem.form) + 1
+    blocks = winograd.stages(point) * len(problem.form) + 1
     if fused.anchor_index + 1 != blocks:
         raise ScheduleError(
             "the definition is not the one this kernel replaces",

@@ -5,7 +5,8 @@
 
 The image is cut into tiles; a block of tiles is transformed into (m+2)^2 matrices [tiles, C], each multiplied by its
 [C, O] matrix of transformed weights, a panel of output channels at a time, and transformed back into the epilogue.
-A block's matrices stay in the second-level cache.
+A block's matrices stay in the second-level cache. Weights are packed transformed, or, where few tiles share them, plain:
+a row of their transform is then made in registers for each channel, and multiplied there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.annotated import Annotated
 from schedules.emission import (
     Row,
     Tile,
@@ -31,140 +31,54 @@ from schedules.emission import (
     unravel,
     workspace,
 )
-from schedules.fused import Fused, annotations
+from schedules.fused import Fused, annotations, broadcast
 from schedules.target import CpuTarget
-from schedules.winograd_transforms import matrices, transform
+from schedules.winograd_points import (
+    Point,
+    Problem,
+    cost,
+    default_point,
+    direct_cost,
+    strides,
+    transformed_point,
+    transforming_point,
+)
+from schedules.winograd_transforms import linear, matrices, transform
+
+__all__ = [
+    "LOOPS", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point",
+]  # fmt: skip
 
 LOOPS = "winograd"
-STAGES = 6  # blocks of the definition
 _LINE = 16  # floats in a cache line
 
 
-@dataclass(frozen=True)
-class Problem(Annotated):
-    """A 3x3 convolution of stride 1; `padding` is (top, left, bottom, right)."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    o: int
-    padding: tuple[int, int, int, int]
-
-    @property
-    def output_hw(self) -> tuple[int, int]:
-        top, left, bottom, right = self.padding
-        return self.h + top + bottom - 2, self.w + left + right - 2
-
-    def tiles(self, m: int) -> tuple[int, int, int]:
-        """Images, tile rows, tile columns."""
-        height, width = self.output_hw
-        return self.n, -(-height // m), -(-width // m)
+def stages(point: Point) -> int:
+    """Blocks of the definition."""
+    return 8 if point.chunk else 6
 
 
-@dataclass(frozen=True)
-class Point(Annotated):
-    """Parameters: output tile `m`; `block` tiles transformed together; register tile of `rows` tiles by `vectors`
-    vectors of `lanes` output channels; `divide` what threads share out, "tiles" (blocks) or "channels" (panels)."""
-
-    m: int
-    block: int
-    rows: int
-    vectors: int
-    lanes: int
-    divide: str = "tiles"
-
-    @property
-    def panel(self) -> int:
-        """Output channels of a panel of weights."""
-        return self.vectors * self.lanes
+def packed_rows(problem: Problem, point: Point) -> int:
+    """Extent of the second axis of packed weights: the (m+2)^2 matrices, or, of plain weights, the input channels."""
+    return problem.c if point.chunk else (point.m + 2) ** 2
 
 
 def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
-    """[O, C, 3, 3] -> float32 [panels, (m+2)^2, C, panel], transformed in float64, zeros in the last panel's rest."""
+    """[O, C, 3, 3] -> float32 [panels, (m+2)^2, C, panel], transformed in float64; if `point.chunk`, as they are,
+    [panels, C, 9, panel]. Zeros in the last panel's rest."""
     outputs, inputs = weight.shape[:2]
-    size = point.m + 2
-    g = matrices(point.m)[1]
-    transformed = np.einsum("ai,bj,ocij->aboc", g, g, weight.astype(np.float64)).reshape(
-        size * size, outputs, inputs
-    )
     panels = -(-outputs // point.panel)
-    full = np.zeros((size * size, panels * point.panel, inputs), np.float32)
-    full[:, :outputs] = transformed
-    split = full.reshape(size * size, panels, point.panel, inputs)
-    return np.ascontiguousarray(split.transpose(1, 0, 3, 2))
-
-
-def default_point(problem: Problem, m: int, target: CpuTarget, branches: int = 1) -> Point:
-    """Block and register tile with the least padding, and fewer blocks where each must fetch the weights anew.
-
-    A block's matrices share the second-level cache with what streams through it: 45 % of it if the weights stay there
-    too, 70 % if they do not anyway. Several branches of weights (see `Emitter`) go through the same matrices in turn.
-    """
-    lanes = target.lanes
-    channel_vectors = -(-problem.o // lanes)
-    vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
-    most_rows = min(14, (target.registers - 2 - vectors) // vectors)
-    tiles = int(np.prod(problem.tiles(m)))
-    resident = 4 * (m + 2) ** 2 * problem.c * problem.o * branches <= target.l2_bytes
-    bytes_per_tile = 4 * (_strides(m + 2, problem.c)[1] + _strides(m + 2, vectors * lanes)[1])
-    most_tiles = max(
-        most_rows, int((0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile
-    )
-    # Fetching the weights once, in rows of a register tile's work: 8 bytes a cycle from the next cache.
-    fetch = 3 if resident else lanes
-
-    def padded_rows(candidate: tuple[int, int]) -> tuple:
-        block, rows = candidate
-        return (-(-tiles // block) * (-(-block // rows) * (rows + 0.5) + fetch), -rows, block)
-
-    candidates = [
-        (b, r)
-        for b in range(1, min(tiles, most_tiles) + 1)
-        for r in range(1, min(most_rows, b) + 1)
-    ]
-    block, rows = min(candidates, key=padded_rows)
-    blocks = -(-tiles // block)
-    by_tiles = blocks >= 3 * target.threads or blocks % target.threads == 0
-    return Point(m, block, rows, vectors, lanes, "tiles" if by_tiles else "channels")
-
-
-# Cycles per vector and matrix entry of an input or output transform; bytes of weights per cycle from memory; share of
-# the multiply-add peak that these products and the direct kernel reach. Fitted to the ratios measured on 12 layers of
-# 7 to 56 pixels and 32 to 512 channels, AVX-512, weights not in cache: within 20 %, and 10 % where the choice is close.
-_TRANSFORM_CYCLES = 5.0
-_WEIGHT_BYTES_PER_CYCLE = 4.0
-_PRODUCT_EFFICIENCY, _DIRECT_EFFICIENCY = 0.9, 0.95
-
-
-def cost(problem: Problem, m: int, target: CpuTarget, sources: int = 1, branches: int = 1) -> float:
-    """Estimated cycles of F(m x m) on one core, weights not in cache."""
-    point = default_point(problem, m, target, branches)
-    tiles, entries, lanes = int(np.prod(problem.tiles(m))), (m + 2) ** 2, target.lanes
-    panels = -(-problem.o // point.panel) * point.panel
-    computed = -(-tiles // point.block) * -(-point.block // point.rows) * point.rows
-    products = computed * entries * problem.c * panels / (2 * lanes * _PRODUCT_EFFICIENCY)
-    vectors = (
-        tiles * entries * (sources * -(-problem.c // lanes) + branches * -(-problem.o // lanes))
-    )
-    weights = branches * 4 * entries * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
-    return branches * products + vectors * _TRANSFORM_CYCLES + weights
-
-
-def direct_cost(problem: Problem, target: CpuTarget) -> float:
-    """Estimated cycles of the direct convolution on one core, weights not in cache."""
-    height, width = problem.output_hw
-    outputs = -(-problem.o // target.lanes) * target.lanes
-    products = (
-        problem.n
-        * height
-        * width
-        * 9
-        * problem.c
-        * outputs
-        / (2 * target.lanes * _DIRECT_EFFICIENCY)
-    )
-    return products + 4 * 9 * problem.c * outputs / _WEIGHT_BYTES_PER_CYCLE
+    if point.chunk:
+        matrices_of = weight.reshape(outputs, inputs, 9).transpose(1, 2, 0)
+    else:
+        size, g = point.m + 2, matrices(point.m)[1]
+        matrices_of = np.einsum("ai,bj,ocij->abco", g, g, weight.astype(np.float64)).reshape(
+            size * size, inputs, outputs
+        )
+    full = np.zeros((*matrices_of.shape[:2], panels * point.panel), np.float32)
+    full[..., :outputs] = matrices_of
+    split = full.reshape(*full.shape[:2], panels, point.panel)
+    return np.ascontiguousarray(split.transpose(2, 0, 1, 3))
 
 
 def define_winograd(x, u, problem: Problem, point: Point):
@@ -176,9 +90,9 @@ def define_winograd(x, u, problem: Problem, point: Point):
 def define_stages(
     x, u, problem: Problem, point: Point, name: str, notes: dict | None = None, first: int = 0
 ):
-    """The definition's blocks, the last called `name`; u's matrices begin at `first` on its second axis."""
+    """The definition's blocks, the last called `name`; this branch's weights begin at `first` on u's second axis."""
     m, size = point.m, point.m + 2
-    bt, _, at = matrices(m)
+    bt, g, at = matrices(m, bool(point.chunk))
     (n, rows, columns), (height, width) = problem.tiles(m), problem.output_hw
     top, left = problem.padding[:2]
 
@@ -210,13 +124,30 @@ def define_stages(
         lambda b, r, s, i, j, c: combine(bt, j, lambda q: half(b, r, s, i, q, c)),
         name="input",
     )
+
+    def packed(i, j, k, o):
+        return u(o // point.panel, first + i * size + j, k, o % point.panel)
+
+    def transformed():
+        """The weights' transform as two blocks."""
+
+        def plain(q, t, k, o):
+            return u(o // point.panel, first + k, q * 3 + t, o % point.panel)
+
+        rows = te.compute(
+            (size, 3, problem.c, problem.o),
+            lambda i, t, k, o: combine(g, i, lambda q: plain(q, t, k, o)), name="weight_rows",
+        )  # fmt: skip
+        return te.compute(
+            (size, size, problem.c, problem.o),
+            lambda i, j, k, o: combine(g, j, lambda t: rows(i, t, k, o)), name="weight",
+        )  # fmt: skip
+
+    weight = transformed() if point.chunk else packed
     k = te.reduce_axis((0, problem.c), "k")
     product = te.compute(
         (*tile, problem.o),
-        lambda b, r, s, i, j, o: te.sum(
-            v(b, r, s, i, j, k) * u(o // point.panel, first + i * size + j, k, o % point.panel),
-            axis=k,
-        ),
+        lambda b, r, s, i, j, o: te.sum(v(b, r, s, i, j, k) * weight(i, j, k, o), axis=k),
         name="product",
     )
     inverse = te.compute(
@@ -236,16 +167,15 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Problem.from_dict(fused.point["problem"]),
         Point.from_dict(fused.point["point"]),
     )
-    with emitting(fused, STAGES) as (kernel, (x, u)):
-        Emitter(kernel, problem, point, target, x, u).emit()
+    with emitting(fused, stages(point)) as (kernel, _):
+        Emitter(kernel, problem, point, target, *kernel.inputs).emit()
     return kernel.func
 
 
-def _strides(size: int, channels: int) -> tuple[int, int]:
-    """Floats between a tile's (m+2)^2 vectors of channels, in whole lines, and between tiles: an odd number of lines,
-    for the rows of a register tile must not share a few cache sets."""
-    lines = -(-channels // _LINE)
-    return _LINE * lines, _LINE * (size * size * lines | 1)
+def _prefetch(element) -> None:
+    """Ask for the line of a buffer's element, for reading, in the second-level cache."""
+    hints = (tirx.const(a, "int32") for a in (0, 2, 1))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(element), *hints))
 
 
 @dataclass
@@ -268,9 +198,9 @@ class Emitter:
     def __post_init__(self):
         self.size = self.point.m + 2
         self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
-        self.strides = _strides(self.size, self.problem.c)
-        self.product_strides = _strides(self.size, self.point.panel)
-        self.bt, _, self.at = matrices(self.point.m)
+        self.strides = strides(self.size, self.problem.c)
+        self.product_strides = strides(self.size, self.point.panel)
+        self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk))
 
     def emit(self) -> None:
         point = self.point
@@ -362,15 +292,16 @@ class Emitter:
         """The output channels of one panel (its first `channels`) for a block of tiles: branches of one source."""
         point, lanes = self.point, self.point.lanes
         vectors = -(-channels // lanes)
-        tile = Tile(point.rows, vectors, lanes)
         product = workspace(point.block * self.product_strides[1])
+        multiply = self._multiply_plain if point.chunk else self._multiply
+        tile = Tile(point.rows, self.size if point.chunk else vectors, lanes)
         acc = tile.allocate()
         # Of another source: for all panels. Of this one: for this panel.
         kept = {b: (buffer, panel * point.panel) for b, buffer in kept.items()}
         for branch in branches:
             if branch not in kept and branch != self.last:
                 kept[branch] = (self._keep(1), 0)
-            self._multiply(tile, acc, v, product, panel, branch)
+            multiply(tile, acc, v, product, panel, branch)
             with T.serial(0, point.block) as t:
 
                 def store(offset, width, t=t, branch=branch):
@@ -413,14 +344,53 @@ class Emitter:
         each = -(-self.point.panel // (_LINE * steps))
         for line in range(each):
             # Past the end of axis 2 lies the next matrix.
-            address = tirx.address_of(
-                self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE]
-            )
-            T.evaluate(
-                tirx.call_intrin(
-                    "void", "tirx.prefetch", address, *(tirx.const(a, "int32") for a in (0, 2, 1))
-                )
-            )
+            _prefetch(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
+
+    def _multiply_plain(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
+        """The products of `_multiply` from plain weights: acc holds a row of the matrices for some tiles, to which
+        channel after channel adds its part, its weights transformed for that row. A chunk of channels at a time."""
+        inputs, chunk, size, rows = self.problem.c, self.point.chunk, self.size, self.point.rows
+        with T.serial(0, -(-inputs // chunk)) as c:
+            start = c * chunk
+            extent = chunk if inputs % chunk == 0 else tirx.min(chunk, inputs - start)
+            for i in range(size):
+                with T.serial(0, self.point.block // rows) as step:
+
+                    def at(r, j, strides, step=step, i=i):
+                        return (step * rows + r) * strides[1] + (i * size + j) * strides[0]
+
+                    def sums(r, j, at=at):
+                        return product[ramp(at(r, j, self.product_strides), tile.lanes)]
+
+                    with T.If(c == 0):
+                        with T.Then():
+                            for r, j in tile.cells():
+                                T.buffer_store(acc[r], splat(0.0, tile.lanes), [tile.at(j)])
+                        with T.Else():
+                            for r, j in tile.cells():
+                                T.buffer_store(acc[r], sums(r, j), [tile.at(j)])
+                    with T.serial(0, extent) as k:
+                        channel = start + k + branch * inputs
+                        weights = self._transform_weights(panel, channel, i, tile.lanes)
+                        for r, j in tile.cells():
+                            left = v[at(r, j, self.strides) + start + k]
+                            total = acc[r][tile.at(j)] + broadcast(left, tile.lanes) * weights[j]
+                            T.buffer_store(acc[r], total, [tile.at(j)])
+                    for r, j in tile.cells():
+                        where = ramp(at(r, j, self.product_strides), tile.lanes)
+                        T.buffer_store(product, acc[r][tile.at(j)], [where])
+
+    def _transform_weights(self, panel, channel, i: int, lanes: int) -> list:
+        """Row i of G g G^T for a vector of output channels; and the prefetch of the next chunk, a part for each row."""
+        half = []
+        for t in range(3):
+            column = [self.u[panel, channel, q * 3 + t, ramp(0, lanes)] for q in range(3)]
+            half.append(T.bind(linear(self.g[i : i + 1], column, lanes)[0]))
+        lines = -(-9 * lanes // _LINE)
+        for line in range(i * lines // self.size, (i + 1) * lines // self.size):
+            # Past the end of axis 1 lies the next panel.
+            _prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE])
+        return [T.bind(value) for value in linear(self.g, half, lanes)]
 
     def _transform_output(
         self, product, base, tile, panel, offset, lanes: int, branch: int, kept: dict

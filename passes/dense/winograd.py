@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """3x3 convolutions of stride 1 lowered to Winograd's algorithm, where its cost rule says that pays.
 
-    rewrite: y = kerf.conv2d(x, w)  ->  y = call_tir(winograd, (x, packed G w G^T))
+    rewrite: y = kerf.conv2d(x, w)  ->  y = call_tir(winograd, (x, packed G w G^T, or packed w))
 
 The call attribute `winograd` = "never" forbids it: its rounding error is 3-8 times that of the direct sum (see
 `schedules/winograd.py`).
@@ -46,7 +46,8 @@ def problem_of(call: relax.Call) -> winograd.Problem | Declined:
 def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
     """The output tile m of F(m x m, 3 x 3) that the cost rule expects to be fastest, or why the direct kernel is."""
     direct = winograd.direct_cost(problem, target)
-    costs = {m: winograd.cost(problem, m, target) for m in (4, 2)}
+    points = {m: winograd.default_point(problem, m, target) for m in (4, 2)}
+    costs = {m: winograd.cost(problem, point, target) for m, point in points.items()}
     return cheapest(costs, direct)
 
 
@@ -67,19 +68,13 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.
     if isinstance(m, Declined):
         return None
     default = winograd.default_point(problem, m, target)
-    return _lower_at(bb, call, problem, point_for(winograd, problem, target, default))
+    return lower_at(bb, call, problem, point_for(winograd, problem, target, default))
 
 
-def lower_with(
-    bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, m: int, target: CpuTarget
-) -> relax.Expr:
-    """The kernel of F(m x m, 3 x 3), whatever the cost rule says."""
-    return _lower_at(bb, call, problem, winograd.default_point(problem, m, target))
-
-
-def _lower_at(
+def lower_at(
     bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point
 ) -> relax.Expr:
+    """The kernel at a point, whatever the cost rule says."""
     packed = relax.const(winograd.pack_weights(const_array(call.args[1]), point))
     height, width = problem.output_hw
 

@@ -35,7 +35,8 @@ def choose(problem: Problem, target: CpuTarget) -> int | Declined:
     """The m of F(m x m, 3 x 3) that is expected to be fastest, or why the direct kernel is."""
     branches, sources = len(problem.form), len(sources_of(problem.form))
     direct = branches * winograd.direct_cost(problem, target)
-    costs = {m: winograd.cost(problem, m, target, sources, branches) for m in (4, 2)}
+    points = {m: default_point(problem, m, target) for m in (4, 2)}
+    costs = {m: winograd.cost(problem, p, target, sources, branches) for m, p in points.items()}
     return dense.cheapest(costs, direct)
 
 

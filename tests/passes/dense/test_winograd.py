@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -29,9 +31,15 @@ def _convolve(x: np.ndarray, w: np.ndarray, padding) -> np.ndarray:
     )
 
 
-def _forced(m: int):
+# Where a kernel's weights are transformed: when they are packed, or as they are used.
+POINTS = {"packed": winograd.transformed_point, "used": winograd.transforming_point}
+
+
+def _forced(m: int, transformed: str, **changes):
     def lower(bb, call, target):
-        return lowering.lower_with(bb, call, lowering.problem_of(call), m, target)
+        problem = lowering.problem_of(call)
+        point = replace(POINTS[transformed](problem, m, target), **changes)
+        return lowering.lower_at(bb, call, problem, point)
 
     return {layers.CONV2D: lower}
 
@@ -45,9 +53,10 @@ def _conv(x, w, padding=(1, 1, 1, 1), **attrs):
     return call
 
 
+@pytest.mark.parametrize("plain_weights", [False, True])
 @pytest.mark.parametrize("m", [2, 4])
-def test_matrices_compute_the_correlation_exactly(rng, m):
-    bt, g, at = winograd.matrices(m)
+def test_matrices_compute_the_correlation_exactly(rng, m, plain_weights):
+    bt, g, at = winograd.matrices(m, plain_weights)
     for _ in range(5):
         d, f = rng.standard_normal(m + 2), rng.standard_normal(3)
         expected = [d[i : i + 3] @ f for i in range(m)]
@@ -68,13 +77,25 @@ def test_matrices_compute_the_correlation_exactly(rng, m):
 def test_convolution_equals_float64(run, rng, host_tiers, m, shape, o, padding):
     x, w = rng.standard_normal(shape).astype(np.float32), _weights(rng, o, shape[3])
     for target in host_tiers:
-        ran = run(lambda bb, x: _conv(x, w, padding), [x], _forced(m), target)
+        ran = run(lambda bb, x: _conv(x, w, padding), [x], _forced(m, "packed"), target)
         assert list(ran.loops.values()) == ["winograd"]
         np.testing.assert_allclose(ran.output, _convolve(x, w, padding), rtol=0, atol=_TOLERANCE[m])
 
 
-@pytest.mark.parametrize("m", [2, 4])
-def test_bias_residual_and_activation_join_the_kernel(run, rng, host_tiers, m):
+@pytest.mark.parametrize(
+    "m, shape, o, padding",
+    [(2, (1, 7, 7, 5), 3, (1, 1, 1, 1)), (4, (2, 9, 7, 33), 40, (1, 0, 1, 2))],
+)
+def test_weights_transformed_as_they_are_used(run, rng, host_tiers, m, shape, o, padding):
+    """The other kernel, on every tier: its transform rounds in float32, within the same tolerance."""
+    x, w = rng.standard_normal(shape).astype(np.float32), _weights(rng, o, shape[3])
+    for target in host_tiers:
+        ran = run(lambda bb, x: _conv(x, w, padding), [x], _forced(m, "used"), target)
+        np.testing.assert_allclose(ran.output, _convolve(x, w, padding), rtol=0, atol=_TOLERANCE[m])
+
+
+@pytest.mark.parametrize("m, transformed", [(2, "packed"), (4, "packed"), (4, "used")])
+def test_bias_residual_and_activation_join_the_kernel(run, rng, host_tiers, m, transformed):
     x, w = rng.standard_normal((1, 10, 11, 16)).astype(np.float32), _weights(rng, 24, 16)
     residual, bias = (
         rng.standard_normal((1, 10, 11, 24)).astype(np.float32),
@@ -85,38 +106,46 @@ def test_bias_residual_and_activation_join_the_kernel(run, rng, host_tiers, m):
         y = bb.emit(relax.op.add(bb.emit(_conv(x, w)), relax.const(bias)))
         return relax.op.nn.relu(bb.emit(relax.op.add(y, residual)))
 
-    ran = run(build, [x, residual], {**_forced(m), **ACTIVATIONS}, host_tiers[0])
+    ran = run(build, [x, residual], {**_forced(m, transformed), **ACTIVATIONS}, host_tiers[0])
     assert list(ran.loops.values()) == ["winograd"]
     expected = np.maximum(_convolve(x, w, (1, 1, 1, 1)) + bias + residual, 0)
     np.testing.assert_allclose(ran.output, expected, rtol=0, atol=_TOLERANCE[m])
 
 
 @pytest.mark.parametrize("divide", ["tiles", "channels"])
-def test_threads_change_nothing(run, rng, host_tiers, monkeypatch, divide):
+@pytest.mark.parametrize(
+    "transformed, block", [("packed", {"block": 40, "rows": 8}), ("used", {"block": 8, "rows": 4})]
+)
+def test_threads_change_nothing(run, rng, host_tiers, divide, transformed, block):
     """Whatever is divided among the threads, each output is summed in the same order."""
     x, w = rng.standard_normal((1, 40, 40, 16)).astype(np.float32), _weights(rng, 72, 16)
-    choose = winograd.default_point
-
-    def divided(problem, m, target):
-        from dataclasses import replace
-
-        return replace(choose(problem, m, target), block=40, rows=8, divide=divide)
-
-    monkeypatch.setattr(winograd, "default_point", divided)
+    forced = _forced(4, transformed, divide=divide, **block)
     outputs = [
-        run(lambda bb, x: _conv(x, w), [x], _forced(4), host_tiers[0].with_threads(n)).output
+        run(lambda bb, x: _conv(x, w), [x], forced, host_tiers[0].with_threads(n)).output
         for n in (1, 3)
     ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
-def test_definition_by_itself_is_the_convolution(rng):
+@pytest.mark.parametrize("chunk", [5, 17])
+def test_chunks_of_channels_sum_to_the_whole(run, rng, host_tiers, chunk):
+    """Channels that chunks do not divide, several register tiles in a block, blocks that overlap."""
+    x, w = rng.standard_normal((2, 9, 10, 17)).astype(np.float32), _weights(rng, 20, 17)
+    forced = _forced(4, "used", block=6, rows=2, chunk=chunk)
+    ran = run(lambda bb, x: _conv(x, w), [x], forced, host_tiers[0])
+    np.testing.assert_allclose(
+        ran.output, _convolve(x, w, (1, 1, 1, 1)), rtol=0, atol=_TOLERANCE[4]
+    )
+
+
+@pytest.mark.parametrize("transformed", POINTS)
+def test_definition_by_itself_is_the_convolution(rng, transformed):
     """The unscheduled te computation, which kernels are compared with."""
     import tvm
     from tvm import te
 
     problem = winograd.Problem(1, 5, 6, 3, 5, (1, 0, 1, 1))
-    point = winograd.default_point(problem, 4, NAMED["generic"])
+    point = POINTS[transformed](problem, 4, NAMED["generic"])
     x, w = rng.standard_normal((1, 5, 6, 3)).astype(np.float32), _weights(rng, 5, 3)
     packed = winograd.pack_weights(w, point)
     placeholders = [te.placeholder(a.shape, "float32") for a in (x, packed)]
@@ -135,7 +164,7 @@ def test_definition_by_itself_is_the_convolution(rng):
 def test_nan_and_infinity_stay_in_the_output_tiles_that_see_them(run, rng, host_tiers):
     x, w = rng.standard_normal((1, 16, 16, 8)).astype(np.float32), _weights(rng, 8, 8)
     x[0, 6, 6, 3] = np.nan
-    ran = run(lambda bb, x: _conv(x, w), [x], _forced(2), host_tiers[0])
+    ran = run(lambda bb, x: _conv(x, w), [x], _forced(2, "packed"), host_tiers[0])
     assert np.isnan(ran.output[0, 5:8, 5:8]).all()
     clean = np.ones((16, 16), bool)
     clean[4:8, 4:8] = False  # the 2x2 tiles whose 4x4 inputs hold the pixel
@@ -173,11 +202,22 @@ def test_the_winograd_attribute_forbids_it():
 
 
 @pytest.mark.parametrize(
-    "h, channels, expected", [(56, 64, 4), (28, 128, 4), (14, 256, 2), (224, 64, 4)]
+    "h, channels, expected, transformed",
+    [
+        (56, 64, 4, "packed"),
+        (28, 128, 4, "packed"),
+        (14, 256, 2, "packed"),
+        (224, 64, 4, "packed"),
+        (7, 512, 4, "used"),
+        (8, 512, 4, "used"),
+    ],
 )
-def test_choice_for_common_layers_on_avx512(h, channels, expected):
+def test_choice_for_common_layers_on_avx512(h, channels, expected, transformed):
     problem = winograd.Problem(1, h, h, channels, channels, (1, 1, 1, 1))
-    assert lowering.choose(problem, NAMED["avx512"]) == expected
+    target = NAMED["avx512"]
+    assert lowering.choose(problem, target) == expected
+    point = winograd.default_point(problem, expected, target)
+    assert point == POINTS[transformed](problem, expected, target)
 
 
 @pytest.mark.parametrize("h, c, o", [(224, 3, 64), (28, 8, 8), (1, 64, 64)])
@@ -189,5 +229,6 @@ def test_few_channels_or_pixels_stay_direct(h, c, o):
 def test_a_point_survives_json():
     problem = winograd.Problem(2, 9, 17, 33, 40, (1, 0, 1, 2))
     assert winograd.Problem.from_dict({**problem.to_dict(), "padding": [1, 0, 1, 2]}) == problem
-    point = winograd.default_point(problem, 4, NAMED["avx2"])
-    assert winograd.Point(**point.to_dict()) == point
+    for make in POINTS.values():
+        point = make(problem, 4, NAMED["avx2"])
+        assert winograd.Point.from_dict(point.to_dict()) == point
