@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -252,7 +253,8 @@ class Hidden(nn.Module):
 def test_switched_transformers_are_exported_and_compiled(name, kind, tmp_path, monkeypatch):
     """At the end of the mixing, with zeroth biases that are not zero: every MLP's second layer skips zeros."""
     # Whether that pays on layers so small is not the question here.
-    monkeypatch.setattr("passes.activation_sparse.rewrite.crossover", lambda *_args: 0.6)
+    family = importlib.import_module("passes.activation_sparse.rewrite")
+    monkeypatch.setattr(family, "crossover", lambda *_args: 0.6)
     model, inputs = transformer(name)
     mlps = make_activation_sparse(model, tokens=8, sequence=6)
     for mlp in mlps:
