@@ -132,6 +132,11 @@ def small(shape: tuple[int, ...], dtype: str = "float32"):
     return T.alloc_buffer(shape, dtype)
 
 
+def scratch(size: int, dtype: str = "float32"):
+    """A buffer inside the current loop, from the runtime's workspace of the thread."""
+    return T.alloc_buffer((size,), dtype)
+
+
 def prefetch(value, level: int = 2) -> None:
     """Fetch the line of a buffer element into the second-level cache (`level` 3: the first); past the end it does nothing."""
     line = tirx.address_of(value)

@@ -20,8 +20,8 @@ from schedules.annotated import Annotated
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
-from schedules.sparse_panel import columns_of, prefetch, small
-from schedules.sparse_planes import Planes, scratch
+from schedules.sparse_panel import columns_of, prefetch, scratch, small
+from schedules.sparse_planes import Planes
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the sparse kernels store their sums through the fused epilogue: transposed to channels last, or into planes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.byte_stores import Cell, store_cells
+from schedules.sparse_panel import joined_quads, scratch, transpose
+
+
+class Stores:
+    """The stores of `sparse_planes.Planes`, which has the members they use."""
+
+    def _store_planes(self, acc: list, first, channel, vectors: int) -> None:
+        """Store the sums of a tile's channels from `channel` on into their planes, through the epilogue."""
+        starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+
+        def store(row, o) -> None:
+            for j, start in enumerate(starts):
+                at = T.ramp(start, 1, self.lanes)
+                value = row[T.ramp(j * self.lanes, 1, self.lanes)]
+                self.kernel.store(value, [self.image, o, at])
+
+        for r, row in enumerate(acc):
+            o = T.Bind(channel + r)
+            if self.problem.outputs % self.problem.block == 0:
+                store(row, o)
+            else:
+                with T.If(o < self.problem.outputs), T.Then():
+                    store(row, o)
+
+    def _store_quads(self, sums, first, first_channel, channels, vectors, width) -> None:
+        """Store a part's sums, kept by 4 channels, through the epilogue."""
+        lanes = self.lanes
+        pieces = lanes // 4
+        with T.serial(0, vectors) as g, T.serial(0, pieces) as s:
+            for q in range(4):
+                with self._stored(T.Bind(self._pixel(first, g) + s * 4 + q)) as place:
+                    at = T.Bind((g * 4 + q) * lanes + s * 4)
+
+                    def load(c, at=at):
+                        quads = [
+                            sums[T.ramp((c + 4 * k) * width + at, 1, 4)] for k in range(pieces)
+                        ]
+                        return joined_quads(quads)
+
+                    self._store_channels(load, place, first_channel, channels)
+
+    def _store_few(self, sums, first, width) -> None:
+        """Store fewer channels than one vector holds."""
+        lanes = self.lanes
+        with (
+            T.serial(0, width) as pixel,
+            self._stored(T.Bind(self._pixel(first, pixel // lanes) + pixel % lanes)) as place,
+        ):
+            for o in range(self.problem.outputs):
+                self.kernel.store(sums[o * width + pixel], [*place, T.int32(o)])
+
+    def _store(self, sums, first, first_channel, channels, vectors, width) -> None:
+        """Transpose a part's sums to channels last and store them through the epilogue."""
+        lanes = self.lanes
+        stride = self.parts[-1][1]
+        staged = scratch(lanes * stride, self.elements.dtype)
+        blocks = T.Bind((channels + lanes - 1) // lanes)
+
+        def channel(b):
+            return tirx.min(b * lanes, channels - lanes)
+
+        # A group of pixels is transposed whole before it is stored, so that each pixel's channels are written in one go.
+        with T.serial(0, vectors) as g:
+            with T.serial(0, blocks) as b:
+                c = T.Bind(channel(b))
+                at = [T.Bind((c + lane) * width + g * lanes) for lane in range(lanes)]
+                columns = transpose(
+                    lambda lane, quad: sums[T.ramp(at[lane] + 4 * quad, 1, 4)], lanes // 4, lanes
+                )
+                for k, value in enumerate(columns):
+                    T.buffer_store(staged, value, [T.ramp(c + k * stride, 1, lanes)])
+            with T.serial(0, lanes) as j, self._stored(T.Bind(self._pixel(first, g) + j)) as place:
+
+                def load(c, j=j):
+                    return staged[T.ramp(c + j * stride, 1, lanes)]
+
+                self._store_channels(load, place, first_channel, channels)
+
+    def _store_channels(self, load, place: list, first_channel, channels) -> None:
+        """Store the vectors `load(c)` of one pixel's channels c, of a part's; bytes several vectors at a time."""
+        lanes = self.lanes
+        together = 1
+        if self.elements.dtype == "int32" and isinstance(channels, int) and channels % lanes == 0:
+            together = math.gcd(channels // lanes, 4)
+        with T.serial(0, (channels + lanes * together - 1) // (lanes * together)) as b:
+            cells = []
+            for i in range(together):
+                c = (b * together + i) * lanes
+                c = T.Bind(c if together > 1 else tirx.min(c, channels - lanes))
+                cells.append(Cell(load(c), tuple(place), first_channel + c, lanes))
+            store_cells(self.kernel, self.target, [cells])
+
+    @contextmanager
+    def _stored(self, pixel):
+        """The indices of the output, without the channel, for a pixel of a tile; its body only runs if there is one."""
+        indices: list = []
+        rest = pixel
+        for extent in reversed(self.kernel.fused.shape[1:-1]):
+            indices.insert(0, rest % extent)
+            rest = rest // extent
+        if len(self.kernel.fused.shape) > 1:
+            indices.insert(0, rest)
+        if self.by_image or self.problem.pixels % self.lanes == 0:
+            yield indices
+        else:
+            with T.If(pixel < self.problem.pixels), T.Then():
+                yield indices
