@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import tvm
 import tvm_ffi
-from tvm import relax
+from tvm import relax, tirx
 
 from compiler.artifact import CompiledVariant, KernelCall
 from passes import families
@@ -135,12 +135,31 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
     fused = tvm.transform.Sequential(
         [
             relax.transform.AnnotateTIROpPattern(),
+            _mark_crops(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
         ]
     )(lowered.mod)
     return FusedGraph(fused, lowered.layers_of, lowered.indices, flops)
+
+
+def _mark_crops() -> tvm.transform.Pass:
+    """A slice from 0 on reads where it writes, so TVM calls it elementwise; fused, it would cut off the kernel's output."""
+    elementwise, broadcast, injective = 0, 1, 2
+
+    def crops(func: tirx.PrimFunc) -> bool:
+        *given, out = [tuple(p.shape) for p in func.params]
+        same_rank = [shape for shape in given if len(shape) == len(out)]
+        return any(int(have) > int(made) for x in same_rank for have, made in zip(x, out))
+
+    def mark(func: tirx.PrimFunc, mod, context) -> tirx.PrimFunc:
+        pattern = func.attrs.get("op_pattern") if func.attrs else None
+        if pattern in (elementwise, broadcast) and crops(func):
+            return func.with_attr("op_pattern", injective)
+        return func
+
+    return tirx.transform.prim_func_pass(mark, opt_level=0, name="kerf.MarkCrops")
 
 
 def compile_graph(

@@ -9,6 +9,7 @@ emitted anew; `Fused` gives it the parameters to declare and an `epilogue(value,
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +82,12 @@ class Fused:
                 found=str([b.name_hint for b in blocks]),
             )
         notes = blocks[anchors[0]].annotations
+        made = blocks[anchors[0]].writes[0].source.shape
+        if math.prod(int(d) for d in made) > math.prod(int(d) for d in func.params[-1].shape):
+            raise ScheduleError(
+                "the function's output is smaller than what its anchor computes",
+                found=str(list(made)),
+            )
         return Fused(
             func, str(notes[LOOPS]), json.loads(str(notes[POINT])), tuple(blocks), anchors[0]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tvm import relax
+from tvm import relax, tirx
 
 from compiler import pipeline
 from compiler.frontend import TensorSpec
@@ -15,6 +15,7 @@ from passes.family import Context
 from passes.layers import conv2d, dense, register
 from passes.treat_layers import treat_layers
 from passes.treatment import Treatment
+from schedules.fused import Fused
 from schedules.target import NAMED, detect_host
 
 SHAPE = (1, 8, 12, 12)
@@ -175,3 +176,22 @@ def test_only_what_a_lowering_names_counts_as_index(rng):
     assert ("shared", "i", False) in kinds and ("c", "f", False) in kinds
     assert any(layer == "c" and index for layer, _, index in kinds)
     assert all(index for layer, kind, index in kinds if layer == "c" and kind != "f")
+
+
+def test_a_slice_from_zero_on_is_not_fused_into_the_kernel_before_it():
+    """TVM takes it for elementwise; the kernel would write all rows into a tensor of three."""
+    register()
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((1, 4, 9, 8), "float32"))
+    weight = relax.const(np.ones((8, 4, 3, 3), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(conv2d(x, weight, name="layer", padding=(1, 1, 1, 1)))
+            y = builder.emit_output(relax.op.strided_slice(y, [2], [0], [3]))
+        builder.emit_func_output(y)
+    graph = pipeline.fuse_graph(pipeline.lay_out(builder.get()), NAMED["avx512"])
+    anchors = [
+        found
+        for _, func in graph.mod.functions_items()
+        if isinstance(func, tirx.PrimFunc) and (found := Fused.read(func)) is not None
+    ]
+    assert [fused.shape for fused in anchors] == [(1, 9, 8, 8)]
