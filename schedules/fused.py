@@ -338,7 +338,7 @@ def _rebuild(expr, values: dict, load):
             return tirx.call_intrin(_with_lanes(e, lanes), e.op, *args)
         if isinstance(e, _BINARY) or (hasattr(e, "a") and hasattr(e, "b")):
             a, b = _same_lanes([go(e.a), go(e.b)])
-            return type(e)(a, b)
+            return type(e)(*_same_integers(a, b))
         raise ScheduleError(
             f"the epilogue holds {type(e).__name__}, which no vector form is known for"
         )
@@ -357,6 +357,15 @@ def _tested_truth(e):
 def _same_lanes(parts: list) -> list:
     lanes = max(_lanes(p) for p in parts)
     return [broadcast(p, lanes) for p in parts]
+
+
+def _same_integers(a, b) -> tuple:
+    """Both as int64 if one is: TVM's own operators compute indices with it, kernels with int32."""
+    kinds = [str(e.ty.dtype).split("x")[0] for e in (a, b)]
+    if set(kinds) != {"int32", "int64"}:
+        return a, b
+    wide = "int64" if _lanes(a) == 1 else f"int64x{_lanes(a)}"
+    return a.astype(wide), b.astype(wide)
 
 
 def _with_lanes(expr, lanes: int) -> str:

@@ -443,7 +443,11 @@ def test_ctrl_c_in_any_phase(small_onnx, tmp_path, phase):
 def test_ctrl_c_while_python_starts(small_onnx, tmp_path):
     line = [sys.executable, "-m", "compiler.cli", "build", str(small_onnx), "-o", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment)
+    # A shell's background jobs ignore Ctrl-C, and so would what this test starts in one.
+    process = subprocess.Popen(
+        line, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0

@@ -61,6 +61,7 @@ LAYERS = {
     "efficientnet_b0": (37, "model.efficientnet.embeddings.convolution", "model.classifier"),
     "vit_s16": (14, "model.vit.embeddings.patch_embeddings.projection", "model.classifier"),
     "bert": (12, "model.encoder.layer.0.attention.self.query", "model.encoder.layer.1.output.dense"),
+    "bert_token": (12, "model.encoder.layer.0.attention.self.query", "model.encoder.layer.1.output.dense"),
     "gpt2": (9, "model.transformer.h.0.attn.c_attn", "model.lm_head"),
     "lstm": (13, None, "head"),
 }  # fmt: skip
