@@ -157,8 +157,9 @@ def _transform_steps(m: int) -> float:
 
 
 # Cycles per vector and matrix entry of an input or output transform; bytes of weights per cycle from memory; share of
-# the multiply-add peak that the products and the direct kernel reach. Fitted to the ratios measured on 14 layers of 7
-# to 56 pixels and 32 to 512 channels, AVX-512, weights not in cache: within 20 %, and 10 % where the choice is close.
+# the multiply-add peak that the products and the direct kernel reach. Fitted to ratios measured with AVX-512, weights not
+# in cache: transformed weights on 12 layers of 7 to 56 pixels and 32 to 512 channels, plain ones on 8 of 4 to 28 pixels;
+# within 20 %, and 10 % where the choice is close.
 _TRANSFORM_CYCLES = 5.0
 _WEIGHT_BYTES_PER_CYCLE = 4.0
 _TRANSFORMED_EFFICIENCY, _DIRECT_EFFICIENCY = 0.9, 0.95

@@ -241,12 +241,16 @@ def figure(results: Sequence[Result], path: Path) -> None:
         for axes, task in zip(row, tasks):
             for kind, marker in zip(KINDS, "os"):
                 own = [r for r in results if (r.task, r.kind) == (task, kind)]
-                own.sort(key=lambda r: getattr(r, measure))
+                own.sort(key=lambda r: r.width)
                 axes.errorbar(
                     [getattr(r, measure) for r in own], [r.accuracy for r in own],
                     yerr=[r.spread for r in own], marker=marker, capsize=2, label=kind,
                 )  # fmt: skip
-            axes.set(title=task, xlabel=label, xscale="log")
+            axes.set(title=task, xlabel=label)
+            if measure == "parameters":
+                axes.set_xscale("log")
+            else:
+                axes.set_xlim(left=0)
             axes.grid(alpha=0.3)
         row[0].set_ylabel("test accuracy, %")
     grid[0][0].legend()
