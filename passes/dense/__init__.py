@@ -13,6 +13,7 @@ from passes.dense import (
     matmul,
     normalization,
     pooling,
+    row_sum,
 )
 from passes.evaluate import LAYER_REFERENCES
 from passes.family import Family
@@ -29,6 +30,7 @@ FAMILY = Family(
         **attention.LOWERINGS,
         **broadcast.LOWERINGS,
         **normalization.LOWERINGS,
+        **row_sum.LOWERINGS,
     },
     references=LAYER_REFERENCES,
 )
