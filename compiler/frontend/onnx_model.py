@@ -22,8 +22,9 @@ from compiler.frontend import (
     onnx_shape_ops,
 )
 from compiler.frontend.onnx_convert import Converter, unsupported
-from compiler.frontend.onnx_graph import OnnxGraph, prepare
-from compiler.frontend.onnx_quantization import unsupported_types, zero_points
+from compiler.frontend.onnx_graph import OnnxGraph
+from compiler.frontend.onnx_grids import unsupported_types, zero_points
+from compiler.frontend.onnx_prepare import prepare
 from compiler.frontend.support import first_line, main_function
 from passes.name_layers import NameLayers
 from schedules.errors import ModelError, UnsupportedModel

@@ -1,142 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized ONNX models: weights become float32 constants on their grid, activations `kerf.quantize` / `kerf.dequantize`.
+"""Quantized ONNX models: QuantizeLinear and DequantizeLinear to `kerf.quantize` and `kerf.dequantize`.
 
-A file of QuantizeLinear and DequantizeLinear says which values are rounded, and computes in float32 between them; that is
-what is imported. Operators on integers (QLinearConv, ...) are the same thing written together and are taken apart first.
+They say which values are rounded, and float32 is computed between them; that is what is imported. What is stored as
+integers was made float32 before, see `onnx_grids`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import helper
 from tvm import relax
 
 from compiler.frontend import quantization
-from compiler.frontend.names import is_anonymous, layer_name
+from compiler.frontend.onnx_grids import DEQUANTIZE, QUANTIZE, integer_type
 from compiler.frontend.support import Refused
 from passes.layers import shape_of
-from passes.name_layers import Grid
 
 if TYPE_CHECKING:
     from compiler.frontend.onnx_convert import Converter
-    from compiler.frontend.onnx_graph import OnnxGraph
-
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-# What quantizers make of the name of a weight: ONNX Runtime `fc.weight_quantized`, NNCF `q_output_fc.weight_1`.
-_QUANTIZED = re.compile(r"(?P<runtime>.+)_quantized|q_output_(?P<nncf>.+)_\d+")
-# Types of integers that only weights may have: they are gone once the constants are computed.
-_NARROW = ("int4", "uint4", "int2", "uint2")
-
-
-def fold_dequantize(graph: OnnxGraph, node: onnx.NodeProto, evaluate: Callable) -> bool:
-    """Compute a DequantizeLinear of constants, however much larger floats are, and remember the grid; whether it was one."""
-    inputs = [name for name in node.input if name]
-    if node.op_type != DEQUANTIZE or not all(n in graph.constants for n in inputs):
-        return False
-    name, stored, scale = node.output[0], inputs[0], graph.constants[inputs[1]]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    floats = _dequantized(*(graph.constants[n] for n in inputs), axis=attributes.get("axis", 1))
-    if floats is None:  # in blocks, or anything else that is new
-        results = evaluate(graph, node, inputs)
-        if results is None:
-            return False
-        floats = results[0]
-    graph.constants[name] = floats
-    owner = layer_name(_unquantized(graph.names.get(stored, "")))
-    if owner and not is_anonymous(owner):
-        graph.names[name] = owner
-    is_grid = (
-        str(graph.constants[stored].dtype) in (*quantization.BYTES, *_NARROW) and scale.ndim <= 1
-    )
-    if is_grid and scale.dtype == np.float32 and np.all(scale > 0):
-        axis = attributes.get("axis", 1) % max(1, floats.ndim) if scale.size > 1 else None
-        graph.grids[name] = Grid(scale.reshape(-1), axis)
-    return True
-
-
-def _unquantized(name: str) -> str:
-    """What a weight was called before it was quantized."""
-    found = _QUANTIZED.fullmatch(name)
-    return (found["runtime"] or found["nncf"]) if found else name
-
-
-def _dequantized(
-    stored: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None, *, axis: int
-) -> np.ndarray | None:
-    """(stored - zero_point) * scale in float32, per tensor or along an axis; None for anything else."""
-    if scale.dtype != np.float32 or str(stored.dtype) not in (
-        *quantization.BYTES,
-        *quantization.WIDE,
-        *_NARROW,
-        "int32",
-    ):
-        return None
-    along = [1] * stored.ndim
-    if scale.size > 1:
-        if scale.ndim != 1 or not -stored.ndim <= axis < stored.ndim:
-            return None
-        along[axis] = scale.size
-        if stored.shape[axis] != scale.size:
-            return None
-    centred = stored.astype("int64")
-    if zero_point is not None:
-        centred = centred - zero_point.astype("int64").reshape(along if zero_point.size > 1 else ())
-    return centred.astype("float32") * scale.reshape(along if scale.size > 1 else ())
-
-
-def fold_transpose(graph: OnnxGraph, node: onnx.NodeProto) -> None:
-    """A transposed weight is on the grid of the one it was made from."""
-    if node.op_type != "Transpose" or node.input[0] not in graph.grids:
-        return
-    grid = graph.grids[node.input[0]]
-    rank = graph.constants[node.input[0]].ndim
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}.get("perm")
-    order = list(given) if given is not None else list(range(rank))[::-1]
-    axis = None if grid.axis is None else order.index(grid.axis)
-    graph.grids[node.output[0]] = Grid(grid.scale, axis)
-
-
-def unsupported_types(graph: OnnxGraph) -> list[str]:
-    """Quantizations of activations to types that no kernel and no float32 reading of the file covers."""
-    found = []
-    for node in graph.nodes:
-        if node.op_type not in (QUANTIZE, DEQUANTIZE) or node.domain not in ("", "ai.onnx"):
-            continue
-        dtype = _integer_type(graph, node)
-        if dtype not in (*quantization.BYTES, *quantization.WIDE, "int32"):
-            found.append(f"{node.op_type} {node.name or node.output[0]} ({dtype})")
-    return found
-
-
-def _integer_type(graph: OnnxGraph, node: onnx.NodeProto) -> str:
-    if len(node.input) > 2 and node.input[2] in graph.constants:
-        return str(graph.constants[node.input[2]].dtype)
-    if node.op_type == DEQUANTIZE:
-        return str(np.dtype(graph.types.get(node.input[0], ((), np.uint8))[1]))
-    chosen = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-    return str(helper.tensor_dtype_to_np_dtype(chosen)) if chosen else "uint8"
-
-
-def zero_points(graph: OnnxGraph) -> set[str]:
-    """Constants that are read as zero points only."""
-    roles: dict[str, set[bool]] = {}
-    for node in graph.nodes:
-        for position, name in enumerate(node.input):
-            is_zero_point = node.op_type in (QUANTIZE, DEQUANTIZE) and position == 2
-            roles.setdefault(name, set()).add(is_zero_point)
-    return {name for name, role in roles.items() if role == {True}}
 
 
 def _parameters(c: Converter, x: relax.Expr) -> tuple[np.ndarray, np.ndarray, str]:
     """(scale, zero point) shaped to broadcast against x, and the integer type. Raises Refused."""
     scale = c.array(1)
     zero_point = c.array(2) if len(c.node.input) > 2 else None
-    dtype = _integer_type(c.graph, c.node)
+    dtype = integer_type(c.graph, c.node)
     quantization.check_scale(scale)
     if c.attr("block_size", 0) or scale.ndim > 1:
         raise Refused("quantization in blocks of an activation")
@@ -164,82 +54,3 @@ def _dequantize(c: Converter, x: relax.Expr, *_parameters_of) -> relax.Expr:
 
 
 CONVERTERS: dict[str, Callable] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
-
-
-# Operators on integers, taken apart. Inputs of one: a list of (value, scale, zero point) and the result's scale and zero
-# point, by position. What is computed in float32 between them, and its attributes, are the node's own.
-
-# operator -> (float operator, positions of its operands, position of the result's scale)
-_INTEGER_OPERATORS: dict[tuple[str, str], tuple[str, tuple[int, ...], int]] = {
-    ("", "QLinearConv"): ("Conv", (0, 3), 6),
-    ("", "QLinearMatMul"): ("MatMul", (0, 3), 6),
-    ("com.microsoft", "QGemm"): ("Gemm", (0, 3), 7),
-    ("com.microsoft", "QLinearAdd"): ("Add", (0, 3), 6),
-    ("com.microsoft", "QLinearMul"): ("Mul", (0, 3), 6),
-    ("com.microsoft", "QLinearAveragePool"): ("AveragePool", (0,), 3),
-    ("com.microsoft", "QLinearGlobalAveragePool"): ("GlobalAveragePool", (0,), 3),
-    ("com.microsoft", "QLinearLeakyRelu"): ("LeakyRelu", (0,), 3),
-    ("com.microsoft", "QLinearSigmoid"): ("Sigmoid", (0,), 3),
-    ("com.microsoft", "QLinearSoftmax"): ("Softmax", (0,), 3),
-}
-_CONCAT = (
-    "com.microsoft",
-    "QLinearConcat",
-)  # the result's scale first, then any number of operands
-_BIAS_AT = {"QLinearConv": 8, "QGemm": 6}
-# Attributes of the integer operator that its float operator lacks.
-_DROPPED = ("channels_last", "opset")
-
-
-def take_apart(nodes: Sequence[onnx.NodeProto], constants: dict[str, np.ndarray]) -> list:
-    """The nodes with integer operators written as DequantizeLinear, float operator, QuantizeLinear.
-
-    New constants (scales of biases) go into `constants`. An operator that cannot be taken apart stays, and is reported
-    with all others that have no converter.
-    """
-    found = []
-    for node in nodes:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        rule = _INTEGER_OPERATORS.get((domain, node.op_type))
-        if (domain, node.op_type) == _CONCAT:
-            rule = ("Concat", tuple(range(2, len(node.input), 3)), 0)
-        found += [node] if rule is None else _apart(node, *rule, constants)
-    return found
-
-
-def _apart(node, operator: str, operands: Sequence[int], result: int, constants: dict) -> list:
-    at = node.output[0]
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if attributes.get("channels_last"):
-        return [node]
-    inputs, made = [], []
-    for position in operands:
-        value, scale, *zero_point = node.input[position : position + 3]
-        name = f"{at}/{position}_dequantized"
-        # Weights have a scale per output channel: the first axis of a convolution, the last of a product.
-        axis = 0 if operator == "Conv" or attributes.get("transB") else -1
-        per_channel = constants.get(scale, np.zeros(1)).size > 1
-        extra = {"axis": axis} if per_channel else {}
-        made.append(helper.make_node(DEQUANTIZE, [value, scale, *zero_point], [name], **extra))
-        inputs.append(name)
-    bias_at = _BIAS_AT.get(node.op_type)
-    if bias_at is not None and len(node.input) > bias_at and node.input[bias_at]:
-        x_scale, w_scale = (constants.get(node.input[p]) for p in (1, 4))
-        if x_scale is None or w_scale is None:
-            return [node]
-        name = f"{at}/bias_scale"
-        alpha = np.float32(attributes.get("alpha", 1.0))
-        constants[name] = (x_scale.reshape(()) * w_scale.reshape(-1) * alpha).astype("float32")
-        constants[name] = constants[name].reshape(() if w_scale.size == 1 else (-1,))
-        extra = {"axis": 0} if w_scale.size > 1 else {}
-        inputs.append(f"{at}/bias")
-        made.append(
-            helper.make_node(DEQUANTIZE, [node.input[bias_at], name], [f"{at}/bias"], **extra)
-        )
-    kept = {k: v for k, v in attributes.items() if k not in _DROPPED}
-    parameters = [p for p in node.input[result : result + 2] if p]
-    float_result = f"{at}/float" if parameters else at
-    made.append(helper.make_node(operator, inputs, [float_result], name=node.name, **kept))
-    if parameters:
-        made.append(helper.make_node(QUANTIZE, [float_result, *parameters], [at]))
-    return made

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from compiler.frontend.names import layer_name
-from compiler.frontend.torch_quantization import grid_of, is_dequantize, weight_name
+from compiler.frontend.torch_grids import grid_of, is_dequantize, weight_name
 from passes.name_layers import Grid
 from schedules.errors import ModelError, UnsupportedModel
 

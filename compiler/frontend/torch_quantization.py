@@ -3,61 +3,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx
 from tvm import relax
 
 from compiler.frontend import quantization
 from compiler.frontend.support import Refused, constant
 from passes.layers import is_const, shape_of
-from passes.name_layers import Grid
 
 if TYPE_CHECKING:
     from compiler.frontend.torch_convert import Converter
 
 _DTYPES = {torch.int8: "int8", torch.uint8: "uint8", torch.int16: "int16", torch.uint16: "uint16", torch.int32: "int32"}  # fmt: skip
-_DEQUANTIZE = re.compile(r"dequantize_per_(tensor|channel)\.\w+")
-# What convert_pt2e calls weights that it has quantized.
-_FROZEN = re.compile(r"_frozen_param\d+")
 
 
 def register_operators() -> None:
     """Make torch know `quantized_decomposed` operators; needed before a program that calls them is loaded."""
     import torch.ao.quantization.fx._decomposed  # noqa: F401
-
-
-def is_dequantize(node: fx.Node) -> bool:
-    return _DEQUANTIZE.fullmatch(getattr(node.target, "__name__", "")) is not None
-
-
-def grid_of(node: fx.Node, constants: dict[fx.Node, Any]) -> Grid | None:
-    """The scales of a weight that `node`, a dequantization of constants, computes; None where they are no float32 numbers."""
-    scale = node.args[1]
-    scale = constants.get(scale) if isinstance(scale, fx.Node) else torch.tensor(scale)
-    if not isinstance(scale, torch.Tensor) or not bool((scale > 0).all()):
-        return None
-    array = scale.detach().reshape(-1).to(torch.float32).numpy()
-    return Grid(array, int(node.args[3]) if "per_channel" in node.target.__name__ else None)
-
-
-def weight_name(node: fx.Node, name: str, names: dict[fx.Node, str]) -> str:
-    """A frozen weight's layer, known from its bias, else by the module that calls it."""
-    if not _FROZEN.fullmatch(name):
-        return name
-    for user in node.users:
-        bias = user.args[2] if len(user.args) > 2 else None
-        if isinstance(bias, fx.Node) and names.get(bias, "").endswith(".bias"):
-            return names[bias].removesuffix(".bias")
-        stack = user.meta.get("nn_module_stack") or {}
-        path = next((str(p) for p, _ in reversed(stack.values()) if p), "")
-        if path:
-            return path.removeprefix("L['self'].")
-    return name
 
 
 def _numbers(value: Any, dtype: str) -> np.ndarray:
