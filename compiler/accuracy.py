@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from passes.family import Observe
 
 LABELS = "labels"
-
-
 NO_NOISE = 999.0  # decibels, where there is none at all
 
 

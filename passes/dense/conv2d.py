@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tvm
 from tvm import relax, te
@@ -79,17 +81,11 @@ def define_conv2d(problem: contraction.Problem, point: contraction.Point):
 def define_depthwise(problem: contraction.Problem, point: depthwise.Point):
     """te function (x [N, H, W, C], w [R, S, C]) -> [N, OH, OW, C]."""
     notes = annotations("depthwise", problem=problem.to_dict(), point=point.to_dict())
-    (sh, sw), (dh, dw) = problem.stride, problem.dilation
 
     def depthwise_conv2d(x, w):
-        padded = pad_image(x, problem)
-        r = te.reduce_axis((0, problem.r), "r")
-        s = te.reduce_axis((0, problem.s), "s")
-        return te.compute(
-            (problem.n, problem.oh, problem.ow, problem.o),
-            lambda n, i, j, c: te.sum(padded[n, i * sh + r * dh, j * sw + s * dw, c] * w[r, s, c], axis=[r, s]),
-            name="depthwise_conv2d", attrs=notes,
-        )  # fmt: skip
+        return _sum_of_taps(
+            x, problem, "depthwise_conv2d", notes, lambda pixel, r, s, c: pixel(c) * w[r, s, c]
+        )
 
     return depthwise_conv2d
 
@@ -97,22 +93,35 @@ def define_depthwise(problem: contraction.Problem, point: depthwise.Point):
 def define_grouped(problem: contraction.Problem, point: depthwise.Point):
     """te function (x [N, H, W, C], w [R, S, C/groups, O] from `pack_grouped`) -> [N, OH, OW, O]."""
     notes = annotations("grouped", problem=problem.to_dict(), point=point.to_dict())
-    (sh, sw), (dh, dw) = problem.stride, problem.dilation
 
     def grouped_conv2d(x, w):
-        padded = pad_image(x, problem)
-        r = te.reduce_axis((0, problem.r), "r")
-        s = te.reduce_axis((0, problem.s), "s")
         d = te.reduce_axis((0, problem.group_inputs), "d")
-        return te.compute(
-            (problem.n, problem.oh, problem.ow, problem.o),
-            lambda n, i, j, o: te.sum(
-                padded[n, i * sh + r * dh, j * sw + s * dw, o ^ d] * w[r, s, d, o], axis=[r, s, d]
-            ),
-            name="grouped_conv2d", attrs=notes,
-        )  # fmt: skip
+        return _sum_of_taps(
+            x,
+            problem,
+            "grouped_conv2d",
+            notes,
+            lambda pixel, r, s, o: pixel(o ^ d) * w[r, s, d, o],
+            d,
+        )
 
     return grouped_conv2d
+
+
+def _sum_of_taps(x, problem: contraction.Problem, name: str, notes: dict, term: Callable, *inner):
+    """[N, OH, OW, O]: the sum of `term(pixel, r, s, o)` over taps and `inner` axes; `pixel(c)` is the one that the tap sees."""
+    (sh, sw), (dh, dw) = problem.stride, problem.dilation
+    padded = pad_image(x, problem)
+    r = te.reduce_axis((0, problem.r), "r")
+    s = te.reduce_axis((0, problem.s), "s")
+
+    def value(n, i, j, o):
+        def pixel(c):
+            return padded[n, i * sh + r * dh, j * sw + s * dw, c]
+
+        return te.sum(term(pixel, r, s, o), axis=[r, s, *inner])
+
+    return te.compute((problem.n, problem.oh, problem.ow, problem.o), value, name=name, attrs=notes)
 
 
 def pack_grouped(weight: np.ndarray) -> np.ndarray:
