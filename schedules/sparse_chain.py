@@ -9,11 +9,12 @@ before them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.annotated import Annotated
 from schedules.emission import ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
@@ -32,7 +33,7 @@ _TILE_COST = 6.0
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Annotated):
     """Frozen parameters of one kernel.
 
     vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
@@ -47,9 +48,6 @@ class Point:
     span: int
     part: int
     splits: int = 1
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def suits(problem: Problem) -> bool:
@@ -83,7 +81,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_chain`."""
-    problem, point = Problem.from_dict(fused.point["problem"]), Point(**fused.point["point"])
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
     with fused.emit() as kernel:
         _Chain(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func

@@ -19,7 +19,7 @@ from compiler.frontend.names import is_anonymous, layer_name
 from compiler.frontend.onnx_graph import OnnxGraph, scope_of
 from compiler.frontend.onnx_grids import fold_dequantize, fold_transpose, take_apart
 from compiler.frontend.onnx_recurrent import EXPANSIONS
-from compiler.frontend.support import first_line
+from compiler.frontend.support import first_line, require_known
 from schedules.errors import ModelError, UnsupportedModel
 
 _RANDOM = (
@@ -69,13 +69,7 @@ def _inputs(
 ) -> dict:
     declared = [i for i in model.graph.input if i.name not in constants]
     known = [i.name for i in declared]
-    if unknown := sorted(set(shapes) - set(known)):
-        raise ModelError(
-            "no such input",
-            where=where,
-            found=", ".join(unknown),
-            wanted=f"one of {', '.join(known)}",
-        )
+    require_known(shapes, known, where)
     inputs = {}
     for value in declared:
         tensor = value.type.tensor_type

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import tvm
 from tvm import relax
+
+from schedules.errors import ModelError
 
 
 class Refused(Exception):
@@ -48,3 +50,14 @@ def is_bool(expr: relax.Expr) -> bool:
 def first_line(error: BaseException, limit: int = 300) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:limit]
+
+
+def require_known(given: Iterable[str], inputs: Sequence[str], where: str) -> None:
+    """Raise ModelError for names that are none of the model's inputs."""
+    if unknown := sorted(set(given) - set(inputs)):
+        raise ModelError(
+            "no such input",
+            where=where,
+            found=", ".join(unknown),
+            wanted=f"one of {', '.join(inputs)}",
+        )

@@ -23,7 +23,7 @@ from compiler.frontend import (
     torch_quantization,
     torch_shape_ops,
 )
-from compiler.frontend.support import first_line, main_function
+from compiler.frontend.support import first_line, main_function, require_known
 from compiler.frontend.torch_convert import Converter, unsupported
 from compiler.frontend.torch_graph import Prepared, prepare
 from passes.name_layers import NameLayers
@@ -139,13 +139,7 @@ def _specialise(
     """`program` with static shapes. Raises ModelError where a shape is unknown, missing or contradicts the model."""
     nodes = _placeholders(program)
     known = [n.name for n in nodes]
-    if unknown := sorted(set(shapes) - set(known)):
-        raise ModelError(
-            "no such input",
-            where=where,
-            found=", ".join(unknown),
-            wanted=f"one of {', '.join(known)}",
-        )
+    require_known(shapes, known, where)
     examples, open_dimensions = [], False
     for node in nodes:
         value = node.meta["val"]
