@@ -5,7 +5,7 @@
     OUT/manifest.sha256        of manifest.json, in sha256sum's format
     OUT/dense.so               one library of kernels per variant
     OUT/compressed.so          (a .tar of objects when cross-compiled)
-    OUT/weights.safetensors    constants of all variants, each distinct one once
+    OUT/weights.safetensors    constants of all variants, each distinct one once (see `storage`)
     OUT/reference.safetensors  inputs and the original model's outputs for them (optional)
 
 Nothing is unpickled and no name in the manifest can leave the directory. The hashes find damage,
@@ -17,20 +17,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiler.frontend import TensorSpec
+from compiler.storage import StoredForm, restore
 from schedules.errors import ArtifactError, UserError
 from schedules.target import CpuTarget, detect_host
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from schedules.preparation import Source
+
 FORMAT = "kerf-artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # of the first every constant is stored as it is
 MANIFEST = "manifest.json"
 MANIFEST_SUM = "manifest.sha256"
 WEIGHTS = "weights.safetensors"
@@ -62,7 +67,8 @@ class CompiledVariant:
     one tuple.
 
     `index` tells which constants say where values are rather than what they are: the overhead of a
-    sparse format. `unscheduled` holds the fused PrimFuncs before scheduling, by the functions'
+    sparse format. `sources` has what some constants are made of, None for the others; it may be
+    left empty. `unscheduled` holds the fused PrimFuncs before scheduling, by the functions'
     names; what the kernels must compute.
     """
 
@@ -73,6 +79,12 @@ class CompiledVariant:
     index: Sequence[bool]
     kernels: Sequence[KernelCall]
     unscheduled: Any = None
+    sources: Sequence[Source | None] = ()
+
+    @property
+    def made_of(self) -> list[tuple[np.ndarray, Source | None]]:
+        """Each constant with its source."""
+        return list(zip(self.constants, self.sources or [None] * len(self.constants)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class VariantInfo:
 @dataclass(frozen=True)
 class Artifact:
     """An artifact whose files were found as its manifest says. `manifest` is the JSON as it
-    stands."""
+    stands, `stored` the forms of those constants that are not stored as they are."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -113,6 +125,7 @@ class Artifact:
     target: CpuTarget
     variants: Mapping[str, VariantInfo]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, StoredForm] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[dict]:
@@ -191,12 +204,12 @@ def _read_manifest(path: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(file, "is not a Kerf manifest")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise ArtifactError(
             "another format version",
             where=str(file),
             found=repr(version),
-            wanted=str(FORMAT_VERSION),
+            wanted=" or ".join(map(str, _READABLE)),
             todo=_REBUILD,
         )
     return manifest
@@ -268,6 +281,7 @@ def parse_manifest(path: Path, manifest: Mapping) -> Artifact:
             CpuTarget(**target),
             variants,
             aliases,
+            {str(k): StoredForm.parse(v) for k, v in manifest.get("stored", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path / MANIFEST, f"is malformed ({type(error).__name__}: {error})") from None
@@ -286,25 +300,51 @@ def _specs(entries: Sequence[Mapping]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file. Raises ArtifactError for a malformed file."""
+    with _opened(path) as (names, read):
+        return {name: read(name) for name in names}
 
 
-def read_tensors(
-    path: Path, keys: Collection[str] | None = None, convert: Callable[[np.ndarray], Any] = _same
+def read_constants(
+    artifact: Artifact, infos: Sequence[VariantInfo], convert: Callable[[np.ndarray], Any]
 ) -> dict[str, Any]:
-    """`convert` of the tensors of a safetensors file, all or those named, read one after another.
+    """`convert` of every constant of these variants, by key, made from what is stored one after another.
 
-    Raises ArtifactError for a malformed file or a missing key.
+    Raises ArtifactError for a malformed file or a missing constant.
     """
+    path = artifact.path / WEIGHTS
+    sizes = {key: size for i in infos for key, size in zip(i.constants, i.constant_bytes)}
+    found: dict[str, Any] = {}
+    with _opened(path) as (_, read):
+        for key, size in sizes.items():
+            form = artifact.stored.get(key, StoredForm())
+            try:
+                array = restore(form, lambda suffix, key=key: read(key + suffix))
+            except ValueError as error:
+                raise _damaged(path, f"holds no proper constant {key}: {error}") from None
+            if array.nbytes != size:
+                raise _damaged(path, f"has {array.nbytes} bytes of constant {key}, not {size}")
+            found[key] = convert(array)
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]]]:
+    """The names of the tensors of a safetensors file, and a function that reads one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            present = set(file.keys())
-            if keys is not None and (lost := sorted(set(keys) - present)):
-                raise _damaged(path, f"lacks the tensor {lost[0]}")
-            return {k: convert(file.get_tensor(k)) for k in (present if keys is None else keys)}
+            names = list(file.keys())
+            present = set(names)
+
+            def read(name: str) -> np.ndarray:
+                if name not in present:
+                    raise _damaged(path, f"lacks the tensor {name}")
+                return file.get_tensor(name)
+
+            yield names, read
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"is not a readable safetensors file: {error}") from None
 

@@ -32,11 +32,14 @@ from compiler.artifact import (
 from compiler.environment import versions
 from compiler.frontend import TensorSpec
 from compiler.linker import Linker, require_linker
+from compiler.storage import Stored, store
 from schedules.errors import UserError
 from schedules.target import CpuTarget, detect_host
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from schedules.preparation import Source
 
 
 def check_output(path: str | Path, force: bool = False) -> Path:
@@ -95,17 +98,18 @@ def write_artifact(
     path = check_output(output, force)
     cross = target.arch != detect_host().arch
     linker = None if cross else require_linker()
-    keys, distinct = _distinct_constants(variants)
-    _check_space(path, sum(a.nbytes for a in distinct.values()) + _CODE_BYTES * len(variants))
+    keys, stored = _stored_constants(variants)
+    _check_space(path, sum(s.nbytes for s in stored.values()) + _CODE_BYTES * len(variants))
     with _written_beside(path, force) as work:
-        _save_tensors(work / WEIGHTS, distinct)
+        tensors = {k + suffix: a for k, s in stored.items() for suffix, a in s.tensors.items()}
+        _save_tensors(work / WEIGHTS, tensors)
         if references:
             _write_reference(work / REFERENCE, references)
         described = {}
         for variant in variants:
             library = f"{variant.name}.{'tar' if cross else 'so'}"
             _export(variant, work / library, linker)
-            described[variant.name] = _describe(variant, library, keys[variant.name], work)
+            described[variant.name] = _describe(variant, library, keys[variant.name], stored, work)
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -117,6 +121,7 @@ def write_artifact(
             "inputs": [asdict(s) for s in inputs],
             "outputs": [asdict(s) for s in outputs],
             "variants": described,
+            "stored": {k: form for k, s in stored.items() if (form := s.form.to_json())},
             "aliases": {
                 name: names[0] for name in VARIANTS if len(names) == 1 and name not in names
             },
@@ -201,26 +206,30 @@ def _check_space(path: Path, wanted: int) -> None:
         )
 
 
-def _content_key(array: np.ndarray) -> str:
-    """A name for an array by type, shape and bytes: equal arrays of all variants share one
-    entry."""
+def _content_key(array: np.ndarray, source: Source | None = None) -> str:
+    """A name for an array by type, shape and bytes, of it or of its source: equal arrays of all
+    variants share one entry."""
     import numpy as np
 
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    made = (source.preparation, dict(source.parameters)) if source is not None else ""
+    array = array if source is None else source.array
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}{made}".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
 
 
-def _distinct_constants(
+def _stored_constants(
     variants: Sequence[CompiledVariant],
-) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """Each variant's keys in order, and the constant behind each key: equal ones stand once."""
+) -> tuple[dict[str, list[str]], dict[str, Stored]]:
+    """Each variant's keys in order, and how the constant behind each key is stored: equal ones stand once."""
     keys: dict[str, list[str]] = {}
-    distinct: dict[str, np.ndarray] = {}
+    stored: dict[str, Stored] = {}
     for variant in variants:
-        keys[variant.name] = [_content_key(a) for a in variant.constants]
-        distinct.update(zip(keys[variant.name], variant.constants))
-    return keys, distinct
+        keys[variant.name] = [_content_key(*made) for made in variant.made_of]
+        for key, made in zip(keys[variant.name], variant.made_of):
+            if key not in stored:
+                stored[key] = store(*made)
+    return keys, stored
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -257,10 +266,17 @@ def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None
         variant.executable.export_library(str(path), fcompile=linker)
 
 
-def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Path) -> dict:
-    distinct = dict(zip(keys, variant.constants))
-    weights = sum(a.nbytes for a in distinct.values())
-    index = {k for k, is_index in zip(keys, variant.index) if is_index}
+def _describe(
+    variant: CompiledVariant,
+    library: str,
+    keys: list[str],
+    stored: Mapping[str, Stored],
+    work: Path,
+) -> dict:
+    distinct = set(keys)
+    weights = sum(stored[key].nbytes for key in distinct)
+    whole = {key for key, is_index in zip(keys, variant.index) if is_index}
+    index = sum(stored[k].nbytes if k in whole else stored[k].mask_bytes for k in distinct)
     code = (work / library).stat().st_size
     return {
         "library": library,
@@ -272,8 +288,9 @@ def _describe(variant: CompiledVariant, library: str, keys: list[str], work: Pat
         "bytes": {
             "library": code,
             "weights": weights,
-            "index": sum(distinct[key].nbytes for key in index),
+            "index": index,
             "total": code + weights,
+            "with_zeros": code + sum(stored[key].bytes_with_zeros for key in distinct),
         },
     }
 

@@ -27,6 +27,7 @@ from passes.layers import (
 from passes.lower import lower_operators
 from passes.rewriting import bindings_of, variables
 from schedules.dispatch import Kernel, schedule_module
+from schedules.preparation import Source
 from schedules.target import CpuTarget
 
 Progress = Callable[[str], None]
@@ -54,12 +55,13 @@ class FusedGraph:
 
     `mod` holds unscheduled PrimFuncs and `main`; `layers_of` the layers of each packed constant by handle, `indices` the
     handles of those that say where values are;
-    `flops` the dense operations of each layer (2 per multiply-accumulate).
+    `sources` what some of them are made of; `flops` the dense operations of each layer (2 per multiply-accumulate).
     """
 
     mod: tvm.IRModule
     layers_of: dict[int, tuple[str, ...]]
     indices: frozenset[int]
+    sources: dict[int, Source]
     flops: dict[str, int]
 
 
@@ -141,7 +143,7 @@ def fuse_graph(mod: tvm.IRModule, target: CpuTarget) -> FusedGraph:
             relax.transform.DeadCodeElimination(),
         ]
     )(lowered.mod)
-    return FusedGraph(fused, lowered.layers_of, lowered.indices, flops)
+    return FusedGraph(fused, lowered.layers_of, lowered.indices, lowered.sources, flops)
 
 
 def _mark_crops() -> tvm.transform.Pass:
@@ -169,14 +171,14 @@ def compile_graph(
     the same, whatever the constants are."""
     hoisted = hoist_constants(graph.mod)
     unscheduled = hoisted.mod
+    constants = {
+        "constants": hoisted.constants,
+        "constant_names": _constant_names(hoisted, graph.layers_of),
+        "index": [handle in graph.indices for handle in hoisted.handles],
+        "sources": [graph.sources.get(handle) for handle in hoisted.handles],
+    }
     if earlier is not None and tvm_ffi.structural_equal(earlier.unscheduled, unscheduled):
-        return replace(
-            earlier,
-            name=name,
-            constants=hoisted.constants,
-            constant_names=_constant_names(hoisted, graph.layers_of),
-            index=[handle in graph.indices for handle in hoisted.handles],
-        )
+        return replace(earlier, name=name, **constants)
     scheduled, kernels = schedule_module(_copy(unscheduled), target)
     backend = importlib.import_module("tvm.relax.backend.cpu_generic.pipeline")
     tvm_target = target.tvm()
@@ -189,9 +191,7 @@ def compile_graph(
     return CompiledVariant(
         name=name,
         executable=executable,
-        constants=hoisted.constants,
-        constant_names=_constant_names(hoisted, graph.layers_of),
-        index=[handle in graph.indices for handle in hoisted.handles],
+        **constants,
         kernels=_kernel_calls(lowered["main"], hoisted, graph, kernels),
         unscheduled=unscheduled,
     )

@@ -15,12 +15,11 @@ import tvm_ffi
 from tvm import relax
 
 from compiler.artifact import (
-    WEIGHTS,
     Artifact,
     CompiledVariant,
     KernelCall,
     open_artifact,
-    read_tensors,
+    read_constants,
 )
 from compiler.frontend import TensorSpec
 from compiler.thread_pool import check_threads, prepare_thread_pool, use_threads
@@ -223,8 +222,7 @@ def load_variants(
     check_threads(threads, artifact.target.threads)
     prepare_thread_pool()
     infos = {name: artifact.variant(name) for name in names}
-    keys = {key for info in infos.values() for key in info.constants}
-    constants = read_tensors(artifact.path / WEIGHTS, keys, tvm.runtime.tensor)
+    constants = read_constants(artifact, list(infos.values()), tvm.runtime.tensor)
     models: dict[str, LoadedModel] = {}
     for name, info in infos.items():
         same = next((n for n, i in infos.items() if n in models and i.name == info.name), None)

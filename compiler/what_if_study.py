@@ -22,6 +22,7 @@ from compiler.artifact import CompiledVariant
 from compiler.choice import Times, slower_layers
 from compiler.profile import kernel_times, layer_sums, total_us
 from compiler.runtime import LoadedModel, from_variant
+from compiler.storage import store
 from compiler.verify import random_inputs
 from passes.family import Context, Layer
 from passes.layers import attrs_of, const_array, is_call, is_const, shape_of
@@ -114,7 +115,7 @@ class Study:
         self.layer_us = layer_sums(self.dense.kernels, times["dense"])
         measured = total_us({"dense": self.dense}, self.arrays, seconds=2.0)["dense"]
         self.latency = measured if earlier is None else earlier
-        self.weights_bytes = sum(c.nbytes for c in whole.constants)
+        self.weights_bytes = sum(stored_bytes(whole))
         self.layer_bytes = _bytes_by_layer(whole)
         return self.latency, self.weights_bytes
 
@@ -168,7 +169,7 @@ class Study:
         timing = _Timing(
             Times({name: sum(values) for name, values in us.items()}, layers),
             total_us(models, self.arrays, seconds=2.0),
-            sum(c.nbytes for c in variant.constants),
+            sum(stored_bytes(variant)),
             _bytes_by_layer(variant),
         )
         self.timed.append((kernels, timing))
@@ -254,11 +255,16 @@ def _alike(one: Mapping[str, tuple[str, float]], other: Mapping[str, tuple[str, 
     )
 
 
+def stored_bytes(variant: CompiledVariant) -> list[int]:
+    """Of each constant, as an artifact holds it."""
+    return [store(*made).nbytes for made in variant.made_of]
+
+
 def _bytes_by_layer(variant: CompiledVariant) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for name, array in zip(variant.constant_names, variant.constants):
+    for name, size in zip(variant.constant_names, stored_bytes(variant)):
         layer = name.rpartition("/")[0]
-        sizes[layer] = sizes.get(layer, 0) + array.nbytes
+        sizes[layer] = sizes.get(layer, 0) + size
     return sizes
 
 

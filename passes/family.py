@@ -12,10 +12,21 @@ from tvm import relax
 
 from passes.layers import attrs_of, const_array, shape_of
 from passes.treatment import Decision, Treatment
+from schedules.preparation import Source
 from schedules.target import CpuTarget
 
+
+@dataclass(frozen=True)
+class LoweredCall:
+    """The call_tir that computes a layer, and, by `handle_of`, what those of its constants are made of that a file should
+    not hold as they are."""
+
+    call: relax.Expr
+    sources: Mapping[int, Source]
+
+
 # (builder, call in channels-last layout, target) -> the call_tir that computes it.
-Lowering = Callable[[relax.BlockBuilder, relax.Call, CpuTarget], relax.Expr]
+Lowering = Callable[[relax.BlockBuilder, relax.Call, CpuTarget], "relax.Expr | LoweredCall"]
 # (attributes, *arguments as numpy arrays) -> result: slow, obviously right, any float dtype.
 Reference = Callable[..., np.ndarray]
 # (graph, names of its variables or inputs[, values of further inputs that the graph has behind the model's]) -> per

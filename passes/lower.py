@@ -15,9 +15,10 @@ import tvm
 from tvm import relax
 from tvm.relax import PyExprMutator, expr_functor
 
-from passes.family import Lowering
+from passes.family import LoweredCall, Lowering
 from passes.hoist_constants import handle_of
 from passes.layers import is_const, layers_computed_by
+from schedules.preparation import Source
 from schedules.target import CpuTarget
 
 _INDICES = "kerf.indices"  # attribute of a PrimFunc: which of its parameters are
@@ -25,12 +26,13 @@ _INDICES = "kerf.indices"  # attribute of a PrimFunc: which of its parameters ar
 
 @dataclass(frozen=True)
 class Lowered:
-    """The lowered module, the layers that each packed constant belongs to, by `handle_of(constant)`, and the handles of
-    those that say where values are, not what they are."""
+    """The lowered module, the layers that each packed constant belongs to, by `handle_of(constant)`, the handles of
+    those that say where values are, not what they are, and what some of them are made of."""
 
     mod: tvm.IRModule
     layers_of: dict[int, tuple[str, ...]]
     indices: frozenset[int]
+    sources: dict[int, Source]
 
 
 @expr_functor.mutator
@@ -40,6 +42,7 @@ class _Lowerer(PyExprMutator):
         self.lowerings, self.target = lowerings, target
         self.layers_of: dict[int, tuple[str, ...]] = {}
         self.indices: set[int] = set()
+        self.sources: dict[int, Source] = {}
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = self.visit_expr_post_order(call)
@@ -49,6 +52,9 @@ class _Lowerer(PyExprMutator):
         lowered = lowering(self.builder_, call, self.target)
         if lowered is None:
             return call
+        if isinstance(lowered, LoweredCall):
+            self.sources.update(lowered.sources)
+            lowered = lowered.call
         if layers_computed_by(call):
             self._claim(lowered, layers_computed_by(call), list(call.args))
         return lowered
@@ -91,7 +97,7 @@ def lower_operators(
                 gv, relax.analysis.remove_all_unused(lowerer.visit_expr(func))
             )
     legal = relax.transform.LegalizeOps()(lowerer.builder_.get())
-    return Lowered(legal, lowerer.layers_of, frozenset(lowerer.indices))
+    return Lowered(legal, lowerer.layers_of, frozenset(lowerer.indices), lowerer.sources)
 
 
 def call_te(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import te, tirx
 
 from schedules import winograd
@@ -20,7 +19,7 @@ from schedules.quadratic_contraction import SQUARED, combine
 from schedules.target import CpuTarget
 from schedules.winograd import Point
 
-__all__ = ["LOOPS", "Point", "Problem", "define", "pack_weights", "schedule", "sources_of"]
+__all__ = ["LOOPS", "Point", "Problem", "define", "schedule", "sources_of"]
 
 LOOPS = "quadratic_winograd"
 
@@ -35,11 +34,6 @@ class Problem(winograd.Problem):
 def sources_of(form: str) -> tuple[bool, ...]:
     """For each source that is transformed whether it is squared: x^2, then x, which most branches read."""
     return tuple(sorted({branch == SQUARED for branch in form}, reverse=True))
-
-
-def pack_weights(weights: dict[str, np.ndarray], form: str, point: Point) -> np.ndarray:
-    """[O, C, 3, 3] per branch -> float32, the packed weights of `winograd` one after the other on their second axis."""
-    return np.concatenate([winograd.pack_weights(weights[b], point) for b in form], axis=1)
 
 
 def define(problem: Problem, point: Point):

@@ -12,7 +12,7 @@ a row of their transform is then made in registers for each channel, and multipl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,9 @@ from schedules.emission import (
     workspace,
 )
 from schedules.fused import Fused, annotations, broadcast
+from schedules.preparation import Source
 from schedules.target import CpuTarget
+from schedules.winograd_matrices import matrices
 from schedules.winograd_points import (
     Point,
     Problem,
@@ -43,10 +45,10 @@ from schedules.winograd_points import (
     transformed_point,
     transforming_point,
 )
-from schedules.winograd_transforms import linear, matrices, transform
+from schedules.winograd_transforms import linear, transform
 
 __all__ = [
-    "LOOPS", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point",
+    "LOOPS", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point", "weight_source",
 ]  # fmt: skip
 
 LOOPS = "winograd"
@@ -66,18 +68,24 @@ def packed_rows(problem: Problem, point: Point) -> int:
 def pack_weights(weight: np.ndarray, point: Point) -> np.ndarray:
     """[O, C, 3, 3] -> float32 [panels, (m+2)^2, C, panel], transformed in float64; if `point.chunk`, as they are,
     [panels, C, 9, panel]. Zeros in the last panel's rest."""
+    return weight_source([weight], point).prepared()
+
+
+def weight_source(weights: Sequence[np.ndarray], point: Point) -> Source:
+    """What the packed weights of one kernel, or of several one after the other on their second axis, are made of."""
+    panels = [_weight_panels(w, point) for w in weights]
+    if point.chunk:
+        return Source(np.concatenate([p.transpose(0, 2, 1, 3) for p in panels], axis=1))
+    return Source(np.concatenate(panels, axis=1), "winograd", {"m": point.m})
+
+
+def _weight_panels(weight: np.ndarray, point: Point) -> np.ndarray:
+    """[O, C, 3, 3] -> [panels, 9, C, panel], zeros in the last panel's rest."""
     outputs, inputs = weight.shape[:2]
     panels = -(-outputs // point.panel)
-    if point.chunk:
-        matrices_of = weight.reshape(outputs, inputs, 9).transpose(1, 2, 0)
-    else:
-        size, g = point.m + 2, matrices(point.m)[1]
-        matrices_of = np.einsum("ai,bj,ocij->abco", g, g, weight.astype(np.float64)).reshape(
-            size * size, inputs, outputs
-        )
-    full = np.zeros((*matrices_of.shape[:2], panels * point.panel), np.float32)
-    full[..., :outputs] = matrices_of
-    split = full.reshape(*full.shape[:2], panels, point.panel)
+    full = np.zeros((9, inputs, panels * point.panel), np.float32)
+    full[..., :outputs] = weight.reshape(outputs, inputs, 9).transpose(2, 1, 0)
+    split = full.reshape(9, inputs, panels, point.panel)
     return np.ascontiguousarray(split.transpose(2, 0, 1, 3))
 
 

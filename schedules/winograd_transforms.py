@@ -1,45 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices of Winograd's convolution F(m, 3) and their products with vectors, in few operations.
-
-Matrices are Toom-Cook's, from points that keep rounding small: 0, +-5/8, +-3/2 give F(4x4) 0.4 of the error of the
-usual 0, +-1, +-2 (root mean square, 64 channels, unit outputs: 7.4e-7; F(2x2) 2.8e-7). Weights transformed at run time,
-in float32, add a hundredth to that of F(4x4) (512 channels: 1.76e-6 after 1.74e-6). F(6x6) would save another 10 %
-of the multiplications on 56 and 28 pixels at 5 times the error: not offered.
-"""
+"""Products of the matrices of Winograd's convolution with vectors, in few operations."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from schedules.emission import splat
-
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.625, -0.625, 1.5, -1.5)}
-
-
-@functools.cache
-def matrices(m: int, plain_weights: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B^T [m+2, m+2], G [m+2, 3], A^T [m, m+2]) in float64; every row of B^T is monic, the scale is in G.
-
-    With `plain_weights`, which are transformed at run time, rows of G begin with 1 and the scale is in B^T.
-    """
-    points = _POINTS[m]
-
-    def powers(degree: int) -> np.ndarray:
-        at_infinity = [0.0] * (degree - 1) + [1.0]
-        return np.array([[p**k for k in range(degree)] for p in points] + [at_infinity])
-
-    bt, g, at = np.linalg.inv(powers(m + 2)).T, powers(3), powers(m).T
-    scales = np.ones(m + 2)
-    scales[:-1] = [np.prod([p - q for q in points if q != p]) for p in points]
-    # Of monic rows the entries are short binary fractions; inversion leaves rounding noise.
-    bt = np.round(bt * scales[:, None] * 2**20) / 2**20
-    if plain_weights:
-        return bt / scales[:, None], g, at
-    return bt, g / scales[:, None], at
 
 
 def linear(matrix: np.ndarray, values: list, lanes: int) -> list:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from tvm import relax
 
+from passes.family import LoweredCall
+from passes.hoist_constants import handle_of
 from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
 from schedules import winograd
@@ -61,7 +63,7 @@ def cheapest(costs: Mapping[int, float], direct: float) -> int | Declined:
     return best
 
 
-def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> LoweredCall | None:
     """The Winograd kernel for a `kerf.conv2d` call in NHWC; None where it does not apply or does not pay."""
     problem = problem_of(call)
     m = problem if isinstance(problem, Declined) else choose(problem, target)
@@ -73,18 +75,15 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.
 
 def lower_at(
     bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point
-) -> relax.Expr:
+) -> LoweredCall:
     """The kernel at a point, whatever the cost rule says."""
-    packed = relax.const(winograd.pack_weights(const_array(call.args[1]), point))
+    source = winograd.weight_source([const_array(call.args[1])], point)
+    packed = relax.const(source.prepared())
     height, width = problem.output_hw
 
     def define(x, u):
         return winograd.define_winograd(x, u, problem, point)
 
-    return call_te(
-        bb,
-        define,
-        call.args[0],
-        packed,
-        hint=f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}",
-    )
+    hint = f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}"
+    lowered = call_te(bb, define, call.args[0], packed, hint=hint)
+    return LoweredCall(lowered, {handle_of(packed): source})

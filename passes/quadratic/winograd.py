@@ -11,6 +11,8 @@ from dataclasses import asdict
 from tvm import relax
 
 from passes.dense import winograd as dense
+from passes.family import LoweredCall
+from passes.hoist_constants import handle_of
 from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
 from passes.quadratic.operators import shifts_of, weights_of
@@ -40,7 +42,7 @@ def choose(problem: Problem, target: CpuTarget) -> int | Declined:
     return dense.cheapest(costs, direct)
 
 
-def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr | None:
+def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> LoweredCall | None:
     """The Winograd kernel of a quadratic call in NHWC; None where it does not apply or does not pay."""
     problem = problem_of(call)
     m = problem if isinstance(problem, Declined) else choose(problem, target)
@@ -57,13 +59,16 @@ def default_point(problem: Problem, m: int, target: CpuTarget, tuned: bool = Fal
 
 def lower_at(
     bb: relax.BlockBuilder, call: relax.Call, problem: Problem, point: Point
-) -> relax.Expr:
+) -> LoweredCall:
     """The kernel at a point, whatever the cost rule says."""
-    packed = quadratic_winograd.pack_weights(weights_of(call), problem.form, point)
-    args = [call.args[0], relax.const(packed)]
+    weights = weights_of(call)
+    source = winograd.weight_source([weights[branch] for branch in problem.form], point)
+    packed = relax.const(source.prepared())
+    args = [call.args[0], packed]
     if (shifts := shifts_of(call)) is not None:
         args.append(relax.const(shifts))
     height, width = problem.output_hw
     size = f"{height}x{width}_{problem.c}_{problem.o}"
     define = quadratic_winograd.define(problem, point)
-    return call_te(bb, define, *args, hint=f"quadratic_{problem.form}_winograd{point.m}_{size}")
+    hint = f"quadratic_{problem.form}_winograd{point.m}_{size}"
+    return LoweredCall(call_te(bb, define, *args, hint=hint), {handle_of(packed): source})

@@ -10,7 +10,7 @@ from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from schedules import emission, winograd_transforms
+from schedules import emission, winograd_matrices, winograd_transforms
 from schedules.errors import ScheduleError
 from schedules.fused import Fused, annotations
 
@@ -92,7 +92,7 @@ def test_shared_sums_are_fewer_operations_with_the_same_result(monkeypatch, rng,
     """`linear` on plain numbers: right, and cheaper than row by row."""
     monkeypatch.setattr(winograd_transforms.T, "bind", lambda value: value)
     monkeypatch.setattr(winograd_transforms, "splat", lambda value, _lanes: value)
-    for matrix in (winograd_transforms.matrices(m)[0], winograd_transforms.matrices(m)[2]):
+    for matrix in (winograd_matrices.matrices(m)[0], winograd_matrices.matrices(m)[2]):
         values = list(rng.standard_normal(m + 2))
         np.testing.assert_allclose(
             winograd_transforms.linear(matrix, values, 1), matrix @ values, rtol=1e-12

@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from passes import layers
+from passes.family import LoweredCall
 from passes.quadratic import lowering, reference, winograd
 from passes.quadratic.operators import quadratic_call
 from schedules.dispatch import loop_structure
@@ -78,9 +79,10 @@ def lowered(sample: Sample, operand, target, point=None, lower=lowering.lower_fu
         with bb.dataflow():
             call = bb.normalize(call)
             if point is None:
-                y = bb.emit(lower(bb, call, target))
+                lowered = lower(bb, call, target)
             else:
-                y = bb.emit(lowering.lower_at(bb, call, lowering.problem_of(call), point))
+                lowered = lowering.lower_at(bb, call, lowering.problem_of(call), point)
+            y = bb.emit(lowered.call if isinstance(lowered, LoweredCall) else lowered)
             y = bb.emit(relax.op.nn.relu(bb.emit(relax.op.add(y, relax.const(constant)))))
             out = bb.emit_output(y)
         bb.emit_func_output(out)
