@@ -64,9 +64,16 @@ def find_first_divergence(
     found: list[Divergence] = []
     position = [0]
 
+    given: dict[int, tvm.runtime.Tensor] = {}  # what the kernel will write over
+
     def watch(_function, name, before, _result, *arguments):
-        if before or found or name not in model.kernel_names:
+        if found or name not in model.kernel_names:
             return 0
+        if before:
+            given.clear()
+            given.update(_written_over(arguments))
+            return 0
+        arguments = [given.get(i, a) for i, a in enumerate(arguments)]
         index = position[0]
         position[0] += 1
         if name in definitions:
@@ -78,6 +85,17 @@ def find_first_divergence(
     with model.instrumented(watch):
         model.invoke(tensors)
     return found[0] if found else None
+
+
+def _written_over(arguments: Sequence) -> dict[int, tvm.runtime.Tensor]:
+    """Copies of those arguments that are the last one, a kernel's output, too; by position."""
+    *read, output = arguments
+    same = [
+        i
+        for i, a in enumerate(read)
+        if isinstance(a, tvm.runtime.Tensor) and a.data_ptr() == output.data_ptr()
+    ]
+    return {i: tvm.runtime.tensor(read[i].numpy().copy()) for i in same}
 
 
 class _Definitions:

@@ -26,6 +26,7 @@ from passes.layers import (
 )
 from passes.lower import lower_operators
 from passes.rewriting import bindings_of, variables
+from passes.write_over_residuals import MarkDying, WriteOverResiduals
 from schedules.dispatch import Kernel, schedule_module
 from schedules.preparation import Source
 from schedules.target import CpuTarget
@@ -179,12 +180,16 @@ def compile_graph(
     }
     if earlier is not None and tvm_ffi.structural_equal(earlier.unscheduled, unscheduled):
         return replace(earlier, name=name, **constants)
-    scheduled, kernels = schedule_module(_copy(unscheduled), target)
+    scheduled, kernels = schedule_module(MarkDying()(_copy(unscheduled)), target)
     backend = importlib.import_module("tvm.relax.backend.cpu_generic.pipeline")
     tvm_target = target.tvm()
     with tvm_target:
         lowered = tvm.transform.Sequential(
-            backend.dataflow_lower_passes(tvm_target) + backend.finalize_passes(tvm_target)
+            [
+                *backend.dataflow_lower_passes(tvm_target),
+                WriteOverResiduals(),
+                *backend.finalize_passes(tvm_target),
+            ]
         )(scheduled)
     with tvm.transform.PassContext(disabled_pass=_NEEDLESS_PASSES):
         executable = tvm.compile(lowered, tvm_target, relax_pipeline=tvm.transform.Sequential([]))
@@ -266,7 +271,8 @@ def _served(
     layers: Sequence[Sequence[str]],
 ) -> list[list[str]]:
     """For each kernel call, given with its arguments, that has no layers: those for which alone it computes, directly or
-    through other such kernels. A tensor's first call writes it, all others read it."""
+    through other such kernels. A tensor's first call writes it, all others read it, one that has it twice and last also
+    writes it."""
     same: dict[relax.Var, relax.Var] = {}  # what a reshape made -> what it is a view of
     allocated, kept = set(), set(variables(main.body.body))
     for binding in bindings_of(main):
@@ -279,19 +285,21 @@ def _served(
             if not is_call(value, "relax.vm.kill_object"):
                 kept.update(variables(value))
     kept |= {same[v] for v in kept if v in same}
-    writes: list[list[relax.Var]] = [[] for _ in arguments]
+    # What each kernel writes: the tensor, and who reads it until another kernel writes over it.
+    writes: list[list[tuple[relax.Var, set[int]]]] = [[] for _ in arguments]
     readers: dict[relax.Var, set[int]] = {}
     for i, args in enumerate(arguments):
-        for var in {same.get(a, a) for a in args} & allocated:
+        tensors = [same.get(a, a) for a in args]
+        for var in set(tensors) & allocated:
             if var in readers:
                 readers[var].add(i)
-            else:
-                writes[i].append(var)
+            if var not in readers or (tensors.count(var) > 1 and var.same_as(tensors[-1])):
                 readers[var] = set()
+                writes[i].append((var, readers[var]))
     served: list[list[str]] = [[] for _ in arguments]
     for i in reversed(range(len(arguments))):
-        found = [layers[j] or served[j] for var in writes[i] for j in sorted(readers[var])]
-        if not layers[i] and all(found) and kept.isdisjoint(writes[i]):
+        found = [layers[j] or served[j] for _, read in writes[i] for j in sorted(read)]
+        if not layers[i] and all(found) and kept.isdisjoint(var for var, _ in writes[i]):
             served[i] = list(dict.fromkeys(name for names in found for name in names))
     return served
 

@@ -23,6 +23,9 @@ from schedules.errors import ScheduleError
 
 LOOPS = "kerf.loops"
 POINT = "kerf.point"
+# Attributes of a PrimFunc: its arguments that nothing reads after any of its calls; of its kernel, the one it writes over.
+DYING = "kerf.dying"
+IN_PLACE = "kerf.in_place"
 
 
 def annotations(loops: str, **point) -> dict[str, str]:
@@ -161,6 +164,7 @@ class Emission:
         self.inputs = [self._new(p) for p in fused.inputs]
         self._in_sums: int | None = None  # the block that `bias_of_sums` has taken
         self.output = self._buffers[-1]
+        self.in_place = False
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
@@ -168,6 +172,9 @@ class Emission:
         self._builder.__exit__(kind, value, traceback)
         if kind is None:
             self.func = self._builder.get()
+            if self.in_place:
+                at = _position(self._buffers, self.output)
+                self.func = self.func.with_attr(IN_PLACE, at)
 
     @property
     def buffers(self) -> list:
@@ -184,6 +191,19 @@ class Emission:
             if tuple(int(d) for d in old.shape) == shape
             and _position(self.fused.inputs, old) is None
         ]
+
+    def write_over_residual(self) -> None:
+        """Make a residual that nothing reads afterwards the output, if there is one; `in_place` says so.
+
+        For kernels that store every element of the output once, through the epilogue, which reads a residual only where
+        it stores: the result needs no storage of its own, which would be fetched from memory to be overwritten.
+        """
+        attrs = self.fused.func.attrs
+        dying = [int(i) for i in attrs[DYING]] if attrs and DYING in attrs.keys() else []
+        for buffer in self.residuals:
+            same_type = str(buffer.dtype) == str(self.output.dtype)
+            if not self.in_place and same_type and _position(self._buffers, buffer) in dying:
+                self.output, self.in_place = buffer, True
 
     def _new(self, param):
         return self._buffers[_position(self.fused.params, param)]
@@ -255,17 +275,22 @@ class Emission:
                 )
             return bound[key][0]
 
+        def require_here(what: str, at) -> None:
+            for got, wanted, extent in zip(at, indices, fused.shape):
+                if extent != 1 and not (got is wanted or got.same_as(wanted)):
+                    raise ScheduleError(
+                        f"the epilogue reads {what} elsewhere than it writes", found=str(at)
+                    )
+
         def fetch(buffer, at):
             if any(buffer.same_as(b) for b in results):
-                for got, wanted, extent in zip(at, indices, fused.shape):
-                    if extent != 1 and not (got is wanted or got.same_as(wanted)):
-                        raise ScheduleError(
-                            "the epilogue reads the anchor's result elsewhere than it writes",
-                            found=str(at),
-                        )
+                require_here("the anchor's result", at)
                 return value
             if _position(fused.params, buffer) is not None:
-                return self._new(buffer)[tuple(at)]
+                found = self._new(buffer)
+                if self.in_place and found.same_as(self.output):
+                    require_here("the residual", at)
+                return found[tuple(at)]
             for i, written in produced.items():
                 if written.same_as(buffer):
                     return evaluate(i, at)

@@ -40,13 +40,17 @@ class _Panel:
 
 @dataclass(frozen=True)
 class _Pixels:
-    """A tile's place: its running number, image and output row (None if flat), first pixel, `edge` as in RowTiles."""
+    """A tile's place: its running number, image and output row (None if flat), first pixel, `edge` as in RowTiles.
+
+    `fresh` is the first pixel that no tile before has computed.
+    """
 
     tile: object
     image: object
     oh: object
     base: object
     edge: int | None
+    fresh: object
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Contraction:
         self.tiles = self.row.count * problem.rows
         self.chunk = point.chunk if 0 < point.chunk < problem.group_inputs else problem.group_inputs
         self.panel_weights = point.panel * terms.branches  # of one step of the sum
+        kernel.write_over_residual()
+        self.repeated = self.row.count * point.mr - self.row.length  # pixels of a row's last tile
 
     # ---- loops
 
@@ -171,7 +177,8 @@ class Contraction:
         """One flat tile, or one row of an image in tiles."""
         problem = self.problem
         if problem.flat:
-            self._tile(_Pixels(u, None, None, self.row.base(u), None), panel, chunk)
+            at = _Pixels(u, None, None, self.row.base(u), None, u * self.point.mr)
+            self._tile(at, panel, chunk)
             return
         image, oh = (
             (0, u)
@@ -180,7 +187,9 @@ class Contraction:
         )
         self.row.each(
             lambda t, base, edge: self._tile(
-                _Pixels(u * self.row.count + t, image, oh, base, edge), panel, chunk
+                _Pixels(u * self.row.count + t, image, oh, base, edge, t * self.point.mr),
+                panel,
+                chunk,
             )
         )
 
@@ -217,7 +226,21 @@ class Contraction:
                 parts = [_total(banks, p, v * each + b, stored) for b in range(each)]
                 value = self.terms.combine(parts, first, stored)
                 rows[p].append(Cell(value, tuple(at), first, stored))
-        self.terms.store(self.kernel, rows)
+        if chunk.last:
+            self._store(pixels, rows)
+
+    def _store(self, pixels: _Pixels, rows: list[list[Cell]]) -> None:
+        """Store a tile's outputs; over a residual each only once, for there the second epilogue would read the first's."""
+        repeated = self.repeated if self.kernel.in_place else 0
+        if repeated:
+            first, fresh = (
+                tirx.const(a, "int32") if isinstance(a, int) else a
+                for a in (pixels.base, pixels.fresh)
+            )
+            with T.If(tirx.EQ(first, fresh)):
+                with T.Then():
+                    self.terms.store(self.kernel, rows[:repeated])
+        self.terms.store(self.kernel, rows[repeated:])
 
     def _sums(self, panel: _Panel) -> list[int]:
         """Lanes of the vectors of sums that a tile keeps of each pixel: the branches of an output next to one another."""
@@ -416,6 +439,12 @@ class Contraction:
             ahead = unravel(pixels.base + self.point.mr, self.x_lead)
             _prefetch(self.terms.pixel_byte((*ahead, offset)))
 
+    @property
+    def _touched(self) -> list:
+        """The buffers of the output's shape that a tile reads or writes when its sums are done."""
+        output = [] if self.kernel.in_place else [self.kernel.output]
+        return [*output, *self.kernel.residuals]
+
     def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
         """The lines that this tile will write, and those that its epilogue will read there, so that they are there when
         it is done."""
@@ -425,7 +454,7 @@ class Contraction:
                 if self.problem.flat
                 else [pixels.image, pixels.oh, pixels.base + p]
             )
-            for buffer in (self.kernel.output, *self.kernel.residuals):
+            for buffer in self._touched:
                 line = 8 * _LINE_BYTES // tvm.DataType(buffer.dtype).bits
                 for v in range(0, len(panel.widths), max(1, line // self.point.lanes)):
                     # A residual too with intent to write: close by, for its time comes with the output's.

@@ -209,6 +209,9 @@ class Emitter:
         self.strides = strides(self.size, self.problem.c)
         self.product_strides = strides(self.size, self.point.panel)
         self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk))
+        # Else the last vectors of a pixel's outputs overlap, and the second would read what the first has stored.
+        if self.problem.o % self.point.lanes == 0:
+            self.kernel.write_over_residual()
 
     def emit(self) -> None:
         point = self.point
@@ -218,6 +221,7 @@ class Emitter:
         by_channels = parallel and not by_tiles
         with loop(blocks, parallel=by_tiles) as block:
             base = tirx.min(block * point.block, self.tiles - point.block)
+            self.fresh = block * point.block  # the first tile that no block before has computed
             v = workspace(point.block * self.strides[1])
             whole, rest = divmod(self.problem.o, point.panel)
             kept: dict = {}
@@ -423,6 +427,8 @@ class Emitter:
             result = self.combine([values[b] for b in sorted(values)], channel)
             y, x = i * m + r, j * m + s
             checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
+            if self.kernel.in_place and self.tiles % self.point.block:
+                checks.append(base + tile >= self.fresh)  # as above
             if not checks:
                 self.kernel.store(result, [n, y, x, channel])
                 continue
