@@ -5,7 +5,6 @@ when it runs."""
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -13,7 +12,24 @@ import click
 
 from compiler import __version__
 from compiler.arrays import check_writable, read_npz, write_npz, write_whole
+from compiler.cli_options import (
+    Names,
+    Numbers,
+    Parameter,
+    Peers,
+    Seconds,
+    artifact_argument,
+    batch_option,
+    calibration_option,
+    json_option,
+    model_argument,
+    preprocess_option,
+    recipe_option,
+    shapes_option,
+    threads_option,
+)
 from compiler.failures import EXIT_INTERRUPTED, KerfGroup
+from compiler.without_torch import import_tvm
 from schedules.errors import ModelError, UnsupportedModel
 
 
@@ -28,88 +44,17 @@ def main(debug: bool) -> None:
     """Compile trained networks into compressed CPU kernels, proven and measured against dense."""
 
 
-class _Shape(click.ParamType):
-    """NAME=1x3x224x224"""
-
-    name = "NAME=DxDxD"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        name, _, dims = value.rpartition("=")
-        try:
-            shape = tuple(int(d) for d in dims.split("x"))
-        except ValueError:
-            shape = ()
-        if not name or not shape or min(shape) < 1:
-            self.fail(f"{value!r} is not NAME=DxDxD, for example x=1x3x224x224", param, ctx)
-        return name, shape
-
-
-class _Parameter(click.ParamType):
-    """KEY=VALUE; the value as in TOML, or a word"""
-
-    name = "KEY=VALUE"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        from compiler.recipe import tomllib
-
-        key, equals, text = value.partition("=")
-        if not key.isidentifier() or not equals or not text:
-            self.fail(f"{value!r} is not KEY=VALUE, for example observer=percentile", param, ctx)
-        try:
-            return key, tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            return key, text
-
-
-_model = click.argument("model", type=click.Path(path_type=Path))
-_artifact = click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
-_shapes = click.option(
-    "--input", "inputs", type=_Shape(), multiple=True, help="Shape of one input; may be repeated."
-)
-_batch = click.option(
-    "--batch", type=click.IntRange(1), help="Batch size, where the model leaves it open."
-)
-_json = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path),
-    help="Write everything to this file as JSON.",
-)
-_threads = click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to use."
-)
-_calibration = click.option(
-    "--calibration",
-    metavar="FILE|DIR|random",
-    help="Samples of the inputs, for what depends on activations: .npz, or a directory.",
-)
-_preprocess = click.option(
-    "--preprocess",
-    help="How calibration images are prepared: resize=256,crop=224,mean=0.485/0.456/0.406,std=...",
-)
-_recipe = click.option(
-    "--recipe",
-    default="dense",
-    show_default=True,
-    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse), or a TOML file.",
-)
-_variant = click.Choice(["dense", "compressed"])
-
-
 @main.command()
-@_model
-@_shapes
-@_batch
-@_calibration
-@_json
+@model_argument
+@shapes_option
+@batch_option
+@calibration_option
+@json_option
 def inspect(model, inputs, batch, calibration, json_path):
     """Show a model's layers, what they cost, the zeros they hold, and whatever is unsupported."""
     _check_model(model)
     _check_json(json_path)
+    _import_tvm_for(model)
     from compiler import tables
     from compiler.inspect import inspect_model
 
@@ -121,22 +66,22 @@ def inspect(model, inputs, batch, calibration, json_path):
 
 
 @main.command()
-@_model
+@model_argument
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
-@_recipe
+@recipe_option
 @click.option("--density", type=float, help="Share of weights to keep, in (0, 1].")
 @click.option("--grain", help="Grain of the zeros, for example element or out:4.")
 @click.option(
     "--set",
     "parameters",
-    type=_Parameter(),
+    type=Parameter(),
     multiple=True,
     help="Another parameter of the recipe's treatment; may be repeated.",
 )
-@_calibration
-@_preprocess
+@calibration_option
+@preprocess_option
 @click.option(
     "--eval",
     "evaluation",
@@ -155,9 +100,9 @@ def inspect(model, inputs, batch, calibration, json_path):
     "--winograd", type=click.Choice(["auto", "never"]), help="Forbid Winograd convolution."
 )
 @click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
-@_shapes
-@_batch
-@_threads
+@shapes_option
+@batch_option
+@threads_option
 @click.option(
     "--choose",
     type=click.Choice(["measured", "asked"]),
@@ -166,21 +111,22 @@ def inspect(model, inputs, batch, calibration, json_path):
     help="Keep compressed only the layers that prove faster here, or all that the recipe asks.",
 )
 @click.option("--records", type=click.Path(path_type=Path), help="Directory that `tune` filled.")
-@_json
+@json_option
 @click.option("--force", is_flag=True, help="Replace an existing OUT.")
 def build(
     model, output, recipe, density, grain, parameters, calibration, preprocess, evaluation, max_drop,
     prune, winograd, target, inputs, batch, threads, choose, records, json_path, force,
 ):  # fmt: skip
     """Compile MODEL, verify it against the original, and write the artifact."""
+    _check_model(model)
+    _check_json(json_path)
     from compiler.recipe import load_recipe, validate
     from schedules.target import parse_target
 
-    _check_model(model)
-    _check_json(json_path)
     cpu = parse_target(target, threads)
     given = {"density": density, "grain": grain, **dict(parameters)}
     chosen = load_recipe(recipe, prune=prune, winograd=winograd, **given)
+    _import_tvm_for(model)
     validate(chosen)
     from compiler import driver
 
@@ -208,7 +154,7 @@ def build(
 
 
 @main.command()
-@_artifact
+@artifact_argument
 @click.option(
     "--input",
     "input_path",
@@ -218,13 +164,18 @@ def build(
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help=".npz to write.")
 @click.option(
-    "--variant", type=_variant, default="compressed", show_default=True, help="Which one."
+    "--variant",
+    type=click.Choice(["dense", "compressed"]),
+    default="compressed",
+    show_default=True,
+    help="Which one.",
 )
-@_threads
+@threads_option
 def run(artifact, input_path, output, variant, threads):
     """Run a built model on arrays."""
     check_writable(output)
     arrays = read_npz(input_path)
+    import_tvm()
     from compiler.runtime import load
 
     write_npz(output, load(artifact, variant, threads).run(arrays))
@@ -232,10 +183,11 @@ def run(artifact, input_path, output, variant, threads):
 
 @main.command()
 @click.option("--measure/--no-measure", default=True, help="Whether to measure peaks (about 5 s).")
-@_json
+@json_option
 def hardware(measure, json_path):
     """Show this CPU: features, caches, measured peaks, and what each family can expect."""
     _check_json(json_path)
+    import_tvm()
     from compiler import tables
     from compiler.hardware import describe_hardware
 
@@ -245,18 +197,19 @@ def hardware(measure, json_path):
 
 
 @main.command()
-@_artifact
+@artifact_argument
 @click.option(
     "--input",
     "input_path",
     type=click.Path(path_type=Path),
     help=".npz; default: the inputs of the build.",
 )
-@_json
+@json_option
 def verify(artifact, input_path, json_path):
     """Compare an artifact's outputs with those of the original model."""
     _check_json(json_path)
     arrays = read_npz(input_path) if input_path else None
+    import_tvm()
     from compiler import report
     from compiler.artifact import open_artifact
     from compiler.verify import verify_artifact
@@ -266,51 +219,25 @@ def verify(artifact, input_path, json_path):
     _print(*report.verification(found))
 
 
-class _Seconds(click.FloatRange):
-    """A finite number: comparisons with NaN are false, so no range keeps it out."""
-
-    name = "SECONDS"
-
-    def convert(self, value, param, ctx):
-        seconds = super().convert(value, param, ctx)
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return seconds
-
-
-_PEERS = ("onnxruntime", "openvino", "torch")
-
-
-class _Peers(click.ParamType):
-    """onnxruntime,openvino,torch"""
-
-    name = "NAME,NAME"
-
-    def convert(self, value, param, ctx):
-        names = value if isinstance(value, tuple) else tuple(n for n in value.split(",") if n)
-        if unknown := [n for n in names if n not in _PEERS]:
-            self.fail(f"unknown engine {unknown[0]!r}; known are {', '.join(_PEERS)}", param, ctx)
-        return tuple(dict.fromkeys(names))
-
-
 @main.command()
-@_artifact
-@_threads
+@artifact_argument
+@threads_option
 @click.option(
-    "--against", type=_Peers(), default="", help="Other engines, measured in the same run."
+    "--against", type=Peers(), default="", help="Other engines, measured in the same run."
 )
 @click.option(
     "--duration",
-    type=_Seconds(0.1),
+    type=Seconds(0.1),
     default=10.0,
     show_default=True,
     help="Seconds to measure.",
 )
-@_json
+@json_option
 def bench(artifact, threads, against, duration, json_path):
     """Measure the dense and the compressed variant, and other engines, interleaved in one
     process."""
     _check_json(json_path)
+    import_tvm()
     from compiler import report
     from compiler.artifact import open_artifact
     from compiler.measure import bench as measure
@@ -322,13 +249,14 @@ def bench(artifact, threads, against, duration, json_path):
 
 
 @main.command()
-@_artifact
-@_threads
-@_json
+@artifact_argument
+@threads_option
+@json_option
 def profile(artifact, threads, json_path):
     """Show every layer's kernel, time, GFLOP/s and share of the roofline, dense beside
     compressed."""
     _check_json(json_path)
+    import_tvm()
     from compiler import report
     from compiler.artifact import open_artifact
     from compiler.measure import default_inputs
@@ -340,37 +268,14 @@ def profile(artifact, threads, json_path):
     _print(*report.profile(found))
 
 
-class _Names(click.ParamType):
-    """element,row,out:4"""
-
-    name = "NAME,NAME"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        return tuple(dict.fromkeys(n.strip() for n in value.split(",") if n.strip()))
-
-
-class _Numbers(_Names):
-    """0.05,0.1,0.2"""
-
-    name = "D,D"
-
-    def convert(self, value, param, ctx):
-        try:
-            return tuple(float(n) for n in super().convert(value, param, ctx))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.05,0.1", param, ctx)
-
-
 @main.command("what-if")
-@_model
-@click.option("--grains", type=_Names(), default="element,row,kernel,out:4,out:8,filter", show_default=True, help="Grains to try.")  # fmt: skip
-@click.option("--densities", type=_Numbers(), default="0.05,0.1,0.2,0.3", show_default=True, help="Shares of weights to keep.")  # fmt: skip
-@_shapes
-@_batch
+@model_argument
+@click.option("--grains", type=Names(), default="element,row,kernel,out:4,out:8,filter", show_default=True, help="Grains to try.")  # fmt: skip
+@click.option("--densities", type=Numbers(), default="0.05,0.1,0.2,0.3", show_default=True, help="Shares of weights to keep.")  # fmt: skip
+@shapes_option
+@batch_option
 @click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
-@_threads
+@threads_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything to this file as JSON, after every point; a run that finds it goes on there.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and size to this .png, .svg or .pdf.")  # fmt: skip
 def what_if(model, grains, densities, inputs, batch, target, threads, json_path, plot):
@@ -378,6 +283,7 @@ def what_if(model, grains, densities, inputs, batch, target, threads, json_path,
     trains."""
     _check_model(model)
     _check_json(json_path)
+    _import_tvm_for(model)
     from compiler import what_if_report
     from compiler.what_if import what_if as study
 
@@ -400,29 +306,30 @@ def what_if(model, grains, densities, inputs, batch, target, threads, json_path,
 
 
 @main.command()
-@_model
+@model_argument
 @click.option(
     "--trials", type=click.IntRange(1), default=64, show_default=True, help="Kernels to try in all."
 )
 @click.option(
     "--records", required=True, type=click.Path(path_type=Path), help="Directory for what is found."
 )
-@_recipe
-@_calibration
-@_preprocess
+@recipe_option
+@calibration_option
+@preprocess_option
 @click.option("--target", default="native", show_default=True, help="native, a name, or JSON.")
-@_shapes
-@_batch
-@_threads
-@click.option("--seconds", type=_Seconds(1), help="Stop searching after this long.")
+@shapes_option
+@batch_option
+@threads_option
+@click.option("--seconds", type=Seconds(1), help="Stop searching after this long.")
 def tune(
     model, trials, records, recipe, calibration, preprocess, target, inputs, batch, threads, seconds
 ):
     """Search for better kernel parameters for MODEL; `build --records` uses them."""
+    _check_model(model)
     from schedules.target import parse_target
 
-    _check_model(model)
     cpu = parse_target(target, threads)
+    _import_tvm_for(model)
     from compiler import tables, tuning
 
     found = tuning.tune(
@@ -452,6 +359,11 @@ def _check_model(path: Path) -> None:
         raise ModelError("no such file", where=str(path))
     if path.is_dir():
         raise ModelError("is a directory", where=str(path), wanted="a .onnx or .pt2 file")
+
+
+def _import_tvm_for(model: Path) -> None:
+    if model.suffix != ".pt2":
+        import_tvm()
 
 
 def _check_json(path: Path | None) -> None:

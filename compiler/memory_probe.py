@@ -25,6 +25,9 @@ def resident(key: str) -> int:
 def main() -> None:
     import numpy as np
 
+    from compiler.without_torch import import_tvm
+
+    import_tvm()
     from compiler.runtime import load
 
     path, variant, arrays, threads = sys.argv[1:]

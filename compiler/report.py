@@ -85,7 +85,7 @@ def bench(found: Measurement) -> list:
             ),
             str(latency.runs),
             _bytes(memory["peak"]) if memory else "",
-            _bytes(disk["total"]) if disk else "",
+            _disk(disk) if disk else "",
         )
     parts: list = [table, Text()]
     for name, ratio in found.ratios.items():
@@ -102,6 +102,12 @@ def bench(found: Measurement) -> list:
     if found.layers:
         parts += [Text(), layer_table(found.layers), *why_dense(found.layers)]
     return [*parts, Text(), *verify_lines(found.verify), *_hint_lines(hints(found.layers))]
+
+
+def _disk(disk: Mapping[str, int]) -> str:
+    """A variant's size, and what it would be if zeros were stored, where that is much more."""
+    total, whole = disk["total"], disk.get("with_zeros", 0)
+    return _bytes(total) + (f" ({_bytes(whole)} with zeros)" if whole > 1.1 * total else "")
 
 
 def profile(found: Profile) -> list:

@@ -48,3 +48,24 @@ def test_help_is_quick():
         times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert "build" in done.stdout
     assert min(times) < LIMIT_S, times
+
+
+def test_tvm_is_imported_without_torch_and_torch_works_after_it():
+    pytest.importorskip("torch")
+    script = """
+import sys
+from compiler.without_torch import import_tvm
+import_tvm()
+import_tvm()
+assert "tvm" in sys.modules and "torch" not in sys.modules
+import numpy, torch, tvm_ffi
+given = torch.arange(32, dtype=torch.float32)
+shared = tvm_ffi.from_dlpack(given)
+assert torch.from_dlpack(shared).data_ptr() == given.data_ptr()
+assert numpy.from_dlpack(shared).sum() == 496
+print("shared")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == "shared\n", done.stderr

@@ -74,7 +74,10 @@ def measurement():
         ratios={"compressed/dense": Ratio(0.5, 0.49, 0.51)},
         peers={"onnxruntime": "1.31.1"},
         memory={"dense": {"start": 90 << 20, "peak": 190 << 20}},
-        disk={"dense": {"total": 100 << 20}, "compressed": {"total": 12 << 20}},
+        disk={
+            "dense": {"total": 30 << 20, "with_zeros": 100 << 20},
+            "compressed": {"total": 12 << 20, "with_zeros": 13 << 20},
+        },
         environment={
             "cpu": {"model": "A CPU", "tier": "avx512", "governor": "unknown"},
             "cores": [1],
