@@ -23,6 +23,7 @@ from compiler.comparison import AMPLIFICATION, SLACK, UNIT, difference, magnitud
 from compiler.float_steps import moved
 from compiler.runtime import LoadedModel
 from schedules.fused import leaf_blocks
+from schedules.target import detect_host
 
 # Steps may differ by one where the value before rounding lies at a tie: a share of about 255 * 2^-23 per operation.
 _TIES = 1e-3
@@ -168,10 +169,8 @@ class _Definitions:
 
     def _run(self, name: str):
         if name not in self.compiled:
-            func = self.functions[name].with_attr("global_symbol", name)
-            self.compiled[name] = tvm.compile(
-                tvm.IRModule({name: func}), tvm.target.Target({"kind": "llvm"})
-            )[name]
+            mod = tvm.IRModule({name: self.functions[name].with_attr("global_symbol", name)})
+            self.compiled[name] = tvm.compile(mod, _target())[name]
         return self.compiled[name]
 
     @staticmethod
@@ -182,6 +181,15 @@ class _Definitions:
             return 0.0
         length = max((call.flops if call else 0) / (2 * max(wanted.size, 1)), 16.0)
         return SLACK * AMPLIFICATION.get(loops, 1.0) * magnitude(wanted) * UNIT * math.sqrt(length)
+
+
+def _target() -> tvm.target.Target:
+    """This CPU's. For one without AVX nothing is optimized: LLVM would have SSE round floats where they lie in memory,
+    which faults unless they lie on 16 bytes."""
+    host = detect_host()
+    if host.arch == "x86_64" and host.tier == "generic":
+        return tvm.target.Target({"kind": "llvm", "opt-level": 0})
+    return host.tvm()
 
 
 def _beyond(got: np.ndarray, wanted: np.ndarray, limit: float) -> np.ndarray:

@@ -178,7 +178,7 @@ def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | N
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, or within a
-    border), flattened."""
+    border), a matrix with unused columns, flattened."""
     found = []
     if tensor.ndim == 4 and len(shape) == 4:
         moved = tensor.transpose(_TO_FIRST)
@@ -190,6 +190,8 @@ def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
         if moved.shape[::2] == shape[::2] and moved.shape[3] == shape[3]:
             if moved.shape[1] >= shape[1]:
                 found.append(moved[:, : shape[1]])
+    elif len(shape) > 1 and tensor.shape[:-1] == shape[:-1] and tensor.shape[-1] > shape[-1]:
+        found.append(tensor[..., : shape[-1]])
     if tensor.size == math.prod(shape) and (tensor.shape == shape or not found):
         found.append(tensor.reshape(shape))
     return found

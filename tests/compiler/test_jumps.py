@@ -198,3 +198,10 @@ def test_tensors_are_found_by_what_they_hold(rng):
     for held in (wanted, last, padded, bordered, wanted.reshape(-1)):
         np.testing.assert_array_equal(closest([noise, held.copy()], wanted), wanted)
     assert closest([last.astype("int8")], wanted) is None
+
+
+def test_a_matrix_is_found_without_its_unused_columns(rng):
+    wanted = rng.integers(0, 255, (3, 18)).astype("uint8")
+    padded = np.pad(wanted, ((0, 0), (0, 2)))
+    np.testing.assert_array_equal(closest([padded], wanted), wanted)
+    assert closest([padded[:2]], wanted) is None and closest([padded[:, :16]], wanted) is None
