@@ -5,6 +5,7 @@
 
 A tile of `mr` pixels x `nv` vectors of output channels stays in registers while the sum runs (`register_tile`). Weights
 are packed `[panels][R][S][C/groups][nv * lanes]`, so that one panel is read in order. Here: which tile, in which order.
+With `planar` beside the point X is [N, C, H, W]: a network's image as it comes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from schedules.contraction_point import (
 from schedules.fused import Fused
 from schedules.register_tile import Contraction
 from schedules.target import CpuTarget
+from schedules.terms import FloatTerms, PlanarTerms
 from schedules.windows import Problem, tile_rows, vectors
 
 __all__ = ["Point", "Problem", "default_point", "packed_shape", "panels_per_group", "schedule"]
@@ -35,7 +37,8 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     )
     with fused.emit() as kernel:
         kernel.require_packed(packed_shape(problem, point))
-        Contraction(kernel, fused.shape, problem, point, target.threads).emit()
+        terms = PlanarTerms(kernel) if fused.point.get("planar") else FloatTerms(kernel)
+        Contraction(kernel, fused.shape, problem, point, target.threads, terms).emit()
     return kernel.func
 
 

@@ -4,7 +4,8 @@
     Y[n, oh, ow, c] = sum over r, s of X[n, oh*sh + r*dh - top, ow*sw + s*dw - left, c] * W[r, s, c]
 
 Every loaded vector of the input serves all the pixels and taps of the tile that want it (`ChannelTiles`, which pooling
-shares). There is no padded copy of the input, see `windows`.
+shares). There is no padded copy of the input, see `windows`. Of images beyond the second-level cache the rows below are
+fetched ahead.
 """
 
 from __future__ import annotations
@@ -12,13 +13,27 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
-from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, tile_rows, vectors
+from schedules.windows import (
+    Problem,
+    RowTiles,
+    kernel_rows,
+    loop,
+    prefetch,
+    span,
+    splat,
+    tile_rows,
+    vectors,
+)
+
+_NEAR = 0.4  # share of the second-level cache up to which an image is still there when it is read
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Point.from_dict(fused.point["point"]),
     )
     with fused.emit() as kernel:
-        _Depthwise(kernel, problem, point).emit(target.threads > 1)
+        _Depthwise(kernel, problem, point).emit(target)
     return kernel.func
 
 
@@ -70,6 +85,7 @@ class ChannelTiles:
         self.kernel, self.problem, self.point = kernel, problem, point
         self.x = kernel.inputs[0]
         self.row = RowTiles(problem, point.mr, problem.ow)
+        self.element_bytes = tvm.DataType(self.x.dtype).bits // 8
 
     def start(self) -> float:
         """What a register holds before the first value."""
@@ -87,9 +103,11 @@ class ChannelTiles:
         """The result from the register of the tile's pixel number `pixel`."""
         return held
 
-    def emit(self, parallel: bool) -> None:
+    def emit(self, target: CpuTarget) -> None:
         problem = self.problem
-        with loop(problem.n * problem.oh, parallel) as u:
+        size = problem.n * problem.h * problem.w * problem.c * self.element_bytes
+        self.is_far = size > _NEAR * target.l2_bytes
+        with loop(problem.n * problem.oh, target.threads > 1) as u:
             image, oh = (
                 (0, u)
                 if problem.n == 1
@@ -119,8 +137,12 @@ class ChannelTiles:
         for pixel in registers:
             for lanes, register in zip(widths, pixel):
                 T.buffer_store(register, splat(start, lanes), [span(0, lanes)])
+        if self.is_far:
+            self._prefetch_output(image, oh, base, channel, width)
         with T.serial(taps.first, taps.last) as r:
             ih = oh * problem.stride[0] + r * problem.dilation[0] - problem.padding[0]
+            if self.is_far:
+                self._prefetch_below(image, oh, r, base, channel, width)
             columns = sorted(self._columns(taps.edge).items())
             for order, (offset, users) in itertools.product(range(self.orders), columns):
                 iw = base * problem.stride[1] + offset
@@ -137,6 +159,26 @@ class ChannelTiles:
                 self.kernel.store(
                     value, [image, oh, base + p, span(channel + v * self.point.lanes, lanes)]
                 )
+
+    def _prefetch_output(self, image, oh, base, channel, width: int) -> None:
+        """Ask for the lines that the tile will write."""
+        output = self.kernel.output
+        line = _LINE_BYTES * 8 // tvm.DataType(output.dtype).bits
+        for p in range(self.point.mr):
+            for c in range(0, width, line):
+                prefetch(output[image, oh, base + p, channel + c])
+
+    def _prefetch_below(self, image, oh, r, base, channel, width: int) -> None:
+        """Ask for what the next row of tiles reads below the windows of this one: a part in each kernel row."""
+        problem, line = self.problem, _LINE_BYTES // self.element_bytes
+        (sh, sw), (top, left, _, _) = problem.stride, problem.padding
+        below = oh * sh + (problem.r - 1) * problem.dilation[0] + 1 - top
+        part = -(-self.point.mr * sw // problem.r)
+        for row in range(min(sh, problem.r)):
+            for i in range(part):
+                column = base * sw - left + r * part + i
+                for c in range(0, width, line):
+                    prefetch(self.x[image, below + row, column, channel + c])
 
     def _columns(self, edge: int | None) -> dict[int, list[tuple[int, int]]]:
         """Input column, relative to the tile's first pixel times the stride -> the (pixel, tap) pairs that read it."""

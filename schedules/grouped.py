@@ -44,7 +44,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     problem = Problem.from_dict(fused.point["problem"])
     with fused.emit() as kernel:
         kernel.require_packed((problem.r, problem.s, problem.group_inputs, problem.o))
-        _Grouped(kernel, problem, Point.from_dict(fused.point["point"])).emit(target.threads > 1)
+        _Grouped(kernel, problem, Point.from_dict(fused.point["point"])).emit(target)
     return kernel.func
 
 

@@ -45,7 +45,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
             tiles.zero_point = fused.point["zero_point"]
         else:
             tiles = _Average(kernel, problem, point, fused.point["counting"])
-        tiles.emit(target.threads > 1)
+        tiles.emit(target)
     return kernel.func
 
 

@@ -21,7 +21,17 @@ from schedules.contraction_point import (
 )
 from schedules.fused import Emission
 from schedules.terms import FloatTerms, QuadTerms
-from schedules.windows import Problem, RowTiles, kernel_rows, loop, span, splat, unravel, vectors
+from schedules.windows import (
+    Problem,
+    RowTiles,
+    kernel_rows,
+    loop,
+    prefetch,
+    span,
+    splat,
+    unravel,
+    vectors,
+)
 
 _LINE_BYTES = 64
 _LINE = _LINE_BYTES // 4  # elements in a cache line
@@ -209,7 +219,7 @@ class Contraction:
         if self.point.prefetch & PARTIAL and self.point.order == "chunks":
             for p in range(mr):
                 for v in range(len(sums)):
-                    _prefetch(self.partial[panel.index, pixels.tile + 1, p, v * lanes])
+                    prefetch(self.partial[panel.index, pixels.tile + 1, p, v * lanes])
         self._sum(banks, pixels, panel, chunk)
         rows: list[list[Cell]] = [[] for _ in range(mr)]
         for p in range(mr):
@@ -348,7 +358,7 @@ class Contraction:
                 for s in range(problem.s):
                     if valid := self.row.taps_inside(pixels.edge, s):
                         # Keeps LLVM from sharing pixels between unrolled taps, which would spill the sums.
-                        _prefetch(
+                        prefetch(
                             self.terms.pixel_byte(
                                 (
                                     pixels.image,
@@ -359,11 +369,26 @@ class Contraction:
                             )
                         )
                         tap(s, valid)
+            elif self.terms.planar:
+                self._planes(banks, pixels, panel, chunk, r, ih)
             elif dw == 1 and problem.groups == 1 and chunk.steps == problem.c:
                 self._whole_row(banks, pixels, panel, chunk, r, ih)
             else:
                 with T.serial(0, problem.s) as s:
                     tap(s, everyone)
+
+    def _planes(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk, r, ih) -> None:
+        """All taps of kernel row `r` of a planar image: for each pixel S values, channel by channel."""
+        (_, sw), (_, dw), left = self.problem.stride, self.problem.dilation, self.problem.padding[1]
+        with T.serial(0, self.problem.c) as c:
+
+            def x_index(p, s):
+                return (pixels.image, ih, (pixels.base + p) * sw + s * dw - left, c)
+
+            everyone = list(range(self.point.mr))
+            self._run(
+                banks, everyone, self.problem.s, panel, pixels, chunk, x_index, lambda s: (r, s, c)
+            )
 
     def _whole_row(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk, r, ih) -> None:
         """All taps of kernel row `r`: for each pixel, S * C values that lie one after the other."""
@@ -428,7 +453,7 @@ class Contraction:
         per_step = -(-self.panel_weights // self.tiles)
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
             offset = pixels.tile * share + k * per_step + line * _LINE
-            _prefetch(self.terms.weight_byte((*at, offset)))
+            prefetch(self.terms.weight_byte((*at, offset)))
 
     def _prefetch_pixels(self, panel: _Panel, pixels: _Pixels, steps: int, k) -> None:
         """This iteration's share of the next tile's pixels, which lie one after the other."""
@@ -437,7 +462,7 @@ class Contraction:
         for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
             offset = (panel.number * steps + k) * per_step + line * _LINE
             ahead = unravel(pixels.base + self.point.mr, self.x_lead)
-            _prefetch(self.terms.pixel_byte((*ahead, offset)))
+            prefetch(self.terms.pixel_byte((*ahead, offset)))
 
     @property
     def _touched(self) -> list:
@@ -458,7 +483,7 @@ class Contraction:
                 line = 8 * _LINE_BYTES // tvm.DataType(buffer.dtype).bits
                 for v in range(0, len(panel.widths), max(1, line // self.point.lanes)):
                     # A residual too with intent to write: close by, for its time comes with the output's.
-                    _prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)
+                    prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)
 
 
 def _total(banks: list, pixel: int, vector: int, width: int):
@@ -467,9 +492,3 @@ def _total(banks: list, pixel: int, vector: int, width: int):
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2])]
     return parts[0]
-
-
-def _prefetch(value, write: bool = False) -> None:
-    """Fetch the cache line of a buffer element into the second-level cache and up; past the end it does nothing."""
-    kind, near, data = T.int32(int(write)), T.int32(3 if write else 2), T.int32(1)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), kind, near, data))

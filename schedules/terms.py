@@ -24,6 +24,7 @@ class FloatTerms:
     dtype = "float32"
     starts = bias = None  # sums begin at zero
     branches = 1  # sums per output
+    planar = False  # x is [N, H, W, C]
 
     def __init__(self, kernel: Emission):
         self.x, self.w = kernel.inputs
@@ -55,6 +56,18 @@ class FloatTerms:
             kernel.store(cell.value, [*cell.lead, span(cell.channel, cell.lanes)])
 
 
+class PlanarTerms(FloatTerms):
+    """As FloatTerms, of an image x [N, C, H, W]; indices are those of [N, H, W, C] all the same."""
+
+    planar = True
+
+    def pixel(self, at: tuple):
+        image, row, column, channel = at
+        return self.x[image, channel, row, column]
+
+    pixel_byte = pixel
+
+
 class QuadTerms:
     """uint8 times int8, summed in int32: the last index of x and of the weights counts quads of bytes.
 
@@ -66,6 +79,7 @@ class QuadTerms:
 
     dtype = "int32"
     branches = 1
+    planar = False
 
     def __init__(self, kernel: Emission, target: CpuTarget, whole: bool):
         self.x, self.w, *rest = kernel.inputs

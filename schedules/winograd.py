@@ -34,6 +34,7 @@ from schedules.emission import (
 from schedules.fused import Fused, annotations, broadcast
 from schedules.preparation import Source
 from schedules.target import CpuTarget
+from schedules.windows import prefetch
 from schedules.winograd_matrices import matrices
 from schedules.winograd_points import (
     Point,
@@ -178,12 +179,6 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     with emitting(fused, stages(point)) as (kernel, _):
         Emitter(kernel, problem, point, target, *kernel.inputs).emit()
     return kernel.func
-
-
-def _prefetch(element) -> None:
-    """Ask for the line of a buffer's element, for reading, in the second-level cache."""
-    hints = (tirx.const(a, "int32") for a in (0, 2, 1))
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(element), *hints))
 
 
 @dataclass
@@ -356,7 +351,7 @@ class Emitter:
         each = -(-self.point.panel // (_LINE * steps))
         for line in range(each):
             # Past the end of axis 2 lies the next matrix.
-            _prefetch(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
+            prefetch(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
 
     def _multiply_plain(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
         """The products of `_multiply` from plain weights: acc holds a row of the matrices for some tiles, to which
@@ -401,7 +396,7 @@ class Emitter:
         lines = -(-9 * lanes // _LINE)
         for line in range(i * lines // self.size, (i + 1) * lines // self.size):
             # Past the end of axis 1 lies the next panel.
-            _prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE])
+            prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE])
         return [T.bind(value) for value in linear(self.g, half, lanes)]
 
     def _transform_output(

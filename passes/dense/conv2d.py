@@ -11,12 +11,14 @@ from tvm import relax, te
 
 from passes.dense import winograd
 from passes.family import Lowering
-from passes.layers import CONV2D, channels_last_attrs, const_array, shape_of
+from passes.layers import CONV2D, channels_last_attrs, const_array, is_call, shape_of
 from passes.lower import call_te
 from schedules import contraction, depthwise, grouped
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
+
+MOST_PLANES = 4  # channels up to which a convolution reads a planar image as it is
 
 
 def pack_weights(
@@ -47,9 +49,10 @@ def pad_image(x, problem):
     return te.compute((n, h + top + bottom, w + left + right, c), inside, name="pad")
 
 
-def define_conv2d(problem: contraction.Problem, point: contraction.Point):
-    """te function (x [N, H, W, C], packed w) -> [N, OH, OW, O]."""
-    notes = annotations("contraction", problem=problem.to_dict(), point=point.to_dict())
+def define_conv2d(problem: contraction.Problem, point: contraction.Point, planar: bool = False):
+    """te function (x [N, H, W, C], or [N, C, H, W] if `planar`, packed w) -> [N, OH, OW, O]."""
+    form = {"planar": True} if planar else {}
+    notes = annotations("contraction", problem=problem.to_dict(), point=point.to_dict(), **form)
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
     panels, outputs, inputs = (
         contraction.panels_per_group(problem, point),
@@ -57,7 +60,8 @@ def define_conv2d(problem: contraction.Problem, point: contraction.Point):
         problem.group_inputs,
     )
 
-    def conv2d(x, w):
+    def conv2d(given, w):
+        x = _channels_last(given) if planar else given
         padded = pad_image(x, problem)
         r = te.reduce_axis((0, problem.r), "r")
         s = te.reduce_axis((0, problem.s), "s")
@@ -76,6 +80,12 @@ def define_conv2d(problem: contraction.Problem, point: contraction.Point):
         )
 
     return conv2d
+
+
+def _channels_last(x):
+    """[N, C, H, W] -> [N, H, W, C]; kernels never run this block."""
+    n, c, h, w = x.shape
+    return te.compute((n, h, w, c), lambda b, i, j, k: x[b, k, i, j], name="channels_last")
 
 
 def define_depthwise(problem: contraction.Problem, point: depthwise.Point):
@@ -171,9 +181,23 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight, problem, point))
     groups = f"_g{problem.groups}" if problem.groups > 1 else ""
-    return call_te(
-        bb, define_conv2d(problem, point), call.args[0], packed, hint=f"conv{kind}_{size}{groups}"
-    )
+    planes = _planes_of(bb, call.args[0], problem)
+    x = call.args[0] if planes is None else planes
+    define = define_conv2d(problem, point, planar=planes is not None)
+    return call_te(bb, define, x, packed, hint=f"conv{kind}_{size}{groups}")
+
+
+def _planes_of(
+    bb: relax.BlockBuilder, x: relax.Expr, problem: contraction.Problem
+) -> relax.Expr | None:
+    """The image [N, C, H, W] that `x` is the channels-last form of, if it has few channels: read where it is, it is not
+    transposed first."""
+    few = problem.c <= MOST_PLANES and problem.groups == 1 and problem.r * problem.s > 1
+    made = bb.lookup_binding(x) if few and isinstance(x, relax.Var) else None
+    if made is None or not is_call(made, "relax.permute_dims"):
+        return None
+    axes = made.attrs.axes
+    return made.args[0] if axes and [int(a) for a in axes] == [0, 2, 3, 1] else None
 
 
 LOWERINGS: dict[str, Lowering] = {CONV2D: lower_conv2d}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -117,6 +119,54 @@ def test_narrower_instruction_sets(name, run, rng, host_tiers):
 @pytest.mark.parametrize("name", [*SEVERAL_TARGETS, "long sum"])
 def test_two_threads(name, run, rng):
     _check(run, CASES[name], rng, detect_host().with_threads(2))
+
+
+@pytest.mark.parametrize("name", ["depthwise 5x5 s2", "depthwise dilated", "groups of 4"])
+def test_images_beyond_the_cache(name, run, rng):
+    """Rows below are fetched ahead, past the image's end too."""
+    _check(run, CASES[name], rng, replace(detect_host(), l2_bytes=1024))
+
+
+# n, h, w, c, o, kernel, stride, padding, dilation
+PLANAR = {
+    "7x7 s2": (1, 30, 31, 3, 64, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)),
+    "3x3 s2": (2, 17, 19, 3, 20, (3, 3), (2, 2), (0, 0, 1, 1), (1, 1)),
+    "dilated": (1, 13, 13, 4, 33, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)),
+    "patches": (1, 32, 20, 3, 24, (4, 4), (4, 4), (0, 0, 0, 0), (1, 1)),
+    "one channel": (1, 28, 28, 1, 8, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)),
+}
+
+
+def _run_planar(run, case, rng, target, axes=(0, 2, 3, 1)):
+    x, weight, attrs = _layer((*case, 1), rng)
+    wanted = np.maximum(_exact(x, weight, attrs), 0)
+    planes = np.ascontiguousarray(x.transpose(np.argsort(axes)))
+
+    def build(bb, image):
+        last = bb.emit(relax.op.permute_dims(image, axes))
+        return relax.op.nn.relu(bb.emit(_conv(last, weight, attrs)))
+
+    got = run(build, [planes], LOWERINGS, target)
+    np.testing.assert_allclose(got.output, wanted, rtol=0, atol=2e-5)
+    return got
+
+
+@pytest.mark.parametrize("name", PLANAR)
+def test_an_image_in_planes_is_read_as_it_is(name, run, rng):
+    for target in (detect_host(), detect_host().with_threads(2)):
+        got = _run_planar(run, PLANAR[name], rng, target)
+        assert list(got.loops.values()) == ["contraction"]
+
+
+def test_what_is_no_image_in_planes_is_transposed(run, rng):
+    case = PLANAR["3x3 s2"]
+    for changed, axes in (
+        ((*case[:3], 5, *case[4:]), (0, 2, 3, 1)),  # more channels
+        ((*case[:5], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)), (0, 2, 3, 1)),  # all pixels flat
+        (case, (0, 3, 2, 1)),  # columns first
+    ):
+        got = _run_planar(run, changed, rng, detect_host(), axes)
+        assert sorted(got.loops.values()) == ["contraction", "generic"]
 
 
 def test_without_epilogue_and_with_odd_ones(run, rng):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tvm import relax
@@ -53,7 +55,8 @@ def _run_pool(run, x, op, case, target, **attrs):
 @pytest.mark.parametrize("case", CASES)
 def test_max(case, run, rng):
     x = rng.standard_normal(case[0]).astype(np.float32)
-    for target in (detect_host(), detect_host().with_threads(2)):
+    host = detect_host()
+    for target in (host, host.with_threads(2), replace(host, l2_bytes=1024)):
         got = _run_pool(run, x, relax.op.nn.max_pool2d, case, target)
         assert list(got.loops.values()) == ["pooling"]
         wanted = _pool(x, "max", case[1], case[2], case[3], got.output.shape, dilation=case[5])
