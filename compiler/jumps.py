@@ -188,12 +188,23 @@ def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
                 for top, left in np.ndindex(spare[0] + 1, spare[1] + 1):
                     found.append(moved[:, :, top : top + shape[2], left : left + shape[3]])
         if moved.shape[::2] == shape[::2] and moved.shape[3] == shape[3]:
-            if moved.shape[1] >= shape[1]:
-                found.append(moved[:, : shape[1]])
+            found += _without_spare_channels(moved, shape[1])
     elif len(shape) > 1 and tensor.shape[:-1] == shape[:-1] and tensor.shape[-1] > shape[-1]:
         found.append(tensor[..., : shape[-1]])
     if tensor.size == math.prod(shape) and (tensor.shape == shape or not found):
         found.append(tensor.reshape(shape))
+    return found
+
+
+def _without_spare_channels(image: np.ndarray, channels: int) -> list[np.ndarray]:
+    """The first `channels` of an image [N, C, H, W], or the first of each group of them, for any number of groups."""
+    n, have, h, w = image.shape
+    if have <= channels:
+        return [image] if have == channels else []
+    found = []
+    for groups in (g for g in range(1, channels + 1) if channels % g == 0 and have % g == 0):
+        each = image.reshape(n, groups, have // groups, h, w)[:, :, : channels // groups]
+        found.append(each.reshape(n, channels, h, w))
     return found
 
 

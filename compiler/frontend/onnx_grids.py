@@ -144,24 +144,65 @@ _CONCAT = (
     "QLinearConcat",
 )  # the result's scale first, then any number of operands
 _BIAS_AT = {"QLinearConv": 8, "QGemm": 6}
+# Operators that give int32 sums -> float operator; a Cast to float32 must be all that reads these.
+_SUMS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
 # Attributes of the integer operator that its float operator lacks.
 _DROPPED = ("channels_last", "opset")
 
 
-def take_apart(nodes: Sequence[onnx.NodeProto], constants: dict[str, np.ndarray]) -> list:
+def take_apart(
+    nodes: Sequence[onnx.NodeProto], constants: dict[str, np.ndarray], outputs: Sequence[str]
+) -> list:
     """The nodes with integer operators written as DequantizeLinear, float operator, QuantizeLinear.
 
-    New constants (scales of biases) go into `constants`. An operator that cannot be taken apart stays, and is reported
-    with all others that have no converter.
+    MatMulInteger and ConvInteger have no scale: their operands are dequantized with scale 1, and what is left of the Cast
+    of their sums to float32 is an Identity. New constants (scales) go into `constants`. An operator that cannot be taken
+    apart stays, and is reported with all others that have no converter.
     """
     found = []
+    floats = _sums_read_as_floats(nodes) - set(outputs)
     for node in nodes:
+        if node.op_type == "Cast" and node.input[0] in floats:
+            found.append(helper.make_node("Identity", [f"{node.input[0]}/float"], node.output))
+            continue
+        if node.op_type in _SUMS and node.output[0] in floats:
+            found += _sum_apart(node, constants)
+            continue
         domain = "" if node.domain == "ai.onnx" else node.domain
         rule = _INTEGER_OPERATORS.get((domain, node.op_type))
         if (domain, node.op_type) == _CONCAT:
             rule = ("Concat", tuple(range(2, len(node.input), 3)), 0)
         found += [node] if rule is None else _apart(node, *rule, constants)
     return found
+
+
+def _sums_read_as_floats(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    """Results of operators that give int32 sums, where nothing but casts to float32 reads them."""
+    sums = {node.output[0] for node in nodes if node.op_type in _SUMS and node.domain == ""}
+    cast: set[str] = set()
+    for node in nodes:
+        to = next((a.i for a in node.attribute if a.name == "to"), 0)
+        is_cast = node.op_type == "Cast" and to == onnx.TensorProto.FLOAT
+        (cast.update if is_cast else sums.difference_update)(node.input)
+    return sums & cast
+
+
+def _sum_apart(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> list:
+    at = node.output[0]
+    inputs, made = [], []
+    for position, axis in ((0, 0), (1, 0 if node.op_type == "ConvInteger" else -1)):
+        zero_point = node.input[position + 2] if len(node.input) > position + 2 else ""
+        size = constants[zero_point].size if zero_point in constants else 1
+        scale, name = f"{at}/{position}_scale", f"{at}/{position}_dequantized"
+        constants[scale] = np.ones(size if size > 1 else (), "float32")
+        extra = {"axis": axis} if size > 1 else {}
+        parts = [node.input[position], scale, *([zero_point] if zero_point else [])]
+        made.append(helper.make_node(DEQUANTIZE, parts, [name], **extra))
+        inputs.append(name)
+    kept = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    operator = _SUMS[node.op_type]
+    made.append(helper.make_node(operator, inputs, [f"{at}/float"], name=node.name, **kept))
+    return made
 
 
 def _apart(node, operator: str, operands: Sequence[int], result: int, constants: dict) -> list:

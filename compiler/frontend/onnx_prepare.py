@@ -46,12 +46,13 @@ def prepare(
         model = onnx.inliner.inline_local_functions(model)
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     inputs = _inputs(model, constants, where, shapes, batch)
+    outputs = [o.name for o in model.graph.output]
     graph = OnnxGraph(
         where,
         list(model.opset_import),
-        take_apart(model.graph.node, constants),
+        take_apart(model.graph.node, constants, outputs),
         inputs,
-        [o.name for o in model.graph.output],
+        outputs,
         constants,
     )
     graph.names = {name: layer_name(name) for name in constants if not is_anonymous(name)}

@@ -49,8 +49,15 @@ def _quantize(c: Converter, x: relax.Expr, *_parameters_of) -> relax.Expr:
     return quantization.quantize(c, x, scale, zero_point, dtype)
 
 
-def _dequantize(c: Converter, x: relax.Expr, *_parameters_of) -> relax.Expr:
+def _dequantize(c: Converter, x: relax.Expr, *parameters: relax.Expr) -> relax.Expr:
+    computed = len(c.node.input) > 2 and c.node.input[2] not in c.graph.constants
+    if computed and np.array_equal(c.array(1), np.float32(1)):
+        return quantization.steps(c, x, parameters[1])
     return quantization.dequantize(c, x, *_parameters(c, x))
 
 
-CONVERTERS: dict[str, Callable] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+CONVERTERS: dict[str, Callable] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    "DynamicQuantizeLinear": quantization.quantize_dynamic,
+}

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm.relax import op
 
 from compiler.frontend.support import Refused, constant, dtype_of
-from passes.layers import attrs_of, operator_call
+from passes.layers import attrs_of, operator_call, shape_of
 from passes.quantized import operators
 
 BYTES = ("int8", "uint8")
@@ -75,6 +75,39 @@ def dequantize(
     made = operators.dequantize(x, scale=float(scale), zero_point=int(zero_point) + shift)
     # The bytes are part of the model: they are stored, so that what was rounded can be looked at.
     return operator_call(operators.DEQUANTIZE, list(made.args), **attrs_of(made), stored=1)
+
+
+def quantize_dynamic(c: Converting, x: relax.Expr) -> tuple[relax.Expr, relax.Expr, relax.Expr]:
+    """uint8 of x, with the scale (float32) and zero point (uint8) that hold exactly the values of x, and zero.
+
+    As ONNX's DynamicQuantizeLinear defines it; a tensor of zeros has the scale 1, as in ONNX Runtime.
+    """
+
+    def over_all(reduce) -> relax.Expr:
+        rank = len(shape_of(x))
+        rows = c.emit(reduce(x, list(range(rank - 1)))) if rank > 1 else x
+        return c.emit(reduce(rows))
+
+    zero, steps = constant(np.float32(0)), constant(np.float32(255))
+    low = c.emit(op.minimum(over_all(op.min), zero))
+    high = c.emit(op.maximum(over_all(op.max), zero))
+    scale = c.emit(op.divide(c.emit(op.subtract(high, low)), steps))
+    empty = c.emit(op.equal(scale, zero))
+    scale = c.emit(op.where(empty, constant(np.float32(1)), scale))
+    zero_point = c.emit(op.subtract(zero, c.emit(op.divide(low, scale))))
+    zero_point = c.emit(op.round(c.emit(op.clip(zero_point, 0.0, 255.0))))
+    made = c.emit(operators.quantize_dynamic(x, scale, zero_point))
+    return made, scale, op.astype(zero_point, "uint8")
+
+
+def steps(c: Converting, x: relax.Expr, zero_point: relax.Expr) -> relax.Expr:
+    """x - zero_point in float32, of uint8 operands that are computed at run time; the zero point has no axes. Raises
+    Refused for others."""
+    if dtype_of(x) != "uint8" or shape_of(zero_point) != ():
+        raise Refused(
+            "a zero point that is computed at run time, but not one for a tensor of uint8"
+        )
+    return operators.steps(x, c.emit(op.astype(zero_point, "float32")))
 
 
 def _signed(c: Converting, unsigned: relax.Expr) -> relax.Expr:

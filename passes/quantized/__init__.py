@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from passes.family import Family
 from passes.quantized.lowering import LOWERINGS
+from passes.quantized.lowering_elementwise import lower_quantize_dynamic, lower_steps
 from passes.quantized.operators import (
     DEQUANTIZE,
     DEQUANTIZE_ADD,
@@ -12,6 +13,8 @@ from passes.quantized.operators import (
     INT8_CONV2D,
     INT8_DENSE,
     QUANTIZE,
+    QUANTIZE_DYNAMIC,
+    STEPS,
     register,
 )
 from passes.quantized.parameters import PARAMETERS
@@ -22,6 +25,8 @@ from passes.quantized.reference import (
     int8_conv2d,
     int8_dense,
     quantize,
+    quantize_dynamic,
+    steps,
 )
 from passes.quantized.samples import samples
 from passes.quantized.take_imported import describe_imported
@@ -31,7 +36,7 @@ from passes.sparse.prune import check
 FAMILY = Family(
     name="int8",
     register=register,
-    lowerings=LOWERINGS,
+    lowerings={**LOWERINGS, QUANTIZE_DYNAMIC: lower_quantize_dynamic, STEPS: lower_steps},
     references={
         INT8_CONV2D: int8_conv2d,
         INT8_DENSE: int8_dense,
@@ -39,12 +44,14 @@ FAMILY = Family(
         QUANTIZE: quantize,
         DEQUANTIZE: dequantize,
         DEQUANTIZE_ADD: dequantize_add,
+        QUANTIZE_DYNAMIC: quantize_dynamic,
+        STEPS: steps,
     },
     parameters=PARAMETERS,
     prune=prune,
     check=check,
     rewrite=rewrite,
     found_in=describe_imported,
-    jumps=(QUANTIZE,),
+    jumps=(QUANTIZE, QUANTIZE_DYNAMIC),
     samples=samples,
 )

@@ -75,6 +75,36 @@ def lower_dequantize(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarge
     )
 
 
+def lower_quantize_dynamic(
+    bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
+) -> relax.Expr:
+    shape = shape_of(call)
+
+    def quantize(x, scale, zero_point):
+        def value(*i):
+            steps = x(*i) / scale()
+            steps = tirx.Select(tirx.isnan(steps), _float(0), steps)
+            highest = _float(255) - zero_point()
+            steps = tirx.Select(steps > highest, highest, steps)
+            whole = tirx.call_llvm_pure_intrin("int32", "llvm.lrint", steps)
+            return tirx.max(whole + zero_point().astype("int32"), 0).astype("uint8")
+
+        return te.compute(shape, value, name="quantize_dynamic")
+
+    return bb.call_te(quantize, *call.args, primfunc_name_hint="quantize_dynamic")
+
+
+def lower_steps(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
+    """In a kernel of its own: the bytes are part of the model, and verification looks at them."""
+
+    def steps(x, zero_point):
+        value = lambda *i: x(*i).astype("float32") - zero_point()  # noqa: E731
+        return te.compute(shape_of(call), value, name="steps")
+
+    opaque = {"op_pattern": _OPAQUE}
+    return bb.call_te(steps, *call.args, primfunc_name_hint="steps", primfunc_attrs=opaque)
+
+
 def lower_dequantize_add(
     bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
 ) -> relax.Expr:

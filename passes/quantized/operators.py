@@ -7,6 +7,9 @@
 `kerf.int8_average_pool(x)`     uint8 image -> float32: the mean of (x - zero_point) over each window
 `kerf.quantize(x)`              float32 -> uint8: round(x / scale) + zero_point, saturated; ties to even, NaN -> zero_point
 `kerf.dequantize(x)`            uint8 -> float32: (x - zero_point) * scale
+`kerf.quantize_dynamic(x, s, z)` float32, scale and zero point computed at run time, float32 scalars -> uint8:
+                                round(x / s) + z, saturated; ties to even, NaN -> z
+`kerf.steps(x, z)`              uint8, float32 scalar -> float32: x - z, exact; x lies in memory
 `kerf.dequantize_add(y, x)`     float32, uint8 of one shape -> float32: y + (x - zero_point) * scale, rounded once
 
 Both layer operators take an attribute `grain` ("in:4", "block:4x4", "block:8x4"): their kernel then skips what is zero of
@@ -42,6 +45,8 @@ INT8_DENSE = "kerf.int8_dense"
 INT8_AVERAGE_POOL = "kerf.int8_average_pool"
 QUANTIZE = "kerf.quantize"
 DEQUANTIZE = "kerf.dequantize"
+QUANTIZE_DYNAMIC = "kerf.quantize_dynamic"
+STEPS = "kerf.steps"
 DEQUANTIZE_ADD = "kerf.dequantize_add"
 
 GRAINS = ("in:4", "block:4x4", "block:8x4")
@@ -75,6 +80,8 @@ def register() -> None:
     register_operator(INT8_AVERAGE_POOL, _infer_average_pool)
     register_operator(QUANTIZE, _typed("uint8"), elementwise=True)
     register_operator(DEQUANTIZE, _typed("float32"), elementwise=True)
+    register_operator(QUANTIZE_DYNAMIC, _typed("uint8"), elementwise=True)
+    register_operator(STEPS, _typed("float32"), elementwise=True)
     register_operator(DEQUANTIZE_ADD, _typed("float32"), elementwise=True)
 
 
@@ -158,6 +165,16 @@ def quantize(
 def dequantize(x, *, scale: float, zero_point: int) -> relax.Call:
     """`kerf.dequantize`."""
     return _call(DEQUANTIZE, [x], scale=float(scale), zero_point=int(zero_point))
+
+
+def quantize_dynamic(x, scale, zero_point) -> relax.Call:
+    """`kerf.quantize_dynamic`."""
+    return _call(QUANTIZE_DYNAMIC, [x, scale, zero_point])
+
+
+def steps(x, zero_point) -> relax.Call:
+    """`kerf.steps`."""
+    return _call(STEPS, [x, zero_point])
 
 
 def dequantize_add(y, x, *, scale: float, zero_point: int) -> relax.Call:

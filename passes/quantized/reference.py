@@ -55,6 +55,17 @@ def dequantize(attrs: dict, x: np.ndarray) -> np.ndarray:
     )
 
 
+def quantize_dynamic(_attrs: dict, x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray):
+    """As `quantize`, by division."""
+    steps = np.nan_to_num(x / scale, nan=0, posinf=512, neginf=-512)
+    steps = np.clip(steps, -zero_point, 255 - zero_point)
+    return (np.rint(steps) + zero_point).astype(np.uint8)
+
+
+def steps(_attrs: dict, x: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
+    return x.astype(zero_point.dtype) - zero_point
+
+
 def dequantize_add(attrs: dict, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """y + (x - zero_point) * scale, rounded once for float32."""
     steps = (x.astype(np.int32) - attrs["zero_point"]).astype(y.dtype)

@@ -23,6 +23,7 @@ from passes.channel_flow import Uses, layer_counts
 from passes.family import Layer, Rewritten
 from passes.layers import attrs_of, is_call, operator_call, shape_of
 from passes.quantized import operators
+from passes.quantized.imported_weights import imported_weight
 from passes.quantized.plan_bytes import (
     BytesPlan,
     is_carrier,
@@ -33,12 +34,11 @@ from passes.quantized.plan_bytes import (
 )
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
 from passes.quantized.ranges import Affine
-from passes.quantized.weights import overflows
+from passes.quantized.take_dynamic import TakeDynamic
 from passes.rewriting import Graph, bindings_of, constant, rewrite_function, rewrite_module
 from passes.treat_layers import decide
-from passes.treatment import Decision, Treatment
+from passes.treatment import Treatment
 
-_LOWEST, _HIGHEST = -128, 127
 # Operators on one tensor that mean the same on bytes and on floats.
 CARRIERS = (
     "relax.nn.max_pool2d",
@@ -51,13 +51,17 @@ CARRIERS = (
 
 def is_quantized(mod: tvm.IRModule) -> bool:
     """Whether the model itself says how activations are rounded to bytes."""
-    return any(is_call(b.value, operators.DEQUANTIZE) for b in bindings_of(mod["main"]))
+    marks = (operators.DEQUANTIZE, operators.STEPS)
+    return any(is_call(b.value, mark) for b in bindings_of(mod["main"]) for mark in marks)
 
 
 def take_imported(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> Rewritten:
     """The layers of `treatments` on bytes with the model's own scales; the others decline, for a reason of the model's."""
     from passes.treat_layers import layers_of
 
+    all_layers = {layer.name: layer for layer in layers_of(mod) if layer.name in treatments}
+    dynamic = TakeDynamic(treatments)
+    mod = dynamic(mod)
     lifted = rewrite_module(mod, lambda func: rewrite_function(func, (lift_dequantize,)))
     marked = _mark(lifted, frozenset(), frozenset())
     unheld: set[str] = set()
@@ -81,8 +85,9 @@ def take_imported(mod: tvm.IRModule, treatments: Mapping[str, Treatment]) -> Rew
         plan = _ImportedPlan(plan.uses, plan.layers, held)
         treated = QuantizeLayers(plan, bytes_of, weights)(marked.mod)
         treated = rewrite_module(treated, lambda func: rewrite_function(func, (drop_requantize,)))
+    reasons |= dynamic.reasons
     decisions = [
-        _decision(layer, treatments[name], reasons.get(name)) for name, layer in layers.items()
+        decide(layer, treatments[name], reasons.get(name)) for name, layer in all_layers.items()
     ]
     return Rewritten(treated, decisions, reference=treated)
 
@@ -217,26 +222,6 @@ def _eligible(
     return weights, reasons
 
 
-def imported_weight(layer: Layer) -> QuantizedWeight:
-    """The integers that the model stores. Raises ValueError, to be shown as a reason, where they are not int8."""
-    weight, scale = layer.weight, layer.attrs.get("weight_scale")
-    if scale is None:
-        raise ValueError("the model does not store its weight in 8 bits, per tensor or per output")
-    scale = np.broadcast_to(np.asarray(scale, "float32"), len(weight)).copy()
-    rows = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    steps = np.rint(weight.astype("float64") / rows)
-    if not np.array_equal((steps.astype("float32") * rows).astype("float32"), weight):
-        raise ValueError("its weight was changed after the model was quantized")
-    if steps.min() < _LOWEST or steps.max() > _HIGHEST:
-        found = f"{steps.min():.0f} to {steps.max():.0f}"
-        raise ValueError(
-            f"its weight less its zero point goes from {found}, which int8 does not hold"
-        )
-    if overflows(weight.shape):
-        raise ValueError(f"sums of {int(np.prod(weight.shape[1:]))} products may not fit 32 bits")
-    return QuantizedWeight(steps.astype("int8"), scale)
-
-
 def _held(plan: BytesPlan, affine: Mapping[relax.Var, Affine]) -> dict[relax.Var, relax.Var]:
     """What of the plan the model has in bytes, by groups of one scale."""
     held: dict[relax.Var, relax.Var] = {}
@@ -302,10 +287,6 @@ def drop_requantize(value: relax.Expr, graph: Graph) -> relax.Expr | None:
     return floats.args[0] if floats is not None and _of(floats) == _of(value) else None
 
 
-def _decision(layer: Layer, treatment: Treatment, declined: str | None) -> Decision:
-    return decide(layer, treatment, declined)
-
-
 def describe_imported(mod: tvm.IRModule) -> dict[str, dict]:
     """By layer, how a quantized model stores its weight and its input; for `inspect`."""
     found: dict[str, dict] = {}
@@ -318,6 +299,8 @@ def describe_imported(mod: tvm.IRModule) -> dict[str, dict]:
         read = uses.definitions.get(value.args[0])
         stored = "int8 per channel" if len(scales) > 1 else "int8 per tensor"
         rounded = "uint8" if is_call(read, operators.DEQUANTIZE) else "float32"
+        if is_call(read, operators.STEPS):
+            rounded = "uint8 with a scale found at run time"
         found[attrs_of(value)["name"]] = {"imported": f"weight {stored}, input {rounded}"}
     return found
 

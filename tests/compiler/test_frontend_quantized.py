@@ -164,6 +164,60 @@ def test_inspect_shows_what_is_stored(rng, tmp_path):
     assert found["c1"] == {"imported": "weight int8 per channel, input uint8"}
 
 
+DYNAMIC = {
+    "s8_per_tensor": {"weight_type": Type.QInt8},
+    "s8_per_channel": {"weight_type": Type.QInt8, "per_channel": True},
+    "u8_weights": {"weight_type": Type.QUInt8},
+}
+
+
+def quantize_dynamic(rng, path, **options) -> onnx.ModelProto:
+    """The model as ONNX Runtime's dynamic quantization writes it: DynamicQuantizeLinear, ConvInteger, MatMulInteger."""
+    onnx.save(float_model(rng), path / "float.onnx")
+    with redirect_stderr(io.StringIO()):
+        quantization.quantize_dynamic(path / "float.onnx", path / "int8.onnx", **options)
+    return onnx.load(path / "int8.onnx")
+
+
+@pytest.mark.parametrize("written", DYNAMIC)
+def test_scales_found_at_run_time(rng, tmp_path, written):
+    """What ONNX Runtime computes, in floats and on bytes: the same integers, and one rounding of floats."""
+    model = quantize_dynamic(rng, tmp_path, **DYNAMIC[written])
+    assert {"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"} <= {
+        n.op_type for n in model.graph.node
+    }
+    imported = import_model(model)
+    mod = canonicalize(imported.mod)
+    taken = take_imported(mod, {name: Treatment("int8") for name in LAYERS})
+    declined = {d.layer: d.declined for d in taken.decisions if d.declined}
+    assert {d.layer for d in taken.decisions} == LAYERS
+    assert set(declined) <= (LAYERS if written == "u8_weights" else set())
+    assert all("int8 does not hold" in why for why in declined.values())
+    computed = [b.value.op.name for b in bindings_of(taken.treated["main"])]
+    assert sum(n in ("kerf.int8_conv2d", "kerf.int8_dense") for n in computed) == len(
+        LAYERS - set(declined)
+    )
+    for x in [*images(rng, 4), np.zeros((1, 3, 8, 7), "float32")]:
+        wanted = imported.reference([x])[0]
+        for graph in (mod, taken.treated):
+            np.testing.assert_allclose(run(graph, x), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_sums_that_are_read_as_integers_are_refused():
+    nodes = [
+        helper.make_node("MatMulInteger", ["x", "w"], ["y"], name="product"),
+        helper.make_node("Cast", ["y"], ["z"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.UINT8, [2, 4])],
+        [helper.make_tensor_value_info(n, t, [2, 3]) for n, t in (("y", TensorProto.INT32), ("z", TensorProto.FLOAT))],
+        initializer=[numpy_helper.from_array(np.ones((4, 3), "int8"), "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    with pytest.raises(KerfError, match=r"MatMulInteger \(product\)"):
+        import_model(model)
+
+
 def linear(scale, zero_point, x=(1, 4, 5), axis=None, extra=None):
     """y = DequantizeLinear(QuantizeLinear(x))"""
     attributes = {} if axis is None else {"axis": axis}
@@ -287,6 +341,56 @@ def test_a_weight_as_nncf_stores_it(rng):
     # A float bias becomes a whole number of what one step of the sum is worth.
     half_a_step = tensors["s"] * tensors["w_scale"] / 2
     assert np.all(np.abs(run(taken.treated, x) - wanted) <= half_a_step + 1e-4)
+
+
+def test_builds_with_scales_found_at_run_time(rng, tmp_path):
+    """Its kernels, on bytes whose zero point comes with them: images with borders, channels that are no multiple of 4."""
+    from compiler.driver import build
+
+    model = quantize_dynamic(rng, tmp_path, **DYNAMIC["s8_per_channel"])
+    artifact = build(model, recipe="int8", choose="asked")
+    assert {row["treatment"] for row in artifact.layers} == {"int8"}
+    steps = artifact.manifest["verify"]["kernels"]["compressed"]["steps"]
+    assert steps["tensors"] == 6 * artifact.manifest["verify"]["runs"] and steps["wrong"] == 0
+
+
+def token_model(rng) -> onnx.ModelProto:
+    """ids [1, 9] -> [1, 9, 12]: a table of embeddings, a layer norm, two dense layers with GELU between and a residual."""
+
+    def constant(name, *shape):
+        return numpy_helper.from_array(rng.standard_normal(shape).astype("float32") / 4, name)
+
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["n"]),
+        helper.make_node("MatMul", ["n", "up"], ["h"], name="up"),
+        helper.make_node("Gelu", ["h"], ["g"]),
+        helper.make_node("MatMul", ["g", "down"], ["d"], name="down"),
+        helper.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    stored = [("table", 40, 12), ("gamma", 12), ("beta", 12), ("up", 12, 50), ("down", 50, 12)]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, 9])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 9, 12])], [constant(*c) for c in stored],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_tokens_with_scales_found_at_run_time(rng, tmp_path):
+    """Inputs are integers, so that nothing nearby shows what rounding does but the rounded values themselves."""
+    from compiler.driver import build
+    from compiler.runtime import load
+
+    onnx.save(token_model(rng), tmp_path / "float.onnx")
+    with redirect_stderr(io.StringIO()):
+        quantization.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    path = tmp_path / "int8.onnx"
+    assert "MatMulInteger" in {n.op_type for n in onnx.load(path).graph.node}
+    artifact = build(path, tmp_path / "out", recipe="int8", choose="asked")
+    assert {row["treatment"] for row in artifact.layers} == {"int8"}
+    ids = rng.integers(0, 40, (1, 9))
+    wanted = import_model(path).reference([ids])[0]  # by ONNX Runtime
+    np.testing.assert_allclose(load(artifact.path)(ids), wanted, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.slow
