@@ -101,14 +101,16 @@ class ReferenceRun:
 @dataclass(frozen=True)
 class VariantInfo:
     """A variant as the manifest describes it; `constants` are keys of the weights file in the
-    tuple's order, `constant_bytes` their sizes and `index` whether each says where values are."""
+    tuple's order, `constant_bytes` their sizes in memory, `stored_bytes` in the file, and
+    `index_bytes` those of the latter that say where values are."""
 
     name: str
     library: str
     constants: tuple[str, ...]
     constant_names: tuple[str, ...]
     constant_bytes: tuple[int, ...]
-    index: tuple[bool, ...]
+    stored_bytes: tuple[int, ...]
+    index_bytes: tuple[int, ...]
     kernels: tuple[KernelCall, ...]
     bytes: Mapping[str, int]
 
@@ -261,7 +263,7 @@ def parse_manifest(path: Path, manifest: Mapping) -> Artifact:
                 constants=tuple(map(str, v["constants"])),
                 constant_names=tuple(map(str, v["constant_names"])),
                 constant_bytes=tuple(map(int, v["constant_bytes"])),
-                index=tuple(map(bool, v["index"])),
+                **_stored_bytes(v),
                 kernels=tuple(KernelCall(**k) for k in v["kernels"]),
                 bytes=dict(v["bytes"]),
             )
@@ -285,6 +287,14 @@ def parse_manifest(path: Path, manifest: Mapping) -> Artifact:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path / MANIFEST, f"is malformed ({type(error).__name__}: {error})") from None
+
+
+def _stored_bytes(variant: Mapping) -> dict[str, tuple[int, ...]]:
+    if "index" in variant:  # of the first format, where every constant is stored as it is
+        sizes = tuple(map(int, variant["constant_bytes"]))
+        places = tuple(size if index else 0 for size, index in zip(sizes, variant["index"]))
+        return {"stored_bytes": sizes, "index_bytes": places}
+    return {key: tuple(map(int, variant[key])) for key in ("stored_bytes", "index_bytes")}
 
 
 def _library_name(name: str) -> str:

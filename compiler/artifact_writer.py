@@ -67,6 +67,7 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError("the directory is not writable", where=str(parent))
+    _check_space(path, _CODE_BYTES)  # how much the weights will take is not known yet
     return path
 
 
@@ -273,24 +274,26 @@ def _describe(
     stored: Mapping[str, Stored],
     work: Path,
 ) -> dict:
-    distinct = set(keys)
-    weights = sum(stored[key].nbytes for key in distinct)
-    whole = {key for key, is_index in zip(keys, variant.index) if is_index}
-    index = sum(stored[k].nbytes if k in whole else stored[k].mask_bytes for k in distinct)
-    code = (work / library).stat().st_size
+    sizes = {key: stored[key].nbytes for key in keys}
+    places = {
+        key: sizes[key] if is_index else stored[key].mask_bytes
+        for key, is_index in zip(keys, variant.index)
+    }
+    code, weights = (work / library).stat().st_size, sum(sizes.values())
     return {
         "library": library,
         "constants": keys,
         "constant_names": list(variant.constant_names),
         "constant_bytes": [a.nbytes for a in variant.constants],
-        "index": list(variant.index),
+        "stored_bytes": [sizes[key] for key in keys],
+        "index_bytes": [places[key] for key in keys],
         "kernels": [asdict(k) for k in variant.kernels],
         "bytes": {
             "library": code,
             "weights": weights,
-            "index": index,
+            "index": sum(places.values()),
             "total": code + weights,
-            "with_zeros": code + sum(stored[key].bytes_with_zeros for key in distinct),
+            "with_zeros": code + sum(stored[key].bytes_with_zeros for key in sizes),
         },
     }
 

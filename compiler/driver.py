@@ -23,7 +23,7 @@ from compiler.linker import require_linker
 from compiler.recipe import Recipe, load_recipe, resolve, validate
 from compiler.thread_pool import check_threads
 from passes.treatment import Decision, Treatment
-from schedules.errors import UserError
+from schedules.errors import ModelError, UserError
 from schedules.target import CpuTarget, detect_host, parse_target
 
 if TYPE_CHECKING:
@@ -255,11 +255,21 @@ def hold_accuracy(
 
 
 def prepare(mod: tvm.IRModule, options: BuildOptions) -> tuple[tvm.IRModule, dict[str, Treatment]]:
-    """The canonical graph of an imported module, and what the recipe asks of each of its layers."""
+    """The canonical graph of an imported module, and what the recipe asks of each of its layers. Raises ModelError for
+    weights that are not finite: whatever is made of them, no comparison shows that it is right."""
+    import numpy as np
+
     from compiler import pipeline
     from passes.treat_layers import layers_of
 
     original = pipeline.canonicalize(mod)
+    for layer in layers_of(original):
+        if bad := layer.weight.size - int(np.isfinite(layer.weight).sum()):
+            raise ModelError(
+                "its weight holds infinity or NaN",
+                where=f"layer {layer.name}",
+                found=f"{bad} of {layer.weight.size} values",
+            )
     if options.recipe.winograd == "never":
         original = pipeline.forbid_winograd(original)
     return original, resolve(options.recipe, [layer.name for layer in layers_of(original)])

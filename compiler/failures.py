@@ -63,6 +63,8 @@ class Interrupts:
 
     def _interrupt(self, *_) -> None:
         self.seen = True
+        # Objects that were being made complain when they are taken down: the process ends now.
+        sys.unraisablehook = lambda _unraisable: None
         raise KeyboardInterrupt
 
 

@@ -41,13 +41,14 @@ def layer_rows(artifact: Artifact, times: Times | None = None) -> list[dict]:
 
 
 def layer_bytes(variant: VariantInfo) -> dict[str, dict[str, int]]:
-    """Layer -> bytes of its packed constants, and of those that are indices; shared ones under
-    "shared"."""
+    """Layer -> bytes of its constants on disk, and of those that say where values are; shared ones
+    under "shared"."""
     sizes: dict[str, dict[str, int]] = {}
-    for name, size, index in zip(variant.constant_names, variant.constant_bytes, variant.index):
+    stored = zip(variant.constant_names, variant.stored_bytes, variant.index_bytes)
+    for name, size, index in stored:
         entry = sizes.setdefault(name.rpartition("/")[0], {"bytes": 0, "index": 0})
         entry["bytes"] += size
-        entry["index"] += size if index else 0
+        entry["index"] += index
     return sizes
 
 

@@ -114,15 +114,15 @@ def tune(
 
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
-    # Only now, so that a model that cannot be imported leaves no empty directory.
-    store = Records.open(records, create=True)
-    notes = [note] if (note := store.ignored_for(target)) else []
-    for note in notes:
-        say(note)
     options = BuildOptions(load_recipe(recipe), target, target.threads)
     options = with_calibration(options, imported, calibration, preprocess, say)
     original, treatments = prepare(imported.mod, options)
     treated = treat_layers(original, treatments, options.context).treated
+    # Only now, so that a model that cannot be imported or treated leaves no empty directory.
+    store = Records.open(records, create=True)
+    notes = [note] if (note := store.ignored_for(target)) else []
+    for note in notes:
+        say(note)
     say("finding the distinct kernels")
     tasks = find_tasks(pipeline.lay_out(treated), target.with_records(None))
     prepare_thread_pool()

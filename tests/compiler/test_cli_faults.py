@@ -121,6 +121,14 @@ def test_a_nan_among_the_weights(fails, tmp_path):
     assert "weight w holds NaN; found 1 of 32" in fails(2, "build", "nan.onnx", "-o", "out")
 
 
+def test_an_infinite_weight(fails, tmp_path):
+    weight = np.ones((8, 4), "float32")
+    weight[3, 2] = np.inf
+    save_onnx(tmp_path / "inf.onnx", weight)
+    said = fails(2, "build", "inf.onnx", "-o", "out")
+    assert "its weight holds infinity or NaN; found 1 of 32 values" in said
+
+
 def test_unsupported_operators_are_all_listed(fails, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = save_onnx(tmp_path / "odd.onnx", np.ones((8, 4), "float32"))
@@ -199,6 +207,14 @@ def test_tuning_a_model_that_cannot_be_read_leaves_no_directory(tmp_path, monkey
     assert not (tmp_path / "r").exists()
 
 
+def test_tuning_what_cannot_be_treated_leaves_no_directory(tmp_path, small_onnx, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["tune", str(small_onnx), "--records", "r", "--recipe", "int8"]
+    result = CliRunner().invoke(main, line)
+    assert result.exit_code == 2 and "int8 needs samples" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_no_command_shows_the_help():
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 0 and result.stdout.startswith("Usage: ")
@@ -244,6 +260,11 @@ def test_an_unwritable_output(fails, small_onnx, tmp_path):
 
 def test_a_full_disk_while_the_json_is_written(fails):
     assert "No space left on device" in fails(2, "hardware", "--no-measure", "--json", "/dev/full")
+
+
+def test_a_full_disk_is_seen_before_the_work(fails, small_onnx, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(9, 9, 0))
+    assert "not enough space; found 0 MiB free" in fails(2, "build", small_onnx, "-o", "out")
 
 
 def test_a_full_disk_while_the_artifact_is_written(tmp_path_factory, tmp_path):

@@ -183,9 +183,17 @@ def test_an_artifact_of_the_first_format_is_read(tiny, write_tiny, tmp_path):
     def older(manifest):
         manifest["format_version"] = 1
         del manifest["stored"]
+        variant = manifest["variants"]["dense"]
+        del variant["stored_bytes"], variant["index_bytes"]
+        variant["index"] = [False, True]
 
     rewrite_manifest(written.path, older)
     read = open_artifact(written.path)
-    found = read_constants(read, [read.variant("dense")], np.copy)
-    for key, constant in zip(read.variant("dense").constants, tiny.variants[0].constants):
+    info = read.variant("dense")
+    assert info.stored_bytes == info.constant_bytes and info.index_bytes == (
+        0,
+        info.stored_bytes[1],
+    )
+    found = read_constants(read, [info], np.copy)
+    for key, constant in zip(info.constants, tiny.variants[0].constants):
         _same_bits(found[key], constant)
