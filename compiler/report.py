@@ -34,18 +34,14 @@ def build(artifact: Artifact) -> list:
         ("library", "right"),
         ("weights", "right"),
         ("of it index", "right"),
+        ("in memory", "right"),
         ("layers compressed", "right"),
     )
     for name, info in artifact.variants.items():
         count = sum(r["treatment"] != "dense" for r in rows) if name != "dense" else 0
-        b = info.bytes
-        sizes.add_row(
-            name,
-            _bytes(b["library"]),
-            _bytes(b["weights"]),
-            _bytes(b["index"]),
-            f"{count} of {len(rows)}",
-        )
+        in_memory = sum(dict(zip(info.constants, info.constant_bytes)).values())
+        sized = (*(info.bytes[key] for key in ("library", "weights", "index")), in_memory)
+        sizes.add_row(name, *map(_bytes, sized), f"{count} of {len(rows)}")
     parts += [Text(), sizes, Text(), *verify_lines(artifact.manifest.get("verify") or {})]
     parts += accuracy_lines(artifact.manifest.get("accuracy"))
     notes = artifact.manifest.get("source", {}).get("notes") or []
