@@ -93,8 +93,21 @@ class TensorError:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The network behind one step of its compression, the next not yet taken: as `Accuracy`, for what is computed then."""
+
+    name: str
+    top1: float | None
+    agreement: float | None
+    cosine: float
+    sqnr_db: float
+    drop: float
+
+
+@dataclass(frozen=True)
 class Accuracy:
-    """See the module's docstring. `tensors` are the worst first; `kept_float` the layers that a limit made float32."""
+    """See the module's docstring. `tensors` are the worst first; `kept_float` the layers that a limit made float32;
+    `stages` what came before where layers are pruned and then quantized."""
 
     rows: int
     agreement: float | None
@@ -106,6 +119,7 @@ class Accuracy:
     max_drop: float | None = None
     kept_float: tuple[str, ...] = ()
     tensors: tuple[TensorError, ...] = ()
+    stages: tuple[Stage, ...] = ()
     data: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict:
@@ -184,6 +198,16 @@ def measure_accuracy(dense, compressed, evaluation: Evaluation) -> Accuracy:
     return Accuracy(
         rows, agreement, *top1, signal.cosine, signal.sqnr_db, drop, data=evaluation.description
     )
+
+
+def measure_pruned(dense, pruned: tvm.IRModule, observe: Observe, evaluation: Evaluation) -> Stage:
+    """The pruned network in float32, the graph that was then quantized, against the dense variant."""
+    result = pruned["main"].body.body
+    name = getattr(result, "fields", [result])[0].name
+    outputs = (values[name] for values in observe(pruned, [name]))
+    found = measure_accuracy(dense, lambda *_: next(outputs), evaluation)
+    of = (found.compressed_top1, found.agreement, found.cosine, found.sqnr_db, found.drop)
+    return Stage("pruned", *of)
 
 
 def _first(result) -> np.ndarray:

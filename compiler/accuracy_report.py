@@ -32,6 +32,7 @@ def accuracy_lines(document: Mapping | None) -> list[Text]:
         else "the same as before compression"
     )
     lines.append(f"outputs: {noise}")
+    lines += [_stage_line(stage, document) for stage in document.get("stages", ())]
     if (limit := document.get("max_drop")) is not None:
         kept = document["kept_float"]
         lines.append(
@@ -42,3 +43,19 @@ def accuracy_lines(document: Mapping | None) -> list[Text]:
         where = ", ".join(each["layers"]) or each["tensor"]
         lines.append(f"noisiest: {each['sqnr_db']:.1f} dB, cosine {each['cosine']:.5f} at {where}")
     return [Text(line) for line in lines]
+
+
+def _stage_line(stage: Mapping, document: Mapping) -> str:
+    """What was lost by then, and what the steps behind it, down to the compressed variant, lose."""
+    return (
+        f"{stage['name']}, in float32: {_score(stage['top1'], stage)}, {stage['drop']:.2f} points lost; "
+        f"then quantized: {_score(document['compressed_top1'], document)}, {document['drop']:.2f} points lost"
+    )
+
+
+def _score(top1: float | None, measured: Mapping) -> str:
+    if top1 is not None:
+        return f"top-1 {top1:.2%}"
+    if measured["agreement"] is not None:
+        return f"{measured['agreement']:.2%} as the dense variant"
+    return f"cosine {measured['cosine']:.6f}"

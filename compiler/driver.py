@@ -251,6 +251,11 @@ def hold_accuracy(
         observe = Observer(options.evaluation.inputs, options.target)
         errors = accuracy.tensor_errors(graphs.floats, graphs.reference, observe)
         found = replace(found, tensors=errors)
+        if any(d.pruned for d in made[2]):
+            stage = accuracy.measure_pruned(
+                model(dense), graphs.floats, observe, options.evaluation
+            )
+            found = replace(found, stages=(stage,))
     return made, found
 
 

@@ -14,6 +14,7 @@ from compiler.accuracy import (
     hold,
     load_evaluation,
     measure_accuracy,
+    measure_pruned,
 )
 from compiler.accuracy_report import accuracy_lines
 from compiler.calibration import load_calibration
@@ -134,3 +135,25 @@ def test_the_report_says_what_was_lost_and_where():
     assert "lost 0.20 points of at most 0.3" in text and "stem" in text
     assert text.index("14.0 dB") < text.index("40.0 dB") and "conv1" in text
     assert accuracy_lines(None) == []
+
+
+def test_what_pruning_alone_costs_is_measured(data):
+    """The pruned graph's outputs come from observing it, one per sample, in the order of the samples."""
+    from dataclasses import replace
+    from types import SimpleNamespace as Has
+
+    evaluation = load_evaluation(data, SPECS)
+    swapped = [sample[0][:, [1, 0, 2, 3]] for sample, _ in evaluation.samples()]
+    pruned = {"main": Has(body=Has(body=Has(name="y")))}
+
+    def observe(mod, names):
+        assert mod is pruned and names == ["y"]
+        return ({"y": y} for y in swapped)
+
+    stage = measure_pruned(lambda x: x, pruned, observe, evaluation)
+    wrong = np.concatenate([y.argmax(axis=1) for y in swapped]) != np.load(data)["labels"]
+    assert wrong.any() and stage.top1 == 1 - wrong.mean() and stage.drop == 100 * wrong.mean()
+    found = replace(accuracy(25.0), dense_top1=1.0, compressed_top1=0.75, stages=(stage,))
+    text = "\n".join(line.plain for line in accuracy_lines(found.to_json()))
+    assert f"pruned, in float32: top-1 {stage.top1:.2%}" in text
+    assert "then quantized: top-1 75.00%, 25.00 points lost" in text
