@@ -91,6 +91,7 @@ def verify_build(
         for v in variants
     }
     references, steps = evaluate_references(inputs, imported, by_name, models)
+    _require_finite([run.outputs for run in references])
     found = verify(
         models,
         references,
@@ -262,12 +263,24 @@ def _verify_on(
     found = {name: [list(model.run(inputs).values())] for name, model in models.items()}
     arrays = [np.asarray(inputs[spec.name]) for spec in artifact.inputs]
     original = [as_arrays(original_model(artifact).reference(arrays))]
+    _require_finite(original)
     checks = {}
     for name, outputs in found.items():
         if name == "dense" or _computes_the_original(artifact, name, lengths):
             terms = 4 * rounding_terms(lengths, kernels[name])
             checks[name] = check_kernels(outputs, original, original, terms, kernels[name])
     return Verification(1, checks, {name: compare(o, original) for name, o in found.items()})
+
+
+def _require_finite(runs: Sequence[Sequence[np.ndarray]]) -> None:
+    """Raise UserError where the original model gives nothing but NaN and infinity: equal to that proves nothing."""
+    floats = [a for outputs in runs for a in outputs if a.dtype.kind == "f" and a.size]
+    if floats and not any(np.isfinite(a).any() for a in floats):
+        raise UserError(
+            "nothing finite comes out, so that there is nothing to compare",
+            where="the original model",
+            todo="Look for infinite weights, or give inputs that the model is made for",
+        )
 
 
 def _computes_the_original(artifact: Artifact, name: str, lengths: Mapping[str, int]) -> bool:

@@ -335,6 +335,8 @@ def test_inputs_of_the_users_are_judged_by_the_original(proven, tiny, monkeypatc
         verify_artifact(proven, x)
     with pytest.raises(UserError, match="unknown input 'y'"):
         verify_artifact(proven, {"y": x["x"]})
+    with pytest.raises(UserError, match="nothing finite comes out"):
+        verify_artifact(proven, {"x": x["x"] * np.nan})
 
 
 def test_an_artifact_without_answers_says_so(tiny_artifact):
