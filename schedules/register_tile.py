@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -21,6 +19,7 @@ from schedules.contraction_point import (
 )
 from schedules.fused import Emission
 from schedules.terms import FloatTerms, QuadTerms
+from schedules.tile_fetch import Chunk, FetchesAhead, Panel, Pixels
 from schedules.windows import (
     Problem,
     RowTiles,
@@ -33,47 +32,8 @@ from schedules.windows import (
     vectors,
 )
 
-_LINE_BYTES = 64
-_LINE = _LINE_BYTES // 4  # elements in a cache line
 
-
-@dataclass(frozen=True)
-class _Panel:
-    """A panel being computed: its number in the packed weights and in its group, first channels, its vectors."""
-
-    index: object
-    number: object
-    first_input: object
-    first_output: object
-    widths: tuple
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """A tile's place: its running number, image and output row (None if flat), first pixel, `edge` as in RowTiles.
-
-    `fresh` is the first pixel that no tile before has computed.
-    """
-
-    tile: object
-    image: object
-    oh: object
-    base: object
-    edge: int | None
-    fresh: object
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Input channels [start, start + steps) of the group. `first` is a condition, or a bool where it is known."""
-
-    start: object
-    steps: int
-    first: object
-    last: bool
-
-
-class Contraction:
+class Contraction(FetchesAhead):
     """One kernel being emitted. `shape` is the output's: [N, OH, OW, O] or, flat, any [..., O]. The problem counts its
     inputs in the elements of `terms`."""
 
@@ -118,7 +78,7 @@ class Contraction:
             )
             return
         block = min(point.block, units)
-        everything = _Chunk(0, problem.group_inputs, True, True)
+        everything = Chunk(0, problem.group_inputs, True, True)
         with loop(-(-units // block), self.parallel) as b:
             if block == 1:
                 self._over_panels(lambda panel: self._unit(b, panel, everything), False)
@@ -128,7 +88,7 @@ class Contraction:
                 lambda panel: self._over_units(b * block, stop, panel, everything), False
             )
 
-    def _over_chunks(self, body: Callable[[_Chunk], None]) -> None:
+    def _over_chunks(self, body: Callable[[Chunk], None]) -> None:
         """All but the last chunk in one loop; the last one writes the result."""
         inputs, chunk = self.problem.group_inputs, self.chunk
         count = -(-inputs // chunk)
@@ -140,14 +100,14 @@ class Contraction:
                 (panels, self.tiles, self.point.mr, self.panel_weights), self.terms.dtype
             )
             if count == 2:
-                body(_Chunk(0, chunk, True, False))
+                body(Chunk(0, chunk, True, False))
             else:
                 with T.serial(0, count - 1) as j:
-                    body(_Chunk(j * chunk, chunk, j == 0, False))
+                    body(Chunk(j * chunk, chunk, j == 0, False))
         start = (count - 1) * chunk
-        body(_Chunk(start, inputs - start, count == 1, True))
+        body(Chunk(start, inputs - start, count == 1, True))
 
-    def _over_panels(self, body: Callable[[_Panel], None], parallel: bool) -> None:
+    def _over_panels(self, body: Callable[[Panel], None], parallel: bool) -> None:
         problem, point = self.problem, self.point
         count = panels_per_group(problem, point)
         full = problem.group_outputs // point.panel
@@ -158,7 +118,7 @@ class Contraction:
             def panel(q, widths):
                 first = g * problem.group_inputs
                 body(
-                    _Panel(
+                    Panel(
                         g * count + q, q, first, g * problem.group_outputs + q * point.panel, widths
                     )
                 )
@@ -177,17 +137,17 @@ class Contraction:
             with loop(problem.groups, parallel) as g:
                 group(g)
 
-    def _over_units(self, start, stop, panel: _Panel, chunk: _Chunk) -> None:
+    def _over_units(self, start, stop, panel: Panel, chunk: Chunk) -> None:
         # From 0: TVM 0.27 compiles a loop whose lower bound is computed from the variable of another loop that does not
         # start at 0 (here: kernel rows from output rows) wrongly.
         with T.serial(0, stop - start) as i:
             self._unit(start + i, panel, chunk)
 
-    def _unit(self, u, panel: _Panel, chunk: _Chunk) -> None:
+    def _unit(self, u, panel: Panel, chunk: Chunk) -> None:
         """One flat tile, or one row of an image in tiles."""
         problem = self.problem
         if problem.flat:
-            at = _Pixels(u, None, None, self.row.base(u), None, u * self.point.mr)
+            at = Pixels(u, None, None, self.row.base(u), None, u * self.point.mr)
             self._tile(at, panel, chunk)
             return
         image, oh = (
@@ -197,7 +157,7 @@ class Contraction:
         )
         self.row.each(
             lambda t, base, edge: self._tile(
-                _Pixels(u * self.row.count + t, image, oh, base, edge, t * self.point.mr),
+                Pixels(u * self.row.count + t, image, oh, base, edge, t * self.point.mr),
                 panel,
                 chunk,
             )
@@ -205,7 +165,7 @@ class Contraction:
 
     # ---- one tile
 
-    def _tile(self, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+    def _tile(self, pixels: Pixels, panel: Panel, chunk: Chunk) -> None:
         mr, lanes = self.point.mr, self.point.lanes
         # Scratch on the stack, which LLVM keeps in registers, has to be small arrays of scope "global".
         sums = self._sums(panel)
@@ -214,8 +174,9 @@ class Contraction:
             for _ in range(self.point.sums)
         ]
         self._start(banks, pixels, panel, chunk)
-        if self.point.prefetch & OUTPUT and chunk.last:
-            self._prefetch_output(pixels, panel)
+        if self.point.prefetch & OUTPUT and chunk.last and not self._spreads_output(chunk):
+            for p in range(mr):
+                self._prefetch_output(pixels, panel, p)
         if self.point.prefetch & PARTIAL and self.point.order == "chunks":
             for p in range(mr):
                 for v in range(len(sums)):
@@ -239,7 +200,7 @@ class Contraction:
         if chunk.last:
             self._store(pixels, rows)
 
-    def _store(self, pixels: _Pixels, rows: list[list[Cell]]) -> None:
+    def _store(self, pixels: Pixels, rows: list[list[Cell]]) -> None:
         """Store a tile's outputs; over a residual each only once, for there the second epilogue would read the first's."""
         repeated = self.repeated if self.kernel.in_place else 0
         if repeated:
@@ -252,18 +213,18 @@ class Contraction:
                     self.terms.store(self.kernel, rows[:repeated])
         self.terms.store(self.kernel, rows[repeated:])
 
-    def _sums(self, panel: _Panel) -> list[int]:
+    def _sums(self, panel: Panel) -> list[int]:
         """Lanes of the vectors of sums that a tile keeps of each pixel: the branches of an output next to one another."""
         return [width for width, _ in panel.widths for _ in range(self.terms.branches)]
 
     def _register(self, width: int):
         return T.alloc_buffer((width,), self.terms.dtype)
 
-    def _slot(self, panel: _Panel, pixels: _Pixels) -> tuple:
+    def _slot(self, panel: Panel, pixels: Pixels) -> tuple:
         """Where a tile's partial sums are kept between chunks."""
         return (panel.index if self.point.order == "chunks" else 0, pixels.tile)
 
-    def _start(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+    def _start(self, banks: list, pixels: Pixels, panel: Panel, chunk: Chunk) -> None:
         """Zero the sums, or load what the chunks before have left in the first bank."""
 
         slot = self._slot(panel, pixels)
@@ -291,14 +252,14 @@ class Contraction:
             with T.Else():
                 fill(True)
 
-    def _bias(self, panel: _Panel, v: int, width: int):
+    def _bias(self, panel: Panel, v: int, width: int):
         """What vector v of the panel's sums starts with at every pixel."""
         if self.terms.bias is None:
             return splat(tirx.const(0, self.terms.dtype), width)
         lead = [0] * (len(self.terms.bias.shape) - 1)
         return self.terms.bias[(*lead, span(panel.first_output + v * self.point.lanes, width))]
 
-    def _add_starts(self, bank: list, pixels: _Pixels, panel: _Panel) -> None:
+    def _add_starts(self, bank: list, pixels: Pixels, panel: Panel) -> None:
         """Add to every sum what the taps inside the image start it with."""
         starts, lanes = self.terms.starts, self.point.lanes
 
@@ -325,7 +286,7 @@ class Contraction:
             for p in range(self.point.mr):
                 T.buffer_store(bank[p][v], total[span(0, width)], [span(0, width)])
 
-    def _sum(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk) -> None:
+    def _sum(self, banks: list, pixels: Pixels, panel: Panel, chunk: Chunk) -> None:
         """Add the terms of `chunk`, kernel rows inside the image only."""
         problem, everyone = self.problem, list(range(self.point.mr))
         first = panel.first_input + chunk.start
@@ -377,7 +338,7 @@ class Contraction:
                 with T.serial(0, problem.s) as s:
                     tap(s, everyone)
 
-    def _planes(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk, r, ih) -> None:
+    def _planes(self, banks: list, pixels: Pixels, panel: Panel, chunk: Chunk, r, ih) -> None:
         """All taps of kernel row `r` of a planar image: for each pixel S values, channel by channel."""
         (_, sw), (_, dw), left = self.problem.stride, self.problem.dilation, self.problem.padding[1]
         with T.serial(0, self.problem.c) as c:
@@ -390,7 +351,7 @@ class Contraction:
                 banks, everyone, self.problem.s, panel, pixels, chunk, x_index, lambda s: (r, s, c)
             )
 
-    def _whole_row(self, banks: list, pixels: _Pixels, panel: _Panel, chunk: _Chunk, r, ih) -> None:
+    def _whole_row(self, banks: list, pixels: Pixels, panel: Panel, chunk: Chunk, r, ih) -> None:
         """All taps of kernel row `r`: for each pixel, S * C values that lie one after the other."""
         c, sw, left = self.problem.c, self.problem.stride[1], self.problem.padding[1]
 
@@ -408,9 +369,9 @@ class Contraction:
         banks: list,
         valid: list[int],
         steps: int,
-        panel: _Panel,
-        pixels: _Pixels,
-        chunk: _Chunk,
+        panel: Panel,
+        pixels: Pixels,
+        chunk: Chunk,
         x_index,
         w_index,
     ) -> None:
@@ -428,62 +389,27 @@ class Contraction:
                     )
 
         unroll = min(point.unroll, steps)
-        with T.serial(0, steps // unroll) as i:
+
+        def iteration(i) -> None:
             if point.prefetch & WEIGHTS_OR_PIXELS and point.order != "blocks":
                 self._prefetch_weights(panel, pixels, chunk, steps, i * unroll, w_index)
             elif point.prefetch & WEIGHTS_OR_PIXELS and self.problem.flat:
                 self._prefetch_pixels(panel, pixels, steps, i * unroll)
             for j in range(unroll):
                 term(i * unroll + j, banks[j % point.sums])
+
+        count, done = steps // unroll, 0
+        if self._spreads_output(chunk):
+            each = count // (2 * point.mr)
+            done = each * point.mr
+            with T.serial(0, point.mr) as p:
+                self._prefetch_output(pixels, panel, p)
+                with T.serial(0, each) as i:
+                    iteration(p * each + i)
+        with T.serial(0, count - done) as i:
+            iteration(done + i)
         for j in range(steps % unroll):
             term(steps - steps % unroll + j, banks[j % point.sums])
-
-    # ---- fetching ahead
-
-    def _prefetch_weights(
-        self, panel: _Panel, pixels: _Pixels, chunk: _Chunk, steps: int, k, w_index
-    ) -> None:
-        """This iteration's share of the weights needed next, for the same tap: each tile asks for a part of them."""
-        if chunk.last or self.point.order == "chunks":
-            first = -chunk.start if self.point.order == "panels" else 0
-            at = (panel.index + 1, *w_index(first))
-        else:
-            at = (panel.index, *w_index(steps))
-        share = -(-steps * self.panel_weights // self.tiles)
-        per_step = -(-self.panel_weights // self.tiles)
-        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            offset = pixels.tile * share + k * per_step + line * _LINE
-            prefetch(self.terms.weight_byte((*at, offset)))
-
-    def _prefetch_pixels(self, panel: _Panel, pixels: _Pixels, steps: int, k) -> None:
-        """This iteration's share of the next tile's pixels, which lie one after the other."""
-        panels = panels_per_group(self.problem, self.point)
-        per_step = -(-self.point.mr * self.problem.c // (panels * steps))
-        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            offset = (panel.number * steps + k) * per_step + line * _LINE
-            ahead = unravel(pixels.base + self.point.mr, self.x_lead)
-            prefetch(self.terms.pixel_byte((*ahead, offset)))
-
-    @property
-    def _touched(self) -> list:
-        """The buffers of the output's shape that a tile reads or writes when its sums are done."""
-        output = [] if self.kernel.in_place else [self.kernel.output]
-        return [*output, *self.kernel.residuals]
-
-    def _prefetch_output(self, pixels: _Pixels, panel: _Panel) -> None:
-        """The lines that this tile will write, and those that its epilogue will read there, so that they are there when
-        it is done."""
-        for p in range(self.point.mr):
-            at = (
-                unravel(pixels.base + p, self.shape[:-1])
-                if self.problem.flat
-                else [pixels.image, pixels.oh, pixels.base + p]
-            )
-            for buffer in self._touched:
-                line = 8 * _LINE_BYTES // tvm.DataType(buffer.dtype).bits
-                for v in range(0, len(panel.widths), max(1, line // self.point.lanes)):
-                    # A residual too with intent to write: close by, for its time comes with the output's.
-                    prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)
 
 
 def _total(banks: list, pixel: int, vector: int, width: int):
