@@ -260,11 +260,15 @@ def _write_reference(path: Path, references: Sequence[ReferenceRun]) -> None:
 
 
 def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None:
-    """Write the variant's library: linked, or as an archive of objects for another architecture."""
-    if linker is None:
-        variant.executable.export_library(str(path))
-    else:
-        variant.executable.export_library(str(path), fcompile=linker)
+    """Write the variant's library: linked, or as an archive of objects for another architecture.
+
+    Objects lie beside it meanwhile: LLVM ends the process on a full disk, and only this one's room is known.
+    """
+    objects = path.with_name(f".{path.name}.objects")
+    objects.mkdir()
+    how = {} if linker is None else {"fcompile": linker}
+    variant.executable.export_library(str(path), workspace_dir=str(objects), **how)
+    shutil.rmtree(objects)
 
 
 def _describe(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -85,6 +86,18 @@ def test_sizes_per_variant_count_the_index(tiny, write_tiny, tmp_path):
     assert sizes["index"] == 20 and written.variant("dense").bytes["index"] == 0
     assert sizes["weights"] == 20 + sum(c.nbytes for c in dense.constants)
     assert sizes["total"] == sizes["weights"] + (written.path / "compressed.so").stat().st_size
+
+
+def test_nothing_is_written_elsewhere(write_tiny, tmp_path, monkeypatch):
+    """LLVM ends the process where a disk is full, and only the output's room is checked."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    written = write_tiny(tmp_path / "out")
+    assert {p.name for p in written.path.iterdir()} == {
+        *written.manifest["files"],
+        MANIFEST,
+        MANIFEST_SUM,
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_dense_build_has_one_variant_that_both_names_give(tiny, write_tiny, tmp_path):
