@@ -205,3 +205,14 @@ def test_a_matrix_is_found_without_its_unused_columns(rng):
     padded = np.pad(wanted, ((0, 0), (0, 2)))
     np.testing.assert_array_equal(closest([padded], wanted), wanted)
     assert closest([padded[:2]], wanted) is None and closest([padded[:, :16]], wanted) is None
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_an_image_is_found_without_the_spare_channels_of_its_groups(rng, groups):
+    wanted = rng.integers(0, 256, (1, 6, 4, 3)).astype("uint8")
+    each = wanted.reshape(1, groups, 6 // groups, 4, 3)
+    spare = [(0, 0), (0, 0), (0, -(6 // groups) % 4), (0, 0), (0, 0)]
+    padded = np.pad(each, spare).reshape(1, -1, 4, 3).transpose(0, 2, 3, 1)
+    noise = rng.integers(0, 256, padded.shape).astype("uint8")
+    np.testing.assert_array_equal(closest([noise, padded], wanted), wanted)
+    assert closest([padded[..., :5]], wanted) is None
