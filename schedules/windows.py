@@ -102,12 +102,12 @@ def loop(extent: int, parallel: bool = False):
     return T.parallel(0, extent) if parallel else T.serial(0, extent)
 
 
-def prefetch(element, write: bool = False) -> None:
-    """Ask for the cache line of a buffer's element, in the second-level cache or, to write it, the first.
+def prefetch(element, write: bool = False, near: bool = False) -> None:
+    """Ask for the cache line of a buffer's element, in the second-level cache or, to write it or if `near`, the first.
 
     The address may lie outside the buffer: then it does nothing.
     """
-    hints = (T.int32(int(write)), T.int32(3 if write else 2), T.int32(1))
+    hints = (T.int32(int(write)), T.int32(3 if write or near else 2), T.int32(1))
     T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(element), *hints))
 
 

@@ -396,7 +396,7 @@ class Emitter:
         lines = -(-9 * lanes // _LINE)
         for line in range(i * lines // self.size, (i + 1) * lines // self.size):
             # Past the end of axis 1 lies the next panel.
-            prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE])
+            prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE], near=True)
         return [T.bind(value) for value in linear(self.g, half, lanes)]
 
     def _transform_output(
