@@ -195,8 +195,8 @@ def _read_manifest(path: Path) -> dict:
         raise ArtifactError(
             "was changed since it was built",
             where=str(file),
-            found=f"sha256 {found[:12]}...",
-            wanted=f"{wanted[:12]}...",
+            found=f"sha256 beginning {found[:12]}",
+            wanted=wanted[:12],
             todo=_REBUILD,
         )
     try:
@@ -248,8 +248,8 @@ def _check_file(path: Path, name: str, entry: object) -> None:
         raise ArtifactError(
             "was changed since it was built",
             where=str(file),
-            found=f"sha256 {found[:12]}...",
-            wanted=f"{wanted[:12]}...",
+            found=f"sha256 beginning {found[:12]}",
+            wanted=wanted[:12],
             todo=_REBUILD,
         )
 
