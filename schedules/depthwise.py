@@ -32,7 +32,7 @@ from schedules.windows import (
     vectors,
 )
 
-_NEAR = 0.4  # share of the second-level cache up to which an image is still there when it is read
+_NEAR = 0.8  # share of the second-level cache up to which an image is still there when it is read
 _LINE_BYTES = 64
 
 
