@@ -50,3 +50,33 @@ def test_whole_build(network, tmp_path):
         wanted = network(x).numpy()
     found = compiler.load(tmp_path / "q")(x.numpy())
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_transposed_neurons(tmp_path):
+    """The phases of transposed convolutions form neurons in one kernel each, interleaved behind it."""
+    from torch import nn
+
+    from compiler.nn.quadratic import QuadraticConvTranspose2d
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        QuadraticConvTranspose2d(5, 7, 4, 2, 1), nn.ReLU(),
+        QuadraticConvTranspose2d(7, 3, 3, 2, 1, output_padding=1, kind="t4"),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    x = torch.randn(1, 5, 6, 5)
+    recipe = Recipe("quadratic", (Rule("*", "quadratic"),))
+    artifact = compiler.compile_model(
+        model, (x,), recipe=recipe, output=tmp_path / "t", choose="asked"
+    )
+    assert {row["name"]: row["found"]["quadratic"] for row in artifact.layers} == {
+        "0.r": "rgb", "0.g": "rgb", "0.b": "rgb", "2.r": "rg", "2.g": "rg",
+    }  # fmt: skip
+    loops = [k["loops"] for k in artifact.manifest["variants"]["compressed"]["kernels"]]
+    assert "contraction" not in loops and "winograd" not in loops
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    found = compiler.load(tmp_path / "t")(x.numpy())
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
