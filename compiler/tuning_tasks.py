@@ -8,6 +8,7 @@ serves tuning as it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from schedules.tuning import Search
 
 UNTRIED = 0.15  # gain to expect of a task never searched
 _ROUNDING = ("winograd",)  # loop structures whose results are not exact on whole numbers
+# What activations are drawn from, by type: whole numbers, bytes, words of signs.
+_DRAWN = {"float32": (-3, 4), "uint8": (0, 8), "uint32": (0, 2**32)}
 
 
 @dataclass
@@ -82,12 +85,10 @@ def find_tasks(mod: tvm.IRModule, target: CpuTarget) -> list[Task]:
             calls.setdefault(_signature(call), []).append(call)
     tasks: dict[tuple, Task] = {}
     for same in calls.values():
-        found = _task_of(same[0], len(same), target)
-        if found is None:
-            continue
-        known = tasks.setdefault((found.loops, found.problem), found)
-        if known is not found:
-            known.calls += found.calls
+        for found in _tasks_of(same[0], len(same), target):
+            known = tasks.setdefault((found.loops, found.problem), found)
+            if known is not found:
+                known.calls += found.calls
     return list(tasks.values())
 
 
@@ -119,50 +120,58 @@ class _Asking:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """A `PointSource` that gives one point for everything."""
+    """A `PointSource` that gives one point, for one problem."""
 
+    loops: str
+    problem: Mapping
     point: object
 
-    def lookup(self, target, loops, problem) -> dict:
-        return self.point.to_dict()
+    def lookup(self, target, loops, problem) -> dict | None:
+        return self.point.to_dict() if (loops, problem) == (self.loops, self.problem) else None
 
 
-def _task_of(call: relax.Call, calls: int, target: CpuTarget) -> Task | None:
-    """None if the lowering of this call chooses no parameters, or there is nothing to choose."""
+def _tasks_of(call: relax.Call, calls: int, target: CpuTarget) -> Iterator[Task]:
+    """One for each kernel of this call whose lowering chooses parameters, and has a choice."""
     alone = isolate(call)
     if alone is None:
-        return None
+        return
     asking = _Asking()
     graph = pipeline.fuse_graph(alone, target.with_records(asking))
-    if len(asking.asked) != 1:
-        return None
-    loops, fields = asking.asked[0]
-    structure = structure_of(loops)
-    problem = structure.Problem.from_dict(dict(fields))
-    name, lowered = _anchor_call(graph.mod, loops)
-    default = structure.Point(**Fused.read(graph.mod[lowered.args[0]]).point["point"])
-    space = space_of(loops, problem, default, target)
-    if space is None or len(space.points) < 2:
-        return None
+    for loops, fields in asking.asked:
+        structure = structure_of(loops)
+        problem = structure.Problem.from_dict(dict(fields))
+        anchor = _anchor_call(graph.mod, loops, problem)
+        if anchor is None:
+            continue  # it asked for the parameters of a kernel that it then did not take
+        name, lowered = anchor
+        default = structure.Point(**Fused.read(graph.mod[lowered.args[0]]).point["point"])
+        space = space_of(loops, problem, default, target)
+        if space is None or len(space.points) < 2:
+            continue
+        make = functools.partial(_made, alone, target, loops, fields, problem)
+        for ending in ("_add_relu", "_cast_multiply"):
+            name = name.removeprefix("fused_").removesuffix(ending)
+        yield Task(loops, problem, calls, name, space, default, make)
 
-    def make(point) -> Candidate:
-        given = target.with_records(_Fixed(point))
-        return candidate(pipeline.fuse_graph(alone, given).mod, loops, point)
 
-    name = name.removeprefix("fused_").removesuffix("_add_relu")
-    return Task(loops, problem, calls, name, space, default, make)
+def _made(
+    alone: tvm.IRModule, target: CpuTarget, loops: str, fields: Mapping, problem, point
+) -> Candidate:
+    """The kernel of a problem in an `isolate` module, made with `point`."""
+    given = target.with_records(_Fixed(loops, fields, point))
+    return candidate(pipeline.fuse_graph(alone, given).mod, loops, problem, point)
 
 
 def isolate(call: relax.Call) -> tvm.IRModule | None:
     """The layer alone: its variable arguments are parameters, its weights whole numbers with the
-    zeros where they were. None if an argument is no tensor of float32 or bytes."""
+    zeros where they were. None if an argument is no tensor of a type in `_DRAWN`."""
     random = np.random.default_rng(0)
     parameters, arguments = [], []
     for i, arg in enumerate(call.args):
         if is_const(arg):
             arguments.append(_whole_numbers(const_array(arg), random))
         elif isinstance(arg, relax.Var):
-            if str(getattr(arg.ty, "dtype", "")) not in ("float32", "uint8"):
+            if str(getattr(arg.ty, "dtype", "")) not in _DRAWN:
                 return None
             parameters.append(relax.Var(f"x{i}", arg.ty))
             arguments.append(parameters[-1])
@@ -173,22 +182,29 @@ def isolate(call: relax.Call) -> tvm.IRModule | None:
         with bb.dataflow():
             out = bb.emit(relax.Call(call.op, arguments, attrs=call.attrs))
             if call.op.name.startswith("kerf."):
-                out = bb.emit(_followed(bb, out, random))
+                out = _followed(bb, out, random, on_bytes=str(parameters[0].ty.dtype) == "uint8")
             out = bb.emit_output(out)
         bb.emit_func_output(out)
     return bb.get()
 
 
-def _followed(bb: relax.BlockBuilder, out: relax.Var, random: np.random.Generator) -> relax.Expr:
+def _followed(
+    bb: relax.BlockBuilder, out: relax.Var, random: np.random.Generator, *, on_bytes: bool
+) -> relax.Var:
     """What follows a layer in its kernel: a bias and a ReLU, which for sums of bytes is rounding to
-    bytes."""
+    bytes; a scale before them for other sums of integers; nothing for words of signs."""
     dtype, channels = str(out.ty.dtype), shape_of(out)[-1]
+    if dtype == "uint32":
+        return out
+    scale = relax.const(np.full(channels, 2**-6, "float32"))
+    if dtype == "int32" and not on_bytes:
+        out = bb.emit(relax.op.multiply(bb.emit(relax.op.astype(out, "float32")), scale))
+        dtype = "float32"
     biased = bb.emit(relax.op.add(out, relax.const(random.integers(-3, 4, channels).astype(dtype))))
     if dtype != "int32":
-        return relax.op.nn.relu(biased)
-    scale = relax.const(np.full(channels, 2**-6, "float32"))
+        return bb.emit(relax.op.nn.relu(biased))
     scaled = bb.emit(relax.op.multiply(bb.emit(relax.op.astype(biased, "float32")), scale))
-    return quantize(scaled, scale=1.0, zero_point=0, bounded=True)
+    return bb.emit(quantize(scaled, scale=1.0, zero_point=0, bounded=True))
 
 
 def _whole_numbers(array: np.ndarray, random: np.random.Generator) -> relax.Expr:
@@ -198,22 +214,31 @@ def _whole_numbers(array: np.ndarray, random: np.random.Generator) -> relax.Expr
     return relax.const(np.where(array == 0, 0, values).astype(array.dtype))
 
 
-def _anchor_call(mod: tvm.IRModule, loops: str) -> tuple[str, relax.Call]:
-    """Name and call of the one kernel with this loop structure. Raises ScheduleError otherwise."""
+def _anchor_call(mod: tvm.IRModule, loops: str, problem) -> tuple[str, relax.Call] | None:
+    """Name and call of the one kernel that computes a problem with this loop structure, None if none does.
+
+    Raises ScheduleError if several do.
+    """
     found = []
     for call in _calls(mod):
-        if call.op == tvm.ir.Op.get("relax.call_tir"):
-            fused = Fused.read(mod[call.args[0]])
-            if fused is not None and fused.loops == loops:
-                found.append((call.args[0].name_hint, call))
-    if len(found) != 1:
+        if call.op != tvm.ir.Op.get("relax.call_tir"):
+            continue
+        fused = Fused.read(mod[call.args[0]])
+        if fused is None or fused.loops != loops:
+            continue
+        if type(problem).from_dict(fused.point["problem"]) == problem:
+            found.append((call.args[0].name_hint, call))
+    if len(found) > 1:
         raise ScheduleError(f"{len(found)} {loops} kernels from one layer", wanted="1")
-    return found[0]
+    return found[0] if found else None
 
 
-def candidate(mod: tvm.IRModule, loops: str, point) -> Candidate:
-    """The kernel of a lowered `isolate` module, with inputs."""
-    _, call = _anchor_call(mod, loops)
+def candidate(mod: tvm.IRModule, loops: str, problem, point) -> Candidate:
+    """A problem's kernel in a lowered `isolate` module, with inputs. Raises ScheduleError if there is none."""
+    anchor = _anchor_call(mod, loops, problem)
+    if anchor is None:
+        raise ScheduleError(f"no {loops} kernel for the problem", found=str(problem))
+    call = anchor[1]
     random = np.random.default_rng(1)  # the same activations for every candidate
     arrays = []
     for arg in call.args[1].fields:
@@ -221,6 +246,5 @@ def candidate(mod: tvm.IRModule, loops: str, point) -> Candidate:
             arrays.append(const_array(arg))
         else:
             dtype = str(arg.ty.dtype)
-            values = random.integers(*((0, 8) if dtype == "uint8" else (-3, 4)), shape_of(arg))
-            arrays.append(values.astype(dtype))
+            arrays.append(random.integers(*_DRAWN[dtype], shape_of(arg)).astype(dtype))
     return Candidate(point, mod[call.args[0]], tuple(arrays))

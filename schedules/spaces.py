@@ -17,10 +17,12 @@ from functools import cached_property
 
 from schedules import (
     batch_matmul,
+    binary_spaces,
     contraction,
     depthwise,
     int8_contraction,
     int8_depthwise,
+    quadratic_contraction,
     sparse_spaces,
     winograd,
 )
@@ -81,10 +83,12 @@ def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
         "depthwise": _depthwise,
         "grouped": _depthwise,
         "batch_matmul": _batch_matmul,
+        "quadratic_contraction": _quadratic_contraction,
         "winograd": _winograd,
     }
-    if loops in sparse_spaces.CHOICES:
-        return Space(*sparse_spaces.CHOICES[loops](problem, default, target))
+    for several in (binary_spaces.CHOICES, sparse_spaces.CHOICES):
+        if loops in several:
+            return Space(*several[loops](problem, default, target))
     return spaces[loops](problem, default, target) if loops in spaces else None
 
 
@@ -194,6 +198,42 @@ def _int8_contraction(
         return int8_contraction.estimated_cycles(quads, point.mr, point.nv, point.sums, target)
 
     return replace(_contraction(quads, default, target), estimate=estimate)
+
+
+def _quadratic_contraction(
+    problem: quadratic_contraction.Problem, default: quadratic_contraction.Point, target: CpuTarget
+) -> Space:
+    """Tiles of all branches together, and where squares are taken."""
+    branches, count = len(problem.form), len(vectors(problem.group_outputs, target.lanes))
+    squared = quadratic_contraction.SQUARED in problem.form
+    tiles = {
+        (tile_rows(problem.row, largest), nv)
+        for nv in range(1, min(count, max(1, 9 // branches)) + 1)
+        for largest in range(1, (target.registers - 2) // (nv * branches))
+    }
+
+    def cost(point: quadratic_contraction.Point) -> float:
+        step = _step_cycles(point.mr, point.nv * branches, point.sums)
+        step += squared * point.mr * (0.5 if point.squares == "registers" else 0.16)
+        per_tile = problem.steps * step + 2 * point.mr * point.nv * branches + 12
+        return -(-count // point.nv) * -(-problem.row // point.mr) * per_tile
+
+    def assemble(chosen: Mapping) -> quadratic_contraction.Point:
+        mr, nv = chosen["tile"]
+        fields = {"squares": chosen["squares"], "prefetch": chosen["prefetch"]}
+        if (mr, nv) == (default.mr, default.nv):
+            return replace(default, unroll=chosen["unroll"], **fields)
+        unroll = min(chosen["unroll"], max(1, _BODY // (mr * nv * branches)))
+        return replace(default, mr=mr, nv=nv, sums=1, unroll=unroll, **fields)
+
+    unrolls = {unroll for unroll in (1, 2, 4, 8) if unroll <= problem.group_inputs}
+    choices = {
+        "tile": _with(tiles, (default.mr, default.nv)),
+        "unroll": _with(unrolls | {default.sums}, default.unroll),
+        "squares": ("memory", "registers") if squared else (default.squares,),
+        "prefetch": _with({0, 1, 2, 3}, default.prefetch),
+    }
+    return Space(choices, assemble, cost)
 
 
 def _int8_depthwise(

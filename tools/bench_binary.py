@@ -29,6 +29,13 @@ _LAYERS: tuple[tuple[str, tuple[int, int, int, int], Mapping[str, float]], ...] 
     ("3x3, 512 -> 512, 7x7", (512, 512, 3, 7), {}),
     ("1x1, 128 -> 128, 56x56", (128, 128, 1, 56), {}),
 )
+# Of signs as weights alone: the inputs are real numbers.
+_WEIGHTS: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
+    ("1-bit weights: 1x1, 512 -> 512, 14x14", (512, 512, 1, 14)),
+    ("1-bit weights: 1x1, 4096 -> 4096, 1x1", (4096, 4096, 1, 1)),
+    ("1-bit weights: 3x3, 256 -> 256, 14x14", (256, 256, 3, 14)),
+    ("1-bit weights: 3x3, 512 -> 512, 7x7", (512, 512, 3, 7)),
+)
 _NETWORKS = ("birealnet18", "quicknet", "reactnet")
 _ENGINES = ("onnxruntime", "openvino")
 
@@ -36,11 +43,17 @@ _ENGINES = ("onnxruntime", "openvino")
 def cases() -> list[Case]:
     """Layers, then networks, in the order of the document."""
     layers = [Case(name, functools.partial(_layer, *of), wanted) for name, of, wanted in _LAYERS]
+    layers += [Case(name, functools.partial(_layer, *of, signs=False)) for name, of in _WEIGHTS]
     return layers + [Case(name, functools.partial(_network, name)) for name in _NETWORKS]
 
 
-def _layer(channels: int, outputs: int, kernel: int, extent: int) -> Measured:
-    """Signs of a layer's sums: of floats that are +-1 by the dense kernel, and packed, counted and compared as bits."""
+def _layer(
+    channels: int, outputs: int, kernel: int, extent: int, *, signs: bool = True
+) -> Measured:
+    """Signs of a layer's sums: of floats that are +-1 by the dense kernel, and packed, counted and compared as bits.
+
+    Without `signs` both read the floats as they are, and only the weights are bits.
+    """
     rng = np.random.default_rng(0)
     weight = np.where(rng.random((outputs, channels, kernel, kernel)) < 0.5, -1, 1)
     threshold = rng.integers(-9, 9, (outputs, 1, 1)) + 0.5
@@ -48,8 +61,9 @@ def _layer(channels: int, outputs: int, kernel: int, extent: int) -> Measured:
     make = functools.partial(
         _graph, shape, weight.astype("float32"), threshold.astype("float32"), kernel // 2
     )
-    signs = np.where(rng.random(shape) < 0.5, -1, 1).astype("float32")
-    return Measured({"dense": make(False), "binary": _binary(make(True))}, {"signs": [signs]})
+    x = np.where(rng.random(shape) < 0.5, -1, 1).astype("float32")
+    graphs = {"dense": make(False), "binary": _binary(make(signs))}
+    return Measured(graphs, {"signs": [x]})
 
 
 def _graph(shape, weight: np.ndarray, threshold: np.ndarray, padding: int, signs: bool):

@@ -7,6 +7,8 @@
 `kerf.binary_conv2d_bits(x, w, t, f)`  bit o = (sum[o] >= t[o]) xor f[o] of these sums
 `kerf.binary_dense(x, w)`, `kerf.binary_dense_bits(x, w, t, f)`   the same for the last axis
 
+`kerf.sign_conv2d(x, w)`, `kerf.sign_dense(x, w)`   float32 sums of float32 x times signs; padding counts as 0
+
 w is an int8 constant of +-1, [O, C/groups, R, S] or [O, K]; t a threshold per channel (float32, for sums int32), f uint32
 words. x as bits is [N, words, H, W] (`layout="NCHW"`), [N, H, W, words] ("NHWC") or [..., words]; each group of channels
 begins with a word of its own, and the bits behind its last channel are 0. `name` and `flops` are the dense layer's; packing
@@ -22,6 +24,8 @@ from tvm import relax
 from passes.layers import (
     attrs_of,
     conv2d_output_hw,
+    infer_conv2d,
+    infer_dense,
     operator_call,
     register_operator,
     shape_of,
@@ -34,6 +38,8 @@ BINARY_CONV2D = "kerf.binary_conv2d"
 BINARY_CONV2D_BITS = "kerf.binary_conv2d_bits"
 BINARY_DENSE = "kerf.binary_dense"
 BINARY_DENSE_BITS = "kerf.binary_dense_bits"
+SIGN_CONV2D = "kerf.sign_conv2d"
+SIGN_DENSE = "kerf.sign_dense"
 
 
 def channel_axis(attrs: dict, rank: int) -> int:
@@ -91,6 +97,8 @@ def register() -> None:
     register_operator(BINARY_CONV2D_BITS, functools.partial(_infer_conv2d, packs=True))
     register_operator(BINARY_DENSE, functools.partial(_infer_dense, packs=False))
     register_operator(BINARY_DENSE_BITS, functools.partial(_infer_dense, packs=True))
+    register_operator(SIGN_CONV2D, infer_conv2d)
+    register_operator(SIGN_DENSE, infer_dense)
 
 
 def binary_call(operator: str, args, **attrs) -> relax.Call:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the binary layers of a canonical graph: weights of +-s per output channel, inputs that are a sign.
+"""Find the binary layers of a canonical graph: weights of +-s per output channel, and inputs that are a sign.
 
     kerf.conv2d(sign(x), w), |w[o]| one number s[o]; with padding of zeros, or of +-1 by relax.nn.pad before it
     kerf.conv2d(max_pool2d(sign(x)), w);   kerf.dense(reshape(sign(x)), w)
+    kerf.conv2d(x, w), of which the weights alone are binary
 
 A latent weight's sign, XNOR-Net's mean |w| and a folded batch norm are all in the constant w by then.
 """
@@ -54,6 +55,15 @@ class BinaryLayer:
     layer: Layer
     weight: BinaryWeight
     input: BinaryInput
+
+
+@dataclass(frozen=True)
+class SignWeights:
+    """A layer of binary weights whose inputs are real numbers, for `reason`."""
+
+    layer: Layer
+    weight: BinaryWeight
+    reason: str
 
 
 def binary_weight(weight: np.ndarray) -> BinaryWeight | None:
@@ -126,8 +136,10 @@ def _sign(var: relax.Var, uses: Uses, axis: int) -> tuple[Chain, Steps] | None:
     return found
 
 
-def recognize(layer: Layer, uses: Uses, zero: str = "exact") -> BinaryLayer | Declined:
-    """A layer as a binary one, or what keeps it from being one.
+def recognize(
+    layer: Layer, uses: Uses, zero: str = "exact"
+) -> BinaryLayer | SignWeights | Declined:
+    """A layer as a binary one, as one whose weights alone are binary, or what keeps it from being either.
 
     `zero`: where the model has sign(0) = 0, compute that ("exact") or take it for "+1" or "-1".
     """
@@ -144,13 +156,11 @@ def recognize(layer: Layer, uses: Uses, zero: str = "exact") -> BinaryLayer | De
         )
     if weight is None:
         return Declined("its inputs are signs, its weights are not +-s per output channel")
-    if isinstance(given, Declined):
-        return Declined(
-            f"its weights are +-s per output channel, but {given.reason}; 1-bit weights with other inputs run as int8"
-        )
     groups = layer.attrs.get("groups", 1)
     if groups > 1 and layer.weight.shape[1] < 8:
         return Declined(f"groups of {layer.weight.shape[1]} channels fill no words of {WORD_BITS}")
+    if isinstance(given, Declined):
+        return SignWeights(layer, weight, given.reason)
     return BinaryLayer(layer, weight, given)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from passes.binary.bits import pack_bits, unpack_bits
 from passes.binary.operators import channel_axis, image_axes
+from passes.evaluate import LAYER_REFERENCES
 from schedules.bit_words import words_for
 
 
@@ -84,3 +85,8 @@ def binary_conv2d_bits(attrs: dict, x, w, thresholds, flips) -> np.ndarray:
 
 def binary_dense_bits(attrs: dict, x, w, thresholds, flips) -> np.ndarray:
     return _thresholded(attrs, binary_dense(attrs, x, w), thresholds, flips)
+
+
+def sign_layer(operator: str, attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The dense layer `operator` with weights that are signs."""
+    return LAYER_REFERENCES[operator](attrs, x, w.astype(x.dtype))

@@ -28,6 +28,15 @@ def _chain(layers: Layers, x):
     return layers.dense("c", _sign(layers, y), 10, weight=_signs(layers, 10, 64))
 
 
+def _weights_only(layers: Layers, x):
+    """Signs as weights of real numbers, one layer with a scale per channel."""
+    y = layers.conv2d("a", x, 40, weight=_signs(layers, 40, 33, 3, 3))
+    y = layers.emit(relax.op.mean(layers.emit(relax.op.nn.relu(y)), axis=[2, 3]))
+    scale = layers.rng.uniform(0.5, 2, (10, 1)).astype("float32")
+    signs = _signs(layers, 10, 40).value.numpy()
+    return layers.dense("b", y, 10, weight=relax.const(signs * scale))
+
+
 def _real(layers: Layers, x):
     return layers.conv2d("a", _sign(layers, x), 8)
 
@@ -36,5 +45,6 @@ def samples() -> list[Sample]:
     asked = Treatment("binary")
     return [
         Sample("chain", graph((1, 33, 7, 7), _chain), dict.fromkeys("abc", asked)),
+        Sample("signs as weights", graph((1, 33, 7, 7), _weights_only), dict.fromkeys("ab", asked)),
         Sample("real weights", graph((1, 33, 7, 7), _real), {"a": asked}, "."),
     ]

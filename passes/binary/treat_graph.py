@@ -3,6 +3,7 @@
 
 rewrite: conv2d(sign(x), w)                    ->  float(binary_conv2d(pack(x), w)) * s
          conv2d(sign(f(conv2d(sign(x), v))), w)  ->  float(binary_conv2d(binary_conv2d_bits(pack(x), v, t), w)) * s
+         conv2d(x, w)  ->  sign_conv2d(x, sign(w)) * s
 requires: a canonical graph, NCHW
 ensures: layers asked of this family that are binary have its operators; f is batch norm, bias and activation, and t the
   integer sums at which the sign of f changes
@@ -21,6 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from passes.binary.binarize import binarize
 from passes.binary.bits import pack_bits
 from passes.binary.operators import (
     BINARY_CONV2D,
@@ -29,18 +31,27 @@ from passes.binary.operators import (
     BINARY_DENSE_BITS,
     BINARY_MAX_POOL2D,
     BINARY_PACK,
+    SIGN_CONV2D,
+    SIGN_DENSE,
     binary_call,
 )
-from passes.binary.recognize import BinaryLayer, binary_weight, recognize, two_planes
+from passes.binary.recognize import (
+    BinaryLayer,
+    SignWeights,
+    recognize,
+    two_planes,
+)
 from passes.binary.steps import Chain, Composed, Plane, Steps, chains, float_steps, integer_steps
 from passes.channel_flow import Uses
 from passes.family import Context, Layer, Rewritten
-from passes.layers import is_call, is_layer, multiply_accumulates, operator_call, shape_of
+from passes.layers import is_call, is_layer, multiply_accumulates, shape_of
 from passes.rewriting import Graph, constant, ints, rewrite_module
 from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment
 from schedules.bit_words import WORD_BITS
 from schedules.errors import Declined
+from schedules.sign_tables import supports
+from schedules.target import CpuTarget
 
 _BITS_OF = {BINARY_CONV2D: BINARY_CONV2D_BITS, BINARY_DENSE: BINARY_DENSE_BITS}
 _THROUGH = ("relax.nn.pad", "relax.nn.max_pool2d", "relax.reshape")
@@ -84,8 +95,8 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
     asked = {n for n, t in treatments.items() if t.parameters.get("binarize")}
     original = mod
     while True:
-        uses = Uses(mod := _binarized(original, asked) if asked else original)
-        found = _recognized(uses, treatments)
+        uses = Uses(mod := binarize(original, asked) if asked else original)
+        found = _recognized(uses, treatments, context.target)
         binary, folds = _plan(found, uses)
         declined = {n for n in asked if found[n][1] is not None}
         if not declined:
@@ -95,9 +106,11 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         _decision(binary.get(name, layer), outcome, treatments[name], folds.get(name))
         for name, (layer, outcome) in found.items()
     ]
-    if not binary:
+    weights = {n: layer for n, (layer, _) in found.items() if isinstance(layer, SignWeights)}
+    if not binary and not weights:
         return Rewritten(mod, decisions)
-    treated = rewrite_module(mod, lambda func: _Rewriter(func, uses, binary, folds).run())
+    layers = {**binary, **weights}
+    treated = rewrite_module(mod, lambda func: _Rewriter(func, uses, layers, folds).run())
     # Its operators have references of their own: signs are compared where they are taken.
     return Rewritten(treated, decisions, reference=treated)
 
@@ -105,7 +118,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
 def _plan(found: dict, uses: Uses) -> tuple[dict[str, BinaryLayer], dict[str, Folded | str]]:
     """The layers that stay binary and where their signs come from; `found` learns of those that do not."""
     while True:
-        binary = {name: layer for name, (layer, declined) in found.items() if declined is None}
+        binary = {n: layer for n, (layer, _) in found.items() if isinstance(layer, BinaryLayer)}
         folds = {}
         for (
             name,
@@ -120,8 +133,8 @@ def _plan(found: dict, uses: Uses) -> tuple[dict[str, BinaryLayer], dict[str, Fo
         found |= {name: (binary[name].layer, reason) for name, reason in refused.items()}
 
 
-def _recognized(uses: Uses, treatments: Mapping[str, Treatment]) -> dict:
-    """name -> (BinaryLayer, None), or (Layer, why not)."""
+def _recognized(uses: Uses, treatments: Mapping[str, Treatment], target: CpuTarget) -> dict:
+    """name -> (BinaryLayer or SignWeights, None), or (Layer, why not)."""
     found: dict = {}
     for binding in uses.bindings:
         if not is_layer(binding.value):
@@ -134,6 +147,10 @@ def _recognized(uses: Uses, treatments: Mapping[str, Treatment]) -> dict:
             continue
         outcome = recognize(layer, uses, treatments[layer.name].parameters.get("zero", "exact"))
         declined = outcome.reason if isinstance(outcome, Declined) else None
+        if isinstance(outcome, SignWeights) and (missing := supports(target)) is not None:
+            declined = (
+                f"its weights are +-s per output channel, but {outcome.reason}; {missing.reason}"
+            )
         found[layer.name] = (layer if declined else outcome, declined)
     return found
 
@@ -141,7 +158,9 @@ def _recognized(uses: Uses, treatments: Mapping[str, Treatment]) -> dict:
 def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decision:
     layer = found.layer if declined is None else found
     shown = {}
-    if declined is None:
+    if isinstance(found, SignWeights):
+        shown["signs"] = f"weights only: {found.reason}"
+    elif declined is None:
         shown["signs"] = (
             f"bits of {fold.source}, thresholds folded"
             if isinstance(fold, Folded)
@@ -151,35 +170,6 @@ def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decisi
             shown["sign_of_zero"] = "exact, on two planes of bits"
     changed = bool(treatment.parameters.get("binarize")) and declined is None
     return decide(layer, treatment, declined, found=shown, pruned=changed)
-
-
-def _binarized(mod: tvm.IRModule, names: set[str]) -> tvm.IRModule:
-    """The experiment: the named layers that are not binary get sign(x), and sign(w) times the mean |w| per channel."""
-    uses = Uses(mod)
-
-    def rewrite(func: relax.Function) -> relax.Function:
-        graph = Graph(func)
-        for binding in uses.bindings:
-            value = graph.substitute(binding.value)
-            if is_layer(value) and Layer(value).name in names:
-                if isinstance(recognize(Layer(binding.value), uses), Declined):
-                    value = _made_binary(value)
-            graph.define(binding.var, value)
-        return graph.finish(func)
-
-    return rewrite_module(mod, rewrite)
-
-
-def _made_binary(call: relax.Call) -> relax.Call:
-    layer, one = Layer(call), relax.const(1.0, "float32")
-    weight, x = layer.weight, call.args[0]
-    if binary_weight(weight) is None:
-        scale = np.abs(weight).reshape(weight.shape[0], -1).mean(1)
-        scale = scale.reshape(-1, *[1] * (weight.ndim - 1)).astype(np.float32)
-        weight = np.where(weight >= 0, scale, -scale).astype(np.float32)
-    positive = relax.op.greater_equal(x, relax.const(0.0, "float32"))
-    signs = relax.op.where(positive, one, relax.const(-1.0, "float32"))
-    return operator_call(call.op.name, [signs, relax.const(weight)], **layer.attrs)
 
 
 def _fold(layer: BinaryLayer, binary: Mapping[str, BinaryLayer], uses: Uses) -> Folded | str:
@@ -289,19 +279,21 @@ class _Rewriter:
         self,
         func: relax.Function,
         uses: Uses,
-        binary: Mapping[str, BinaryLayer],
+        layers: Mapping[str, BinaryLayer | SignWeights],
         folds: Mapping[str, Folded | str],
     ):
         self.func, self.graph, self.uses = func, Graph(func), uses
-        self.binary, self.folds = binary, folds
+        self.layers, self.folds = layers, folds
         self.packed: dict = {}  # bits that several layers read are made once
         self.arguments: dict[str, relax.Var] = {}  # the bits that each layer reads
 
     def run(self) -> relax.Function:
         for binding in self.uses.bindings:
             value = self.graph.substitute(binding.value)
-            if is_layer(binding.value) and Layer(binding.value).name in self.binary:
-                value = self._layer(self.binary[Layer(binding.value).name])
+            if is_layer(binding.value) and Layer(binding.value).name in self.layers:
+                layer = self.layers[Layer(binding.value).name]
+                binary = isinstance(layer, BinaryLayer)
+                value = self._layer(layer) if binary else _on_numbers(layer, value.args[0])
             self.graph.define(binding.var, value)
         return self.graph.finish(self.func)
 
@@ -309,11 +301,7 @@ class _Rewriter:
         name, scale = layer.layer.name, sum_scale(layer)
         self.arguments[name] = self._bits(layer)
         sums = self._contraction(layer)
-        value = relax.op.astype(sums, "float32")
-        if (scale == 1).all():
-            return value
-        shape = (-1, 1, 1) if layer.layer.weight.ndim == 4 else (-1,)
-        return relax.op.multiply(value, constant(scale.reshape(shape)))
+        return _scaled(relax.op.astype(sums, "float32"), scale, layer.layer.weight.ndim)
 
     def _contraction(self, layer: BinaryLayer, *thresholds) -> relax.Call:
         """The layer's sums, or with thresholds their bits."""
@@ -344,7 +332,7 @@ class _Rewriter:
         return self.packed[key]
 
     def _folded(self, fold: Folded) -> relax.Var:
-        source, plane = self.binary[fold.source], fold.steps.planes[0]
+        source, plane = self.layers[fold.source], fold.steps.planes[0]
         thresholds, flips = constant(plane.threshold), constant(pack_bits(plane.flip, 0))
         call = self._contraction(source, thresholds, flips)
         bits = self.graph.emit(call, f"{fold.source}_bits")
@@ -374,6 +362,22 @@ class _Rewriter:
             padding=ints(a.padding), dilation=ints(a.dilation), layout="NCHW",
         )  # fmt: skip
         return self.graph.emit(call, "pooled_signs")
+
+
+def _on_numbers(layer: SignWeights, x: relax.Expr) -> relax.Expr:
+    """The layer with the signs of its weights, and their scale behind it."""
+    attrs, signs = layer.layer.attrs, layer.weight.signs
+    operator = SIGN_DENSE if signs.ndim == 2 else SIGN_CONV2D
+    flops = 2 * multiply_accumulates(layer.layer.call)
+    call = binary_call(operator, [x, constant(signs)], **attrs, flops=flops)
+    return _scaled(call, layer.weight.scale, signs.ndim)
+
+
+def _scaled(value: relax.Expr, scale: np.ndarray, rank: int) -> relax.Expr:
+    """`value` times a number per channel, for a weight of so many axes."""
+    if (scale == 1).all():
+        return value
+    return relax.op.multiply(value, constant(scale.reshape((-1, 1, 1) if rank == 4 else (-1,))))
 
 
 def _along_flat(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:

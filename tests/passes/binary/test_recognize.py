@@ -8,7 +8,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from passes.binary.recognize import binary_weight, found_in, recognize
+from passes.binary.recognize import SignWeights, binary_weight, found_in, recognize
 from passes.binary.steps import chains, float_steps, integer_steps
 from passes.channel_flow import Uses
 from passes.family import Layer
@@ -211,7 +211,6 @@ def test_reasons_say_what_is_missing(rng):
     reasons = {
         "must be trained": _layer(OP.nn.relu, real),
         "its weights are not": _layer(sign, real),
-        "run as int8": _layer(OP.nn.relu, signs),
         "neither 0 nor a sign": _layer(
             lambda x: OP.nn.pad(sign(x), [0, 0, 0, 0, 1, 1, 1, 1], "constant", 0.5), signs
         ),
@@ -221,7 +220,18 @@ def test_reasons_say_what_is_missing(rng):
         ),
     }  # fmt: skip
     for words, (_, outcome) in reasons.items():
-        assert isinstance(outcome, Declined) and words in outcome.reason
+        padded = "pad" in words or "neither" in words  # their weights are binary all the same
+        assert isinstance(outcome, SignWeights if padded else Declined) and words in outcome.reason
+
+
+def test_binary_weights_with_real_inputs(rng):
+    real = rng.standard_normal((5, 4, 3, 3)).astype(np.float32)
+    signs = np.where(real >= 0, 0.5, -0.5).astype(np.float32)
+    _, outcome = _layer(OP.nn.relu, signs)
+    assert isinstance(outcome, SignWeights) and "not signs of anything" in outcome.reason
+    np.testing.assert_array_equal(outcome.weight.scale, np.full(5, 0.5, np.float32))
+    signs[0, 0, 0, 0] = 0.25
+    assert isinstance(_layer(OP.nn.relu, signs)[1], Declined)
 
 
 def test_inspection_names_what_is_there(rng):

@@ -14,6 +14,8 @@ from passes.binary.operators import (
     BINARY_DENSE,
     BINARY_MAX_POOL2D,
     BINARY_PACK,
+    SIGN_CONV2D,
+    SIGN_DENSE,
 )
 from passes.binary.treat_graph import parse_binarize, parse_zero, rewrite
 from passes.channels_last import ChannelsLast
@@ -237,7 +239,9 @@ def test_a_border_that_repeats_pixels_stays_exact(rng):
     treated, decisions = _check(
         build_function([(1, 32, 5, 4)], declined), _images(rng, 1, 32, 5, 4)
     )
-    assert "not signs of anything" in decisions["a"].declined
+    assert "weights only" in decisions["a"].found["signs"]
+    assert "not signs of anything" in decisions["a"].found["signs"]
+    assert _operators(treated) == [SIGN_CONV2D]
 
 
 def test_signs_laid_flat_for_a_dense_layer(rng):
@@ -249,6 +253,37 @@ def test_signs_laid_flat_for_a_dense_layer(rng):
 
     treated, _ = _check(build_function([(2, 5, 4, 3)], body), _images(rng, 2, 5, 4, 3))
     assert _operators(treated) == [BINARY_PACK, BINARY_DENSE]
+
+
+def test_weights_of_signs_meet_real_inputs(rng):
+    """Convolution and dense layer, a scale per channel of which one is 0; a batch norm behind it."""
+    w = Weights(rng)
+    second = w(7, 20).value.numpy()
+    second[3] = 0
+
+    def body(b, x):
+        y = b.emit(conv2d(x, w(20, 9, 3, 3), name="a", padding=(1, 1, 1, 1), strides=(2, 1)))
+        y = b.emit(OP.add(b.emit(OP.multiply(y, w.channels(20))), w.channels(20)))
+        y = b.emit(OP.mean(b.emit(OP.nn.relu(y)), [2, 3]))
+        return b.emit(dense(y, relax.const(second), name="b"))
+
+    treated, decisions = _check(build_function([(2, 9, 6, 5)], body), _images(rng, 2, 9, 6, 5))
+    assert _operators(treated) == [SIGN_CONV2D, SIGN_DENSE]
+    assert all("weights only" in d.found["signs"] for d in decisions.values())
+
+
+def test_weights_of_signs_stay_dense_where_they_cannot_be_packed(rng):
+    """Depthwise: no channels to look up together; aarch64: no permutation of floats."""
+    w = Weights(rng)
+    few = build_function(
+        [(1, 16, 4, 4)], lambda _b, x: conv2d(x, w(16, 1, 3, 3), name="a", groups=16)
+    )
+    (decision,) = rewrite(few, {"a": Treatment("binary")}, CONTEXT).decisions
+    assert "groups of 1" in decision.declined
+    plain = build_function([(1, 16, 4, 4)], lambda _b, x: conv2d(x, w(8, 16, 3, 3), name="a"))
+    found = rewrite(plain, {"a": Treatment("binary")}, Context(NAMED["aarch64"]))
+    assert "no permutation" in found.decisions[0].declined
+    assert _operators(found.treated) == ["kerf.conv2d"]
 
 
 def _with_zeros(rng, *shape):
