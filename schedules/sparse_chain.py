@@ -28,6 +28,11 @@ from schedules.target import CpuTarget
 # Share of the second-level cache that a panel may take: activations and weights pass through the rest. More where a layer
 # writes more than it reads, which longer runs help most (measured on Cascade Lake).
 _PANEL_SHARE, _PANEL_SHARE_EXPANDING = 0.35, 0.45
+# Bytes of a plane from which on it is not worth copying: a page. Shorter ones come from beyond the second-level cache sooner
+# in one pass over all of them than in the order of the non-zeros.
+_LONG_PLANE = 4096
+# Pixel vectors of a plane that a block of output channels walks, where planes are read in place (measured on Cascade Lake).
+_LONGEST_RUN = 98
 # What one more tile costs a block, in multiplications of one vector with one row of it.
 _TILE_COST = 6.0
 
@@ -56,6 +61,12 @@ def suits(problem: Problem) -> bool:
     return problem.planes_out and problem.taps == 1 and not padded
 
 
+def _lies_in_place(problem: Problem) -> bool:
+    """Whether planes are read where they lie, not from a panel."""
+    long = 4 * problem.image_pixels >= _LONG_PLANE
+    return problem.planes_in and problem.pointwise and long
+
+
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The panels with the fewest vectors computed twice of those that fit the cache."""
     base = planes_point(problem, target)
@@ -72,6 +83,8 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
         return tiles * (span + _TILE_COST / rows * -(-span // vectors))
 
     tiles = min(range(fewest, min(2 * fewest, total) + 1), key=work)
+    if _lies_in_place(problem):
+        tiles = -(-total // _LONGEST_RUN)
     splits = 1
     if problem.batch * tiles < target.threads:
         splits = min(target.threads, problem.blocks)
@@ -100,6 +113,7 @@ class _Chain(Planes):
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
+        self.in_place = _lies_in_place(problem)
         if problem.planes_in and not problem.pointwise:
             # Lines are copied whole: those at both ends stick out.
             self.lead = -(-problem.out_width // self.lanes) * self.lanes
@@ -115,8 +129,10 @@ class _Chain(Planes):
             self.image = T.Bind(task // splits // panels)
             last = max(0, p.image_pixels - self.span * lanes)
             self.first = T.Bind(tirx.min(task // splits % panels * (self.span * lanes), last))
-            panel = scratch(p.panel_rows * self.row, self.elements.dtype)
-            self._fill(panel)
+            panel = self.x
+            if not self.in_place:
+                panel = scratch(p.panel_rows * self.row, self.elements.dtype)
+                self._fill(panel)
             with T.serial(*self._share_of_parts(share)) as part:
                 first_channel, channels = self._part(part)
                 self._multiply_part(panel, first_channel, channels)
@@ -177,10 +193,13 @@ class _Chain(Planes):
                     self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * lanes)
 
                 def multiply(count: int, half=half, channel=channel, span=span) -> None:
+                    self._begin(self.first + self.tile, count)
                     acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, count)
                     self._store_planes(acc, self.first + self.tile, channel, count)
 
                 self._either(vectors, most, multiply)
 
     def _panel_start(self, position, width: int):
+        if self.in_place:
+            return super()._panel_start(position, width)
         return position * self.row + (self.lead + self.tile)

@@ -133,6 +133,7 @@ class Planes(Stores):
         self.chunks = -(-problem.panel_rows // point.chunk)
         # Tiles of planes end within an image, where the last vectors overlap.
         self.by_image = problem.planes_in or problem.planes_out
+        self.in_place = False  # planes are copied into panels
         self.image = _i(0)
         self.by_quads = (
             self.chunks == 1
@@ -284,7 +285,10 @@ class Planes(Stores):
         with T.serial(0, end - begin) as i:
             n = T.Bind(begin + i)
             row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
-            x = [T.Bind(panel[T.ramp(row + j * lanes, 1, lanes)]) for j in range(vectors)]
+            x = [
+                T.Bind(panel[T.ramp(row + self._vector(j, vectors), 1, lanes)])
+                for j in range(vectors)
+            ]
             self._fetch_ahead(panel, n, width)
             for r in range(rows):
                 weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
@@ -321,7 +325,23 @@ class Planes(Stores):
 
     def _panel_start(self, position, width: int):
         """Where in the panel the vectors of a packed position begin."""
+        if self.in_place:
+            return position * self.problem.image_pixels + self.start
         return position * width
+
+    def _vector(self, number: int, vectors: int):
+        """Where behind that a tile's vector lies."""
+        # The last one ends with the image.
+        if self.in_place and number == vectors - 1:
+            return self.last
+        return number * self.lanes
+
+    def _begin(self, first, vectors: int) -> None:
+        """A tile from pixel `first` of its image on: where its planes are read, if they are read where they lie."""
+        if self.in_place:
+            image = self.problem.channels * self.problem.image_pixels
+            self.start = T.Bind(self.image * image + first)
+            self.last = T.Bind(self._start(first, vectors - 1) - first)
 
     def _fetch_output(self, first, first_channel, width: int, b) -> None:
         """While block number b of a part is computed, fetch its share of the lines that the part is stored with.

@@ -177,6 +177,7 @@ def test_planes_between_layers(host_tiers, rng):
         "grouped": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", groups=4, padding=(1, 0, 2, 1)),
         "dilated": conv((1, 13, 14, 8), (16, 8, 5, 5), "element", dilation=(2, 1), padding=(2, 2, 2, 2)),
         "matrix": SampleProblem("kerf.sparse_dense", (2, 17, 40), (22, 40), "out:8", 0.2),
+        "read_in_place": conv((2, 33, 33, 12), (22, 12, 1, 1), "out:4"),
     }  # fmt: skip
     sides = ((True, True), (False, True), (True, False))
     cases = {
