@@ -178,8 +178,14 @@ def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | N
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, or within a
-    border), a matrix with unused columns, flattened."""
+    border), a matrix with unused columns, in planes of several channels, flattened."""
     found = []
+    if tensor.ndim == 4:
+        images, planes, pixels, together = tensor.shape
+        if (images, planes * together, pixels) == (*shape[:2], math.prod(shape[2:])):
+            found.append(tensor.transpose(0, 1, 3, 2).reshape(shape))
+        if (images, planes * together, pixels) == (1, shape[-1], math.prod(shape[:-1])):
+            found.append(tensor.transpose(0, 2, 1, 3).reshape(shape))
     if tensor.ndim == 4 and len(shape) == 4:
         moved = tensor.transpose(_TO_FIRST)
         spare = [have - wanted for have, wanted in zip(moved.shape[2:], shape[2:])]

@@ -205,18 +205,31 @@ class Emission:
             if not self.in_place and same_type and _position(self._buffers, buffer) in dying:
                 self.output, self.in_place = buffer, True
 
+    @property
+    def follows_pixels(self) -> bool:
+        """Whether the epilogue reads parameters of the output's shape, be it one that the anchor reads too."""
+        fused = self.fused
+        blocks = [b for i, b in enumerate(fused.blocks) if i not in fused.definition]
+        read = [r.source for b in blocks for r in b.reads]
+        return any(
+            _position(fused.params, source) is not None
+            and tuple(int(d) for d in source.shape) == fused.shape
+            for source in read
+        )
+
     def _new(self, param):
         return self._buffers[_position(self.fused.params, param)]
 
-    def bias_of_sums(self):
+    def bias_of_sums(self, axes: tuple[int, ...] = (-1,)):
         """The int32 constant of one number per channel that the epilogue adds first, or None; it adds it no more then.
 
-        For kernels whose integer sums can start with it: addition without rounding may happen in any order.
+        For kernels whose integer sums can start with it: addition without rounding may happen in any order. `axes` of the
+        output are those that count channels.
         """
         fused, index = self.fused, self.fused.anchor_index + 1
         if index >= len(fused.blocks):
             return None
-        found = _added_vector(fused.blocks[index], fused.anchor.writes[0].source)
+        found = _added_vector(fused.blocks[index], fused.anchor.writes[0].source, axes)
         readers = [
             b
             for b in fused.blocks[index:]
@@ -251,8 +264,11 @@ class Emission:
                 return _rebuild(block.body.value, values, self.operand)
         raise ScheduleError(f"the anchor reads {source.name}, which no elementwise block makes")
 
-    def epilogue(self, value, indices):
-        """What the fused function computes from the anchor's result `value` at `indices`."""
+    def epilogue(self, value, indices, read=None):
+        """What the fused function computes from the anchor's result `value` at `indices`.
+
+        `read(buffer, indices)`, if given, is how it loads from parameters.
+        """
         fused = self.fused
         produced = {
             i: b.body.buffer for i, b in enumerate(fused.blocks) if i not in fused.definition
@@ -290,7 +306,7 @@ class Emission:
                 found = self._new(buffer)
                 if self.in_place and found.same_as(self.output):
                     require_here("the residual", at)
-                return found[tuple(at)]
+                return found[tuple(at)] if read is None else read(found, at)
             for i, written in produced.items():
                 if written.same_as(buffer):
                     return evaluate(i, at)
@@ -310,8 +326,9 @@ class Emission:
         return evaluate(len(fused.blocks) - 1, indices)
 
 
-def _added_vector(block, result):
-    """The buffer b of an elementwise block `result[..., c] + b[0, ..., c]` of int32, c its last loop; else None."""
+def _added_vector(block, result, axes: tuple[int, ...]):
+    """The buffer b of an elementwise block `result[..., c] + b[0, ..., c]` of int32, all of c in the loops `axes`, which
+    count from the last; else None."""
     value = block.body.value if isinstance(block.body, tirx.BufferStore) else None
     if not isinstance(value, tvm.ir.prim.expr.Add) or str(value.ty.dtype) != "int32":
         return None
@@ -320,9 +337,15 @@ def _added_vector(block, result):
     if len(loads) != 2 or len(others) != 1:
         return None
     found = others[0]
-    if not found.indices or any(int(d) != 1 for d in found.source.shape[:-1]):
+    if len(found.indices) < -min(axes):
         return None
-    return found.source if found.indices[-1].same_as(block.iter_vars[-1].var) else None
+    for axis in range(-len(found.indices), 0):
+        if axis not in axes and int(found.source.shape[axis]) != 1:
+            return None
+        if axis in axes and int(block.iter_vars[axis].dom.extent) != 1:
+            if not found.indices[axis].same_as(block.iter_vars[axis].var):
+                return None
+    return found.source
 
 
 _BINARY = tvm.ir.prim.expr.BinaryOpExpr

@@ -5,10 +5,14 @@ As `sparse_planes`, but sums go from registers through the epilogue into planes 
 as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
 reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
 before them.
+
+Where a tile's pixels of all channels are few bytes, as they are of integers, each tile walks all blocks instead
+(`Point.tiles_first`), so that the pixels stay in the first-level cache; planes are then read where they lie.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -35,6 +39,8 @@ _LONG_PLANE = 4096
 _LONGEST_RUN = 98
 # What one more tile costs a block, in multiplications of one vector with one row of it.
 _TILE_COST = 6.0
+# Output channels whose sums of a tile are kept until a plane's are complete.
+_KEPT_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Point(Annotated):
     span     pixel vectors of a panel
     part     output channels of a task
     splits   tasks that share one panel, each with its own parts; each fills the panel again
+    tiles_first  whether a tile is computed whole before the next, or a block of output channels
     """
 
     vectors: int
@@ -53,6 +60,7 @@ class Point(Annotated):
     span: int
     part: int
     splits: int = 1
+    tiles_first: bool = False
 
 
 def suits(problem: Problem) -> bool:
@@ -61,9 +69,9 @@ def suits(problem: Problem) -> bool:
     return problem.planes_out and problem.taps == 1 and not padded
 
 
-def _lies_in_place(problem: Problem) -> bool:
+def _lies_in_place(problem: Problem, tiles_first: bool) -> bool:
     """Whether planes are read where they lie, not from a panel."""
-    long = 4 * problem.image_pixels >= _LONG_PLANE
+    long = tiles_first or 4 * problem.image_pixels >= _LONG_PLANE
     return problem.planes_in and problem.pointwise and long
 
 
@@ -83,13 +91,16 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
         return tiles * (span + _TILE_COST / rows * -(-span // vectors))
 
     tiles = min(range(fewest, min(2 * fewest, total) + 1), key=work)
-    if _lies_in_place(problem):
-        tiles = -(-total // _LONGEST_RUN)
+    tiles_first = problem.together > 1
+    if _lies_in_place(problem, tiles_first):
+        tiles = 1 if tiles_first else -(-total // _LONGEST_RUN)
     splits = 1
     if problem.batch * tiles < target.threads:
         splits = min(target.threads, problem.blocks)
     part = problem.outputs if splits == 1 else problem.blocks // splits * problem.block
-    return Point(vectors, rows, -(-total // tiles), part, splits)
+    if rows < problem.together:
+        part = min(part // problem.together * problem.together, _KEPT_CHANNELS)
+    return Point(vectors, rows, -(-total // tiles), part, splits, tiles_first)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -113,7 +124,8 @@ class _Chain(Planes):
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
-        self.in_place = _lies_in_place(problem)
+        self.in_place = _lies_in_place(problem, point.tiles_first)
+        self.tiles_first = point.tiles_first
         if problem.planes_in and not problem.pointwise:
             # Lines are copied whole: those at both ends stick out.
             self.lead = -(-problem.out_width // self.lanes) * self.lanes
@@ -133,9 +145,12 @@ class _Chain(Planes):
             if not self.in_place:
                 panel = scratch(p.panel_rows * self.row, self.elements.dtype)
                 self._fill(panel)
-            with T.serial(*self._share_of_parts(share)) as part:
-                first_channel, channels = self._part(part)
-                self._multiply_part(panel, first_channel, channels)
+            if self.tiles_first:
+                self._multiply_tiles(panel, share)
+            else:
+                with T.serial(*self._share_of_parts(share)) as part:
+                    first_channel, channels = self._part(part)
+                    self._multiply_part(panel, first_channel, channels)
 
     def _fill(self, panel) -> None:
         p, lanes = self.problem, self.lanes
@@ -179,25 +194,66 @@ class _Chain(Planes):
                 T.buffer_store(panel, value, [ramp(at, self.lanes)])
 
     def _multiply_part(self, panel, first_channel, channels) -> None:
-        p, rows, lanes = self.problem, self.point.rows, self.lanes
-        tiles, most, large = tiles_of(self.span * lanes, lanes, self.point.vectors)
+        p, rows = self.problem, self.point.rows
         with T.serial(0, (channels + p.block - 1) // p.block) as b:
-            at = T.Bind(first_channel // p.block + b)
-            span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
-            block = T.Bind(self.order[at].astype("int32"))
-            with T.serial(0, p.block // rows) as half, T.serial(0, tiles) as tile:
-                channel = T.Bind(first_channel + block * p.block + half * rows)
-                vectors, self.tile = most, T.Bind(tile * (most * lanes))
-                if large < tiles:
-                    vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
-                    self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * lanes)
+            span, first = self._block(first_channel, b)
+            with T.serial(0, p.block // rows) as half, self._tiles() as (vectors, most):
+                channel = T.Bind(first + half * rows)
 
                 def multiply(count: int, half=half, channel=channel, span=span) -> None:
                     self._begin(self.first + self.tile, count)
-                    acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, count)
+                    acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, count, channel)
                     self._store_planes(acc, self.first + self.tile, channel, count)
 
                 self._either(vectors, most, multiply)
+
+    def _multiply_tiles(self, panel, share) -> None:
+        with self._tiles() as (vectors, most):
+            self._either(vectors, most, lambda n: self._multiply_tile(panel, share, n))
+
+    def _multiply_tile(self, panel, share, vectors: int) -> None:
+        """The share-th part of the output channels for one tile."""
+        p, rows = self.problem, self.point.rows
+        kept = rows < p.together
+        start = T.Bind(self.first + self.tile)
+        self._begin(start, vectors)
+        with T.serial(*self._share_of_parts(share)) as part:
+            first_channel, channels = self._part(part)
+            width = vectors * self.lanes
+            sums = scratch(self.parts[-1][1] * width, self.elements.dtype) if kept else None
+            with T.serial(0, (channels + p.block - 1) // p.block) as b:
+                span, first = self._block(first_channel, b)
+                with T.serial(0, p.block // rows) as half:
+                    channel = T.Bind(first + half * rows)
+                    acc = self._multiply_rows(
+                        panel, None, 0, span, 0, half * rows, vectors, channel
+                    )
+                    if kept:
+                        base = T.Bind((channel - first_channel) * width)
+                        self._keep(acc, sums, base, vectors, channel)
+                    else:
+                        self._store_planes(acc, start, channel, vectors)
+            if kept:
+                self._store_kept_planes(sums, start, first_channel, channels, vectors)
+
+    def _block(self, first_channel, number) -> tuple:
+        """(span of non-zeros, first output channel) of the block at a position of a part."""
+        p = self.problem
+        at = T.Bind(first_channel // p.block + number)
+        span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
+        block = T.Bind(self.order[at].astype("int32"))
+        return span, T.Bind(first_channel + block * p.block)
+
+    @contextmanager
+    def _tiles(self):
+        """A loop over the tiles of a panel; (vectors of one, the most it has)."""
+        tiles, most, large = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
+        with T.serial(0, tiles) as tile:
+            vectors, self.tile = most, T.Bind(tile * (most * self.lanes))
+            if large < tiles:
+                vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
+                self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * self.lanes)
+            yield vectors, most
 
     def _panel_start(self, position, width: int):
         if self.in_place:

@@ -135,12 +135,23 @@ class Planes(Stores):
         self.by_image = problem.planes_in or problem.planes_out
         self.in_place = False  # planes are copied into panels
         self.image = _i(0)
+        self.bias = self._bias()
         self.by_quads = (
             self.chunks == 1
             and not problem.planes_out
             and point.rows % 4 == 0
             and all(n % 4 == 0 and n >= self.lanes for _, n in self.parts)
         )
+
+    def _bias(self):
+        """What integer sums begin with, a number per output channel, where the epilogue adds that first; else None."""
+        if self.elements.dtype != "int32" or self.chunks > 1:
+            return None
+        of_planes = self.problem.planes_out and self.problem.together > 1
+        found = self.kernel.bias_of_sums((-3, -1) if of_planes else (-1,))
+        if found is None:
+            return None
+        return T.decl_buffer((self.problem.outputs,), "int32", data=found.data)
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
@@ -257,10 +268,12 @@ class Planes(Stores):
             with T.serial(0, p.block // rows) as half:
                 row = T.Bind(block * p.block + half * rows)
                 base = T.Bind(self._place(row, first, width))
+                channel = T.Bind(first_channel + row)
                 acc = self._multiply_rows(
-                    panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors
-                )
-                self._keep(acc, sums, base, vectors)
+                    panel, sums, base, (begin, end), chunk * self.point.chunk, half * rows, vectors,
+                    channel,
+                )  # fmt: skip
+                self._keep(acc, sums, base, vectors, channel)
 
     def _place(self, row, first, width):
         """Where in the sums those of row `row` of a part begin."""
@@ -270,16 +283,24 @@ class Planes(Stores):
         """Sums of a row."""
         return width
 
-    def _multiply_rows(self, panel, sums, base, span, first_row, lane, vectors: int) -> list:
-        """`rows` channels: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of each, panel rows from
-        `first_row`. The sums of further chunks begin with those from `base`."""
+    def _multiply_rows(
+        self, panel, sums, base, span, first_row, lane, vectors: int, channel
+    ) -> list:
+        """`rows` channels from `channel` on: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of
+        each, panel rows from `first_row`. The sums of further chunks begin with those from `base`."""
         lanes, rows = self.lanes, self.point.rows
         width = vectors * lanes
         # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.
         acc = [small((width,), self.elements.dtype) for _ in range(rows)]
         for r in range(rows):
+            first = self._zeros()
+            if self.bias is not None:
+                at = channel + r
+                if self.problem.outputs % self.problem.block:  # what only fills the last block
+                    at = tirx.min(at, self.problem.outputs - 1)
+                first = T.Bind(T.broadcast(self.bias[at], lanes))
             for j in range(vectors):
-                start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else self._zeros()
+                start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else first
                 T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
         begin, end = span
         with T.serial(0, end - begin) as i:
@@ -302,8 +323,8 @@ class Planes(Stores):
         """Where in the sums a vector of a tile's row is kept."""
         return T.ramp(base + (row * self._stride(width) + vector * self.lanes), 1, self.lanes)
 
-    def _keep(self, acc: list, sums, base, vectors: int) -> None:
-        """Sums from registers to where the store will find them."""
+    def _keep(self, acc: list, sums, base, vectors: int, channel) -> None:
+        """Sums of the channels from `channel` on from registers to where the store will find them."""
         lanes = self.lanes
         width = vectors * lanes
         if not self.by_quads:

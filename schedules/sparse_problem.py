@@ -13,7 +13,8 @@ class Problem(Annotated):
     """A weight-sparse convolution; a matrix product is a 1x1 one whose rows are pixels of one image row.
 
     `padding` is (top, left, bottom, right); `block` output channels share one pattern; `stored` counts the blocks stored.
-    Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so.
+    Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so. An input channel is
+    an element of 4 bytes. `together` output channels lie side by side in planes: 4 of a byte each become such an element.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Problem(Annotated):
     stored: int = 0
     planes_in: bool = False
     planes_out: bool = False
+    together: int = 1
 
     @property
     def pixels(self) -> int:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.byte_stores import Cell, store_cells
+from schedules.byte_stores import Cell, store_cells, store_quads
+from schedules.emission import ramp
 from schedules.sparse_panel import joined_quads, scratch, transpose
 
 
@@ -19,20 +20,39 @@ class Stores:
     def _store_planes(self, acc: list, first, channel, vectors: int) -> None:
         """Store the sums of a tile's channels from `channel` on into their planes, through the epilogue."""
         starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+        together = self.problem.together
 
-        def store(row, o) -> None:
+        def store(rows: list, o) -> None:
             for j, start in enumerate(starts):
-                at = T.ramp(start, 1, self.lanes)
-                value = row[T.ramp(j * self.lanes, 1, self.lanes)]
-                self.kernel.store(value, [self.image, o, at])
+                values = [row[T.ramp(j * self.lanes, 1, self.lanes)] for row in rows]
+                self._store_plane(values, o, start, self.lanes)
 
-        for r, row in enumerate(acc):
+        for r in range(0, len(acc), together):
             o = T.Bind(channel + r)
             if self.problem.outputs % self.problem.block == 0:
-                store(row, o)
+                store(acc[r : r + together], o)
             else:
                 with T.If(o < self.problem.outputs), T.Then():
-                    store(row, o)
+                    store(acc[r : r + together], o)
+
+    def _store_plane(self, values: list, channel, pixel, lanes: int) -> None:
+        """Store the vectors of the channels of one plane, from `channel` on, through the epilogue."""
+        if self.problem.together > 1:
+            plane = T.Bind(channel // self.problem.together)
+            store_quads(self.kernel, self.target, values, (self.image, plane, pixel, lanes))
+        else:
+            self.kernel.store(values[0], [self.image, channel, ramp(pixel, lanes)])
+
+    def _store_kept_planes(self, sums, first, first_channel, channels, vectors: int) -> None:
+        """Store a part's sums of a tile, kept `[channel][pixel]`, into their planes."""
+        width, together = vectors * self.lanes, self.problem.together
+        starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+        with T.serial(0, channels // together) as plane:
+            o = T.Bind(first_channel + plane * together)
+            for j, start in enumerate(starts):
+                begin = T.Bind(plane * (together * width) + j * self.lanes)
+                values = [sums[T.ramp(begin + i * width, 1, self.lanes)] for i in range(together)]
+                self._store_plane(values, o, start, self.lanes)
 
     def _store_quads(self, sums, first, first_channel, channels, vectors, width) -> None:
         """Store a part's sums, kept by 4 channels, through the epilogue."""

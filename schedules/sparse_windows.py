@@ -17,6 +17,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
+from schedules.byte_stores import quads_of
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
@@ -116,7 +117,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     if target.threads > 1 and tiles < 2 * target.threads:
         splits = min(target.threads, len(parts_of(problem.outputs, base.part)))
     part = max(target.lanes, problem.block, 64)
-    if problem.planes_out:
+    if problem.planes_out and problem.together == 1:
         flat = lines * window_of(problem, lines).line
         while part > problem.block and part * flat * 4 > target.l2_bytes // 10:
             part //= 2
@@ -143,6 +144,9 @@ class _Windows(Planes):
         super().__init__(kernel, problem, whole, target, elements)
         self.lines = point.lines
         self.window = window_of(problem, point.lines)
+        # Elements of several channels are complete before lines are picked from a band, if nothing is read by pixel.
+        joined = problem.planes_out and problem.together > 1
+        self.staging = joined and not kernel.follows_pixels and str(kernel.output.dtype) == "uint8"
 
     def emit(self) -> None:
         p, splits, lanes, window = self.problem, self.point.splits, self.lanes, self.window
@@ -157,9 +161,12 @@ class _Windows(Planes):
             self.first_line = T.Bind(task // splits % count * self.lines)
             panel = scratch(p.channels * window.channel + _SLACK, self.elements.dtype)
             size = self._sums_size(most)
-            if p.planes_out:
+            if p.planes_out and not self.staging:
                 size = size // (most * lanes) * self.band
             sums = scratch(size, self.elements.dtype)
+            if self.staging:
+                planes = -(-self.parts[-1][1] // p.block) * p.block // p.together
+                self.staged = scratch(planes * self.band, self.elements.dtype)
             if p.planes_in:
                 self._copy_band(panel)
             else:
@@ -187,33 +194,88 @@ class _Windows(Planes):
             with T.serial(0, tiles) as tile:
                 first, vectors = self._tile(tile, tiles, most, large)
                 self.first = first
-                self._either(
-                    vectors,
-                    most,
-                    lambda n, first=first: self._multiply(
-                        panel, sums, first, first_channel, channels, n
-                    ),
-                )
-            self._store_lines(sums, first_channel, channels)
+
+                def multiply(count: int, first=first) -> None:
+                    self._multiply(panel, sums, first, first_channel, channels, count)
+                    if self.staging and self.point.rows < self.problem.together:
+                        self._stage_kept(sums, first_channel, channels, count)
+
+                self._either(vectors, most, multiply)
+            if self.staging:
+                self._store_staged(first_channel, channels)
+            else:
+                self._store_lines(sums, first_channel, channels)
 
     def _store_lines(self, sums, first_channel, channels) -> None:
         """Store a part's sums of a band through the epilogue, without what lies beyond the lines of the output."""
-        p, window = self.problem, self.window
-        with T.serial(0, channels) as channel, T.serial(0, self.lines) as line:
+        p, window, together = self.problem, self.window, self.problem.together
+        with T.serial(0, channels // together) as plane, T.serial(0, self.lines) as line:
             row = T.Bind(self.first_line + line)
             with T.If(row < p.out_height), T.Then():
-                start = T.Bind(channel * self.band + line * window.line)
-                o = T.Bind(first_channel + channel)
+                start = T.Bind(plane * (together * self.band) + line * window.line)
+                o = T.Bind(first_channel + plane * together)
                 pixel = T.Bind(row * p.out_width)
                 for column, lanes in covering(p.out_width, self.lanes):
-                    value = sums[ramp(start + column, lanes)]
-                    self.kernel.store(value, [self.image, o, ramp(pixel + column, lanes)])
+                    values = [
+                        sums[ramp(start + (i * self.band + column), lanes)] for i in range(together)
+                    ]
+                    self._store_plane(values, o, T.Bind(pixel + column), lanes)
+
+    def _stage(self, values: list, plane, channel, at) -> None:
+        """Complete a vector of elements of the plane number `plane` of a part, of the channels from `channel` on."""
+        last = self.problem.outputs // self.problem.together - 1
+        of = T.Bind(tirx.min(channel // self.problem.together, last))
+        made = quads_of(self.kernel, self.target, values, (self.image, of, T.int32(0), self.lanes))
+        T.buffer_store(self.staged, made, [ramp(T.Bind(plane * self.band + at), self.lanes)])
+
+    def _keep(self, acc: list, sums, base, vectors: int, channel) -> None:
+        together, lanes = self.problem.together, self.lanes
+        if not self.staging or self.point.rows < together:
+            super()._keep(acc, sums, base, vectors, channel)
+            return
+        for r in range(0, len(acc), together):
+            for j in range(vectors):
+                values = [row[ramp(j * lanes, lanes)] for row in acc[r : r + together]]
+                self._stage(
+                    values, base // together + r // together, channel + r, self.first + j * lanes
+                )
+
+    def _stage_kept(self, sums, first_channel, channels, vectors: int) -> None:
+        """Complete the elements of a part's sums of a tile, kept `[channel][pixel]`."""
+        together, lanes = self.problem.together, self.lanes
+        width = vectors * lanes
+        with T.serial(0, channels // together) as plane:
+            o = T.Bind(first_channel + plane * together)
+            for j in range(vectors):
+                begin = T.Bind(plane * (together * width) + j * lanes)
+                values = [sums[ramp(begin + i * width, lanes)] for i in range(together)]
+                self._stage(values, plane, o, self.first + j * lanes)
+
+    def _store_staged(self, first_channel, channels) -> None:
+        """Copy a part's elements of a band to their planes, without what lies beyond the lines of the output."""
+        p, window, together = self.problem, self.window, self.problem.together
+        planes = p.outputs // together
+        size = p.batch * planes * p.image_pixels
+        out = T.decl_buffer((size,), self.elements.dtype, data=self.kernel.output.data)
+        with T.serial(0, channels // together) as plane, T.serial(0, self.lines) as line:
+            row = T.Bind(self.first_line + line)
+            with T.If(row < p.out_height), T.Then():
+                start = T.Bind(plane * self.band + line * window.line)
+                to = T.Bind(
+                    (self.image * planes + first_channel // together + plane) * p.image_pixels
+                    + row * p.out_width
+                )
+                for column, lanes in covering(p.out_width, self.lanes):
+                    value = self.staged[ramp(start + column, lanes)]
+                    T.buffer_store(out, value, [ramp(to + column, lanes)])
 
     def _place(self, row, first, width):
+        if self.staging:  # elements need no place for sums, only their row
+            return row if self.point.rows >= self.problem.together else row * width
         return row * self.band + first if self.problem.planes_out else row * width
 
     def _stride(self, width: int):
-        return self.band if self.problem.planes_out else width
+        return self.band if self.problem.planes_out and not self.staging else width
 
     def _fetch_ahead(self, panel, n, width: int) -> None:
         # Unaligned vectors of a panel in the second-level cache: out-of-order execution alone does not hide the wait.

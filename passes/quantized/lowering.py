@@ -35,6 +35,7 @@ from passes.quantized.operators import (
     INT8_DENSE,
     QUANTIZE,
 )
+from passes.sparse.operators import image_of
 from schedules import byte_border, contraction, int8_contraction, int8_depthwise
 from schedules.fused import annotations
 from schedules.int8_contraction import QUAD, Point, Problem
@@ -272,15 +273,23 @@ def _lower_depthwise(bb, x, weight: np.ndarray, problem: Problem, zero_point: in
     return call_te(bb, define_depthwise(problem, point, shift), x, *packed, hint=hint)
 
 
+def _windows_of(call: relax.Call) -> Problem:
+    """The problem of a convolution whose x may lie in planes."""
+    attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
+    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
+    groups = attrs["groups"]
+    return Problem(*image_of(call), c * groups, o, r, s, stride, padding, dilation, groups)
+
+
 def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """`kerf.int8_conv2d` (channels last) and `kerf.int8_dense`."""
+    """`kerf.int8_conv2d` (channels last, or in planes) and `kerf.int8_dense`."""
     attrs, x, weight = attrs_of(call), call.args[0], const_array(call.args[1])
     if weight.ndim == 2:
-        rows = math.prod(shape_of(x)[:-1])
+        rows = math.prod(image_of(call))
         problem, weight = Problem(1, 1, rows, *reversed(weight.shape)), weight[:, :, None, None]
         hint = f"int8_dense_{rows}_{problem.c}_{problem.o}"
     else:
-        problem = problem_of(call)
+        problem = _windows_of(call) if "image" in attrs else problem_of(call)
         if int8_depthwise.suits(problem):
             return _lower_depthwise(bb, x, weight, problem, attrs["zero_point"], target)
         grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
@@ -298,7 +307,7 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         problem = replace(problem, c=shape_of(x)[-1])
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
-        return lower_sparse(bb, call, x, weight, problem, attrs, target)
+        return lower_sparse(bb, call, x, weight, problem, target)
     offset = attrs["zero_point"] - shift
     point = point_for(int8_contraction, problem, target)
     packed = [relax.const(pack_weights(weight, problem, point))]

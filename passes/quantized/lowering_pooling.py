@@ -53,9 +53,35 @@ def define(problem: Problem, point: pooling.Point, counting: str, zero_point: in
     return average_pool
 
 
+def define_mean_of_planes(pixels: int, zero_point: int):
+    """te function uint8 [N, C / 4, pixels, 4] -> float32 [N, 1, 1, C]: the mean of whole planes of quads."""
+
+    def mean_of_planes(x):
+        images, planes, _, together = (int(d) for d in x.shape)
+        k = te.reduce_axis((0, pixels), "k")
+        shape = (images, 1, 1, planes * together)
+        total = te.compute(
+            shape,
+            lambda n, i, j, c: te.sum(x[n, c // together, k, c % together].astype("int32"), axis=k),
+            name="total",
+        )
+        share = tirx.const(1.0 / pixels, "float32")
+        return te.compute(
+            shape,
+            lambda n, i, j, c: (total[n, i, j, c] - pixels * zero_point).astype("float32") * share,
+            name="mean_of_planes",
+        )
+
+    return mean_of_planes
+
+
 def lower_average_pool(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """Channels last. Raises ScheduleError in any other layout."""
+    """Channels last, or the mean of planes. Raises ScheduleError in any other layout."""
     attrs = attrs_of(call)
+    if "image" in attrs:
+        pixels = attrs["image"][1] * attrs["image"][2]
+        kernel = define_mean_of_planes(pixels, attrs["zero_point"])
+        return bb.call_te(kernel, call.args[0], primfunc_name_hint="mean_of_planes")
     if attrs["layout"] != "NHWC":
         raise ScheduleError("pooling not channels last", found=attrs["layout"], wanted="NHWC")
     n, h, w, c = shape_of(call.args[0])

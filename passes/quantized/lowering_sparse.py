@@ -3,8 +3,8 @@
 
     rewrite: kerf.int8_conv2d(x, w, grain="block:4x4")  ->  call_tir(sparse_conv, (x, pointer, index, values, order, slot)) + starts
 
-A quad is 4 bytes, as a float is: its pattern, its packing and its panels are those of `passes/sparse`. Pixels outside the
-image are the zero point, so that all sums of an output channel start alike.
+A quad is 4 bytes, as a float is: its pattern, its packing, its panels and its planes are those of `passes/sparse`. Pixels
+outside the image are the zero point, so that all sums of an output channel start alike.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import numpy as np
 from tvm import relax, tirx
 
-from passes.layers import shape_of
+from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
+from passes.quantized.operators import QUAD
 from passes.sparse.format import block_pattern
-from passes.sparse.lowering import definition, pack_at
-from schedules import sparse_planes, sparse_windows
+from passes.sparse.lowering import definition, pack_at, panel_structure
+from passes.sparse.operators import image_of
+from schedules import sparse_windows
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 from schedules.terms import reads_signed_pixels
 from schedules.windows import Problem as Windows
 
-QUAD = 4
 # Grain of an integer weight -> grain of the matrix of its quads: output channels that share a pattern.
 _OF_QUADS = {"in:4": "element", "block:4x4": "out:4", "block:8x4": "out:8"}
 
@@ -46,15 +47,17 @@ def _outputs(grain: str) -> int:
     return 1 if name == "element" else int(name.split(":")[1])
 
 
-def _product_with(zero_point: int, shift: int):
-    """A term of the definition: four products, of bytes of a quad with neighbouring channels."""
+def _product_with(zero_point: int, shift: int, planes: bool):
+    """A term of the definition: four products, of bytes of a quad with neighbouring channels, which lie in `planes` or in
+    the last axis of x."""
 
     def product(weight, x, place: tuple, inside):
         total = None
         for byte in range(QUAD):
             up, down = tirx.const(24 - 8 * byte, "int32"), tirx.const(24, "int32")
             w = tirx.shift_right(tirx.shift_left(weight, up), down)
-            pixel = x[(*place[:-1], place[-1] * QUAD + byte)].astype("int32")
+            at = (*place, byte) if planes else (*place[:-1], place[-1] * QUAD + byte)
+            pixel = x[at].astype("int32")
             if inside is not None:
                 pixel = tirx.if_then_else(inside, pixel, tirx.const(zero_point, "int32"))
             term = w * (pixel - shift)
@@ -64,28 +67,33 @@ def _product_with(zero_point: int, shift: int):
     return product
 
 
+def problem_of(call: relax.Call, windows: Windows, weight: np.ndarray) -> Problem:
+    """The kernel's problem, of a weight [O, C/groups, R, S] padded to multiples of 4 channels per group, in quads."""
+    attrs, p = attrs_of(call), windows
+    block = _outputs(attrs["grain"])
+    planes = {side: bool(attrs.get(side, 0)) for side in ("planes_in", "planes_out")}
+    more = {
+        "block": block, "stored": int(block_pattern(quads_of(weight), block).sum()), "together": QUAD
+    }  # fmt: skip
+    if len(shape_of(call.args[1])) == 2:
+        return Problem(1, 1, p.w, p.c // QUAD, p.o, 1, p.w, **more, **planes)
+    return Problem(
+        p.n, p.h, p.w, p.c // QUAD, p.o, p.oh, p.ow, (p.r, p.s), p.stride, p.dilation, p.padding, p.groups,
+        **more, **planes,
+    )  # fmt: skip
+
+
 def lower_sparse(
-    bb: relax.BlockBuilder, call: relax.Call, x, weight: np.ndarray, windows: Windows,
-    attrs: dict, target: CpuTarget,
+    bb: relax.BlockBuilder, call: relax.Call, x, weight: np.ndarray, windows: Windows, target: CpuTarget,
 ) -> relax.Expr:  # fmt: skip
     """A layer of either operator, x and weight [O, C/groups, R, S] padded to multiples of 4 channels per group."""
+    attrs, shape, quads = attrs_of(call), shape_of(call), quads_of(weight)
     grain, zero_point = attrs["grain"], attrs["zero_point"]
-    quads, outputs, shape = quads_of(weight), _outputs(grain), shape_of(call)
-    stored = int(block_pattern(quads, outputs).sum())
+    problem = problem_of(call, windows, weight)
     dense = len(shape_of(call.args[1])) == 2
-    if dense:
-        problem = Problem(
-            1, 1, windows.w, windows.c // QUAD, windows.o, 1, windows.w, block=outputs, stored=stored
-        )  # fmt: skip
-        quads = quads[:, :, 0, 0]
-    else:
-        p = windows
-        problem = Problem(
-            p.n, p.h, p.w, p.c // QUAD, p.o, p.oh, p.ow, (p.r, p.s), p.stride, p.dilation,
-            p.padding, p.groups, outputs, stored,
-        )  # fmt: skip
-    structure = sparse_windows if sparse_windows.suits(problem) else sparse_planes
+    structure = panel_structure(problem)
     point = structure.default_point(problem, target)
+    quads = quads[:, :, 0, 0] if dense else quads
     packed = pack_at(quads, _OF_QUADS[grain], problem, structure, point)
     arrays = [
         relax.const(a)
@@ -96,13 +104,17 @@ def lower_sparse(
         loops, problem=problem.to_dict(), point=point.to_dict(), zero_point=zero_point
     )
     shift = 128 if reads_signed_pixels(target) else 0
-    product, zero = _product_with(zero_point, shift), tirx.const(0, "int32")
+    product = _product_with(zero_point, shift, problem.planes_in)
     lines = point.lines if structure is sparse_windows else 0
-    kernel = definition(problem, lines, packed, shape, notes, product, zero)
+    kernel = definition(
+        problem, lines, packed, shape, notes, product, tirx.const(0, "int32"), image_of(call)
+    )
     kind = "dense" if dense else f"conv{windows.r}x{windows.s}"
     hint = f"int8_sparse_{kind}_{grain.replace(':', '')}"
     total = call_te(bb, kernel, x, *arrays, hint=hint, indices=(1, 2, 4, 5))
     if zero_point == shift:
         return total
     starts = (shift - zero_point) * weight.reshape(len(weight), -1).astype(np.int64).sum(axis=1)
+    if problem.planes_out:
+        starts = starts.reshape(1, -1, 1, QUAD)
     return relax.op.add(bb.emit(total), relax.const(starts.astype(np.int32)))

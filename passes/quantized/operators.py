@@ -13,7 +13,8 @@
 `kerf.dequantize_add(y, x)`     float32, uint8 of one shape -> float32: y + (x - zero_point) * scale, rounded once
 
 Both layer operators take an attribute `grain` ("in:4", "block:4x4", "block:8x4"): their kernel then skips what is zero of
-the weight at that grain. What turns a sum into the next layer's input is made of ordinary Relax operators and those above:
+the weight at that grain, and their activations may lie in planes of quads (`passes/sparse/operators.py`); an average pool
+with an attribute `image`, [N, H, W], takes the mean of such planes. What turns a sum into the next layer's input is made of ordinary Relax operators and those above:
 
     kerf.quantize(relu(astype(int8_conv2d(x, w) + bias, "float32") * multiplier), scale=1.0, zero_point=z)
 
@@ -31,13 +32,12 @@ from tvm import relax
 from passes.layers import (
     attrs_of,
     const_array,
-    infer_conv2d,
-    infer_dense,
     is_const,
     operator_call,
     register_operator,
     shape_of,
 )
+from passes.sparse.operators import infer_conv2d_in_planes, infer_dense_in_planes
 from schedules.errors import KerfError
 
 INT8_CONV2D = "kerf.int8_conv2d"
@@ -50,6 +50,7 @@ STEPS = "kerf.steps"
 DEQUANTIZE_ADD = "kerf.dequantize_add"
 
 GRAINS = ("in:4", "block:4x4", "block:8x4")
+QUAD = 4  # neighbouring channels that one dot product adds up, and that planes hold side by side
 
 
 def _typed(dtype: str, infer=None):
@@ -64,6 +65,8 @@ def _typed(dtype: str, infer=None):
 
 def _infer_average_pool(call: relax.Call) -> relax.TensorType:
     attrs, x = attrs_of(call), shape_of(call.args[0])
+    if "image" in attrs:  # the mean of whole planes
+        return relax.TensorType((x[0], 1, 1, x[1] * x[3]), "float32")
     n, h, w, c = x if attrs["layout"] == "NHWC" else (x[0], x[2], x[3], x[1])
     top, left, bottom, right = attrs["padding"]
     oh = (h + top + bottom - attrs["pool_size"][0]) // attrs["strides"][0] + 1
@@ -75,8 +78,9 @@ def _infer_average_pool(call: relax.Call) -> relax.TensorType:
 @functools.cache
 def register() -> None:
     """Register the integer operators; idempotent."""
-    register_operator(INT8_CONV2D, _typed("int32", infer_conv2d))
-    register_operator(INT8_DENSE, _typed("int32", infer_dense))
+    layers = {INT8_CONV2D: infer_conv2d_in_planes, INT8_DENSE: infer_dense_in_planes}
+    for name, infer in layers.items():
+        register_operator(name, _typed("int32", functools.partial(infer, together=QUAD)))
     register_operator(INT8_AVERAGE_POOL, _infer_average_pool)
     register_operator(QUANTIZE, _typed("uint8"), elementwise=True)
     register_operator(DEQUANTIZE, _typed("float32"), elementwise=True)

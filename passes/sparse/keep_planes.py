@@ -6,6 +6,9 @@
     requires: channels last
     ensures: what lies in planes is written and read by sparse layers, elementwise operators and means over pixels only
 
+Integer layers whose zeros are left out do the same with planes of quads, [N, C / 4, H * W, 4]: four neighbouring channels of
+a pixel are one element of their kernels.
+
 The sparse kernels multiply planes. Channels last, they transpose what they read and what they write, which takes as long as
 a sparse layer's multiplications. A value keeps its layout unless all its readers take planes, and all that it is computed from
 is either written in planes or has one number per channel.
@@ -19,7 +22,16 @@ import tvm
 from tvm import relax
 
 from passes.channels_last import ELEMENTWISE
-from passes.layers import attrs_of, const_array, is_call, is_const, is_elementwise, shape_of
+from passes.layers import (
+    attrs_of,
+    const_array,
+    is_call,
+    is_const,
+    is_elementwise,
+    operator_call,
+    shape_of,
+)
+from passes.quantized.operators import INT8_AVERAGE_POOL, INT8_CONV2D, INT8_DENSE, QUAD
 from passes.rewriting import (
     Graph,
     axes_of,
@@ -28,7 +40,7 @@ from passes.rewriting import (
     rewrite_module,
     variables,
 )
-from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, in_planes
+from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, in_planes, planes_shape
 
 # Pixels of an image, or rows of a matrix, below which a plane does not fill a vector of the widest target.
 _FEWEST_PIXELS = 16
@@ -45,7 +57,17 @@ def _pixels(shape: tuple[int, ...]) -> int:
 
 
 def _is_sparse(value) -> bool:
-    return is_call(value, SPARSE_CONV2D) or is_call(value, SPARSE_DENSE)
+    if is_call(value, SPARSE_CONV2D) or is_call(value, SPARSE_DENSE):
+        return True
+    return _is_integer(value) and "grain" in attrs_of(value)
+
+
+def _is_integer(value) -> bool:
+    return is_call(value, INT8_CONV2D) or is_call(value, INT8_DENSE)
+
+
+def _is_matrix_product(call: relax.Call) -> bool:
+    return len(shape_of(call.args[1])) == 2
 
 
 def _is_elementwise(value) -> bool:
@@ -60,6 +82,8 @@ def _is_tensor(expr) -> bool:
 
 def _gains(call: relax.Call) -> bool:
     """Whether a sparse layer is faster with planes."""
+    if _is_integer(call):
+        return True
     if attrs_of(call)["grain"] != "element":
         return True
     taps = math.prod(shape_of(call.args[1])[2:])
@@ -69,9 +93,9 @@ def _gains(call: relax.Call) -> bool:
 def _reads_planes(call: relax.Call) -> bool:
     """Whether a sparse layer is to read planes if its input may lie in them."""
     shape = shape_of(call.args[0])
-    if not _gains(call):
+    if not _gains(call) or (_is_integer(call) and shape_of(call.args[1])[1] % QUAD):
         return False
-    if is_call(call, SPARSE_DENSE):
+    if _is_matrix_product(call):
         return _pixels(shape) >= _FEWEST_PIXELS
     strides = attrs_of(call)["strides"]
     return (
@@ -81,7 +105,15 @@ def _reads_planes(call: relax.Call) -> bool:
     )
 
 
+def _writes_planes(call: relax.Call) -> bool:
+    """Whether a sparse layer may write planes."""
+    return _gains(call) and not (_is_integer(call) and shape_of(call)[-1] % QUAD)
+
+
 def _is_mean_over_pixels(call, shape: tuple[int, ...]) -> bool:
+    if is_call(call, INT8_AVERAGE_POOL):
+        attrs = attrs_of(call)
+        return tuple(attrs["pool_size"]) == shape[1:3] and not any(attrs["padding"])
     return (
         is_call(call, "relax.mean")
         and len(shape) == 4
@@ -112,14 +144,27 @@ class _Planner:
             for read in variables(b.value):
                 self.readers.setdefault(read, []).append((b.var, b.value))
         self.outputs = set(variables(func.body.body))
+        self.together: dict[relax.Var, int] = {}  # channels that a plane of a variable would hold
+        for var, value in self.values.items():
+            if found := self._together(value):
+                self.together[var] = found
         self.planes = {v for v, value in self.values.items() if self._may_lie_in_planes(v, value)}
         while dropped := {v for v in self.planes if not self._fits(v)}:
             self.planes -= dropped
 
+    def _together(self, value) -> int | None:
+        """Channels of a plane that a value would be written in; None if it cannot be."""
+        if _is_sparse(value):
+            return QUAD if _is_integer(value) else 1
+        if not _is_elementwise(value):
+            return None
+        found = {self.together[v] for v in variables(value) if v in self.together}
+        return found.pop() if len(found) == 1 else None
+
     def _may_lie_in_planes(self, var: relax.Var, value) -> bool:
         if var in self.outputs or not _is_tensor(var) or _pixels(shape_of(var)) < _FEWEST_PIXELS:
             return False
-        return _gains(value) if _is_sparse(value) else _is_elementwise(value)
+        return _writes_planes(value) if _is_sparse(value) else var in self.together
 
     def _fits(self, var: relax.Var) -> bool:
         """Whether a variable can lie in planes while all the others do that still are to."""
@@ -142,9 +187,9 @@ class _Planner:
 
     def _takes_planes(self, var: relax.Var, reader: relax.Var, read) -> bool:
         if _is_sparse(read):
-            return _reads_planes(read)
+            return _reads_planes(read) and self._together(read) == self.together[var]
         if _is_mean_over_pixels(read, shape_of(var)):
-            return True
+            return is_call(read, "relax.mean") or self.together[var] == QUAD
         return reader in self.planes and shape_of(reader) == shape_of(var)
 
     def run(self) -> relax.Function:
@@ -163,20 +208,30 @@ class _Planner:
         if _is_sparse(value):
             return in_planes(value, graph.substitute(value.args[0]), reads, var in self.planes)
         if var in self.planes:
-            shape = shape_of(var)
-            args = [self._operand(graph, a, shape) for a in value.args]
+            shape, together = shape_of(var), self.together[var]
+            args = [self._operand(graph, a, shape, together) for a in value.args]
             return relax.Call(value.op, args, value.attrs, value.ty_args)
+        if is_call(value, INT8_AVERAGE_POOL):
+            attrs = attrs_of(value) | {"image": list(shape_of(value.args[0])[:3])}
+            return operator_call(value.op.name, [graph.substitute(value.args[0])], **attrs)
         mean = relax.op.mean(graph.substitute(value.args[0]), [2], bool(value.attrs.keepdims))
-        return relax.op.reshape(mean, shape_of(var)) if value.attrs.keepdims else mean
+        whole = not value.attrs.keepdims and self.together[value.args[0]] == 1
+        return mean if whole else relax.op.reshape(mean, shape_of(var))
 
-    def _operand(self, graph: Graph, expr: relax.Expr, shape: tuple[int, ...]) -> relax.Expr:
+    def _operand(
+        self, graph: Graph, expr: relax.Expr, shape: tuple[int, ...], together: int
+    ) -> relax.Expr:
         """An operand of an elementwise operator, as its result in planes needs it."""
         if not _is_tensor(expr) or (isinstance(expr, relax.Var) and expr in self.planes):
             return graph.substitute(expr)
         own = shape_of(expr)
         if not own:
             return graph.substitute(expr)
-        wanted = (own[0] if len(own) == len(shape) == 4 else 1, own[-1], 1)
+        images = own[0] if len(own) == len(shape) == 4 else 1
+        if own[-1] == 1:  # one number for all channels
+            wanted = (images, 1, 1) if together == 1 else (images, 1, 1, 1)
+        else:
+            wanted = planes_shape(images, own[-1], 1, together)
         if is_const(expr):
             return constant(const_array(expr).reshape(wanted))
         return relax.op.reshape(graph.substitute(expr), wanted)

@@ -49,10 +49,12 @@ def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
 
 
 def structure_for(problem: Problem) -> ModuleType:
-    """The loop structure that suits a problem: for a few rows, into planes, over padded planes, or with one panel row per
-    tap."""
-    if sparse_vector.suits(problem):
-        return sparse_vector
+    """The loop structure that suits a problem: for a few rows, or one with panels."""
+    return sparse_vector if sparse_vector.suits(problem) else panel_structure(problem)
+
+
+def panel_structure(problem: Problem) -> ModuleType:
+    """The loop structure with panels that suits a problem: into planes, over padded planes, or with one panel row per tap."""
     if sparse_chain.suits(problem):
         return sparse_chain
     return sparse_windows if sparse_windows.suits(problem) else sparse_planes
@@ -126,8 +128,8 @@ def definition(
         """(output channel, its pixel: indices of the image, or of the rows of a matrix)."""
         if not p.planes_out:
             return at[-1], at[:-1]
-        pixel = at[2]
-        return at[1], (at[0], pixel // p.out_width, pixel % p.out_width) if conv else (pixel,)
+        pixel, channel = at[2], at[1] if len(at) == 3 else at[1] * out_shape[3] + at[3]
+        return channel, (at[0], pixel // p.out_width, pixel % p.out_width) if conv else (pixel,)
 
     def flat(pixel: tuple):
         """A row of a matrix, counted over its leading axes `rows`, or as it is."""

@@ -8,7 +8,8 @@ The weight stays dense, zeros included, until it is lowered: it is the definitio
 
 Between such operators activations may lie in planes [N, C, H * W] ([1, C, rows] of a matrix product), one per channel
 (`passes/sparse/keep_planes.py`): attributes `planes_in` and `planes_out` say which of x and y do, `image` what x is
-channels last: [N, H, W], or the leading axes of a matrix.
+channels last: [N, H, W], or the leading axes of a matrix. The planes of integer layers are of quads of channels:
+[N, C / 4, H * W, 4].
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ SPARSE_DENSE = "kerf.sparse_dense"
 @functools.cache
 def register() -> None:
     """Register the sparse operators; idempotent."""
-    register_operator(SPARSE_CONV2D, _infer_conv2d)
-    register_operator(SPARSE_DENSE, _infer_dense)
+    register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
+    register_operator(SPARSE_DENSE, infer_dense_in_planes)
 
 
 def sparse_call(call: relax.Call, grain: str) -> relax.Call:
@@ -63,20 +64,31 @@ def image_of(call: relax.Call) -> tuple[int, ...]:
     return tuple(attrs["image"]) if "image" in attrs else shape_of(call.args[0])[:-1]
 
 
-def _infer_conv2d(call: relax.Call) -> relax.TensorType:
+def planes_shape(images: int, channels: int, pixels: int, together: int = 1) -> tuple[int, ...]:
+    """The shape of planes of `together` neighbouring channels each."""
+    if together == 1:
+        return (images, channels, pixels)
+    return (images, channels // together, pixels, together)
+
+
+def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
+    """`infer_conv2d`, of a call that may read or write planes of `together` channels."""
     attrs = attrs_of(call)
     if "image" not in attrs:
         return infer_conv2d(call)
     w, (n, height, width) = shape_of(call.args[1]), attrs["image"]
     oh, ow = conv2d_output_hw(attrs, height, width, w[2:])
-    shape = (n, w[0], oh * ow) if attrs["planes_out"] else (n, oh, ow, w[0])
+    planes = planes_shape(n, w[0], oh * ow, together)
+    shape = planes if attrs["planes_out"] else (n, oh, ow, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
 
 
-def _infer_dense(call: relax.Call) -> relax.TensorType:
+def infer_dense_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
+    """`infer_dense`, of a call that may read or write planes of `together` channels."""
     attrs, w = attrs_of(call), shape_of(call.args[1])
     if "image" not in attrs:
         return infer_dense(call)
     rows = attrs["image"]
-    shape = (1, w[0], math.prod(rows)) if attrs["planes_out"] else (*rows, w[0])
+    planes = planes_shape(1, w[0], math.prod(rows), together)
+    shape = planes if attrs["planes_out"] else (*rows, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
