@@ -30,6 +30,7 @@ from passes.fold_batch_norm import affine_of
 from passes.layers import (
     CONV2D,
     DENSE,
+    DEPTH_TO_SPACE,
     attrs_of,
     const_array,
     is_call,
@@ -87,27 +88,31 @@ def same_geometry(a: relax.Call, b: relax.Call) -> bool:
 
 
 def square_of(expr: relax.Expr, graph: Graph) -> relax.Expr | None:
-    """x where `expr` is x * x, x ** 2 or square(x), or one of these with its axes changed."""
+    """x where `expr` is x * x, x ** 2 or square(x), or one of these that was only moved about after."""
     if (call := graph.call(expr, "relax.multiply")) is not None:
         return call.args[0] if call.args[0].same_as(call.args[1]) else None
     if (call := graph.call(expr, "relax.power")) is not None:
         return call.args[0] if scalar(call.args[1]) == 2 else None
-    for name in ("relax.reshape", "relax.permute_dims"):
+    for name in ("relax.reshape", "relax.permute_dims", DEPTH_TO_SPACE):
         if (call := graph.call(expr, name)) is not None:
             inner = square_of(call.args[0], graph)
-            return (
-                inner if inner is None else relax.Call(call.op, [inner, *call.args[1:]], call.attrs)
-            )
+            if inner is None:
+                return None
+            return relax.Call(call.op, [inner, *call.args[1:]], call.attrs, ret_ty=call.ty)
     call = graph.call(expr, "relax.square")
     return None if call is None else call.args[0]
 
 
 def same_value(a: relax.Expr, b: relax.Expr, graph: Graph) -> bool:
-    """Whether two expressions are one value: the same variable, or the same operation of the same values."""
+    """Whether two expressions are one value: the same variable, the same operation of the same values, or the same
+    value reshaped to the same shape, in however many steps."""
     if a.same_as(b):
         return True
     if is_const(a) or is_const(b):
         return False
+    sources = [_before_reshapes(expr, graph) for expr in (a, b)]
+    if not (sources[0].same_as(a) and sources[1].same_as(b)):
+        return shape_of(a) == shape_of(b) and same_value(*sources, graph)
     first, second = graph.definition(a), graph.definition(b)
     if not (isinstance(first, relax.Call) and isinstance(second, relax.Call)):
         return isinstance(a, relax.ShapeExpr) and tvm_ffi.structural_equal(a, b)
@@ -117,6 +122,13 @@ def same_value(a: relax.Expr, b: relax.Expr, graph: Graph) -> bool:
         and tvm_ffi.structural_equal(first.attrs, second.attrs)
         and all(same_value(c, d, graph) for c, d in zip(first.args, second.args))
     )
+
+
+def _before_reshapes(expr: relax.Expr, graph: Graph) -> relax.Expr:
+    """What reshapes, one after the other, made `expr` of."""
+    while (call := graph.call(expr, "relax.reshape")) is not None:
+        expr = call.args[0]
+    return expr
 
 
 class _Rules:

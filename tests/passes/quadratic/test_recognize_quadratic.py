@@ -65,6 +65,16 @@ def product(net, x):
     return net.emit(op.multiply(net.biased("r", x), net.biased("g", x)))
 
 
+def turned(net, x):
+    """x, or what it was made of, with its last axes of other sizes."""
+    return net.emit(op.reshape(x, (2, 5, 6, 7) if net.conv else (1, 12, 9)))
+
+
+def turned_image(net, x):
+    """x with its rows as columns: of the shape of `turned`, but of other values."""
+    return net.emit(op.permute_dims(x, [0, 1, 3, 2]))
+
+
 # name -> (body(net, x), [(form, layers)])
 FOUND = {
     "fan": (
@@ -111,6 +121,12 @@ FOUND = {
     ),
     "x reshaped for each branch": (
         lambda n, x: op.multiply(*(n(name, n.emit(op.reshape(x, (2, 5, 6, 7) if n.conv else (12, 9)))) for name in "rg")), [("rg", "rg")],
+    ),
+    "x reshaped, and its square in two steps": (
+        lambda n, x: op.add(product(n, turned(n, x)), n("b", turned(n, square(n, n.emit(op.reshape(x, (-1,))))))), [("rgb", "rgb")],
+    ),
+    "square of x before it is reshaped": (
+        lambda n, x: op.add(product(n, turned(n, x)), n("b", turned(n, square(n, x)))), [("rgb", "rgb")],
     ),
     "t2": (lambda n, x: op.add(n("b", square(n, x)), n.bias()), [("b", "b")]),
     "square and linear": (lambda n, x: op.add(n.biased("l", x), n("b", square(n, x))), [("bl", "bl")]),
@@ -197,8 +213,15 @@ def read_twice(n, x):
     return op.add(n.emit(op.multiply(r, n("g", x))), n.emit(op.nn.relu(r)))
 
 
+def rows_and_columns(n, x):
+    """The same values as one row and as one column, so that the product of two layers broadcasts."""
+    row, column = (n.emit(op.reshape(x, shape)) for shape in ((2, 5, 1, 42), (2, 5, 42, 1)))
+    return op.multiply(n("r", row), n("g", column))
+
+
 NEAR_MISSES = {
     "another input": (other_input, 2, "reads another input"),
+    "another shape": (rows_and_columns, 1, "reads another input"),
     "read twice": (read_twice, 1, "read by 2 others"),
     "another stride": (
         lambda n, x: op.multiply(n("r", x, strides=(2, 1), padding=(1, 0, 1, 0)), n("g", x, strides=(2, 1), padding=(0, 0, 2, 0))),
@@ -231,11 +254,23 @@ def test_near_misses_stay(name, build):
     assert any(re.search(reason, d.declined) for d in done.decisions), done.decisions
 
 
-def test_a_square_of_something_else_stays_a_layer_of_its_own(build):
-    def body(n, x, y):
-        return op.add(product(n, x), n("b", square(n, y)))
+SQUARES_OF_OTHERS = {
+    "another input": (lambda n, x, y: op.add(product(n, x), n("b", square(n, y))), 2),
+    "the same values in another order": (
+        lambda n, x: op.add(product(n, turned(n, x)), n("b", turned_image(n, square(n, x)))), 1,
+    ),
+    "the same values in another order before a reshape": (
+        lambda n, x: op.add(
+            product(n, x), n("b", n.emit(op.reshape(square(n, turned_image(n, x)), IMAGE)))
+        ), 1,
+    ),
+}  # fmt: skip
 
-    mod, done = rewritten(build, True, body, [IMAGE, IMAGE])
+
+@pytest.mark.parametrize("name", SQUARES_OF_OTHERS)
+def test_a_square_of_something_else_stays_a_layer_of_its_own(name, build):
+    body, count = SQUARES_OF_OTHERS[name]
+    mod, done = rewritten(build, True, body, [IMAGE] * count)
     assert neurons(done.treated) == [("b", "b"), ("rg", "rg")]
     same(mod, done.treated)
 
