@@ -4,7 +4,8 @@
     o[b, i, h, :] = sum over j of softmax_j(scale q[b, i, h, :] . k[b, j, h, :] + bias[b, h, i, j]) v[b, j, h, :]
 
 q [B, Sq, H, D], k [B, Sk, H, D], v [B, Sk, H, Dv], float32. For each head the keys are transposed into panels once; then
-a tile of query rows computes its scores, their softmax (polynomial exponential) and the weighted values, all in cache.
+a block of query rows computes its scores panel by panel, the greatest of each row with them, then exponentials and their
+sums, then the weighted values, which are read where they lie. The scores of a block stay in the first-level cache.
 A row whose scores are all -inf (fully masked) gives zeros, as `torch.nn.functional.scaled_dot_product_attention` does.
 """
 
@@ -23,14 +24,12 @@ from schedules.emission import (
     Tile,
     covering,
     emitting,
-    local_buffer,
     loop,
     pieces,
     ramp,
     reduce_lanes,
     runs_parallel,
     splat,
-    tile_rows,
     transpose,
     workspace,
 )
@@ -39,6 +38,10 @@ from schedules.target import CpuTarget
 
 LOOPS = "attention"
 _STAGES = 7  # blocks of the definition
+_TILE_CYCLES, _BLOCK_CYCLES = (
+    30,
+    200,
+)  # besides the sums: to fill, empty and store a tile; per block of rows
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,53 @@ class Problem(Annotated):
 
 @dataclass(frozen=True)
 class Point(Annotated):
-    """Tile parameters: query rows by vectors of keys (and of values) in registers."""
+    """Query rows of a block; the register tile of its scores (rows x vectors of keys), a whole number of which are a
+    block, and that of its values (rows x vectors of value elements), likewise."""
 
+    block: int
     rows: int
     vectors: int
+    value_rows: int
+    value_vectors: int
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """Two vectors per row, rows to fill the registers with the least overlap."""
-    vectors = 2 if problem.k_len > target.lanes else 1
-    most = min(14, (target.registers - 2 - vectors) // vectors)
-    return Point(tile_rows(problem.q_len, most), vectors)
+    """The least estimated cycles, padding of the last block and of narrow tiles included; scores of a block in half of
+    the first-level cache."""
+    keys, columns = (
+        -(-problem.k_len // target.lanes),
+        len(covering(problem.value_depth, target.lanes)),
+    )
+    fitting = target.l1_bytes // 2 // (4 * target.lanes * keys)
+    blocks = range(1, min(problem.q_len, max(16, fitting), 64) + 1)
+    best = None
+    for block in blocks:
+        score, rows, vectors = _tile_of(block, keys, problem.depth, target)
+        value, value_rows, value_vectors = _tile_of(block, columns, problem.k_len, target)
+        cycles = -(-problem.q_len // block) * (score + value + _BLOCK_CYCLES)
+        if best is None or cycles < best[0]:
+            best = cycles, Point(block, rows, vectors, value_rows, value_vectors)
+    return best[1]
+
+
+def _tile_of(block: int, columns: int, steps: int, target: CpuTarget) -> tuple[float, int, int]:
+    """(cycles, rows, vectors) of the tile of least cycles for `block` rows by `columns` vectors, sums of `steps` terms."""
+
+    def cycles(rows: int, vectors: int) -> float:
+        panels = [vectors] * (columns // vectors) + [columns % vectors] * (columns % vectors > 0)
+        # Two products or two loads a cycle, a product takes four; vectors come from the second-level cache.
+        each = sum(
+            steps * (max(rows * v / 2, (rows + v) / 2, 4) + v / 4) + _TILE_CYCLES for v in panels
+        )
+        return block // rows * each
+
+    return min(
+        (cycles(rows, vectors), rows, vectors)
+        for rows in range(1, block + 1)
+        if block % rows == 0
+        for vectors in range(1, columns + 1)
+        if (rows + 1) * vectors < target.registers
+    )
 
 
 def define_attention(q, k, v, bias, problem: Problem, point: Point):
@@ -95,7 +134,7 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
 
     def weight(b, h, i, c):
         top = greatest(b, h, i)
-        return vector_math.exp_nonpositive(
+        return vector_math.softmax_weight(
             logits(b, h, i, c) - tirx.Select(top == minus_infinity, zero, top)
         )
 
@@ -138,9 +177,18 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return kernel.func
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Query rows [base, base + block) of head h in batch b."""
+
+    b: object
+    h: object
+    base: object
+
+
 @dataclass
 class _Emitter:
-    """State of one emission: buffers of the function and, inside the loop over heads, of one head and row tile."""
+    """State of one emission: buffers of the function and, inside the loop over heads, of one head and block."""
 
     kernel: object
     problem: Problem
@@ -157,47 +205,44 @@ class _Emitter:
 
     @property
     def width(self) -> int:
-        """Keys (or value elements) of one panel."""
+        """Keys of one panel."""
         return self.lanes * self.point.vectors
 
     @property
-    def panels(self) -> int:
-        return -(-self.problem.k_len // self.width)
-
-    @property
-    def value_panels(self) -> int:
-        return -(-self.problem.value_depth // self.width)
+    def key_vectors(self) -> int:
+        return -(-self.problem.k_len // self.lanes)
 
     def emit(self) -> None:
-        p, rows = self.problem, self.point.rows
-        tiles = -(-p.q_len // rows)
+        p, rows = self.problem, self.point.block
+        blocks = -(-p.q_len // rows)
         heads = p.batch * p.heads
         work = 2 * heads * p.q_len * p.k_len * (p.depth + p.value_depth + 20)
-        parallel = runs_parallel(self.target, heads * tiles, work)
+        parallel = runs_parallel(self.target, heads * blocks, work)
         # Few heads: several threads share one, each packing the keys anew.
-        shares = min(tiles, -(-self.target.threads // heads)) if parallel else 1
-        tiles_per_share = -(-tiles // shares)
+        shares = min(blocks, -(-self.target.threads // heads)) if parallel else 1
+        blocks_per_share = -(-blocks // shares)
         with loop(heads * shares, parallel=parallel) as item:
             self._allocate()
             head = item if shares == 1 else tirx.floordiv(item, shares)
-            first = 0 if shares == 1 else tirx.floormod(item, shares) * tiles_per_share
+            first = 0 if shares == 1 else tirx.floormod(item, shares) * blocks_per_share
             b, h = tirx.floordiv(head, p.heads), tirx.floormod(head, p.heads)
             self._pack_keys(b, h)
-            self._pack_values(b, h)
-            count = tiles if shares == 1 else tirx.max(0, tirx.min(tiles_per_share, tiles - first))
-            with T.serial(0, count) as tile:
-                base = tirx.min((first + tile) * rows, p.q_len - rows)
-                self._emit_tile(b, h, base)
+            count = (
+                blocks if shares == 1 else tirx.max(0, tirx.min(blocks_per_share, blocks - first))
+            )
+            with T.serial(0, count) as i:
+                self._emit_block(_Block(b, h, tirx.min((first + i) * rows, p.q_len - rows)))
 
     def _allocate(self) -> None:
-        p, lanes = self.problem, self.lanes
-        self.keys = workspace(self.panels, p.depth, self.width)
-        self.values = workspace(self.value_panels, p.k_len, self.width)
-        self.queries = workspace(self.point.rows, p.depth)
-        self.scores = workspace(self.point.rows, self.panels * self.width)
-        self.inverse = local_buffer(self.point.rows)
-        self.vector = local_buffer(2 * lanes)
-        self.scalar = local_buffer(1)
+        p, rows, lanes = self.problem, self.point.block, self.lanes
+        panels = -(-self.key_vectors // self.point.vectors)
+        self.keys = workspace(panels, p.depth, self.width)
+        self.queries = workspace(rows, p.depth)
+        self.scores = workspace(rows, self.key_vectors * lanes)
+        self.tops = workspace(rows, lanes)  # of each row, and its sums, by lane
+        self.totals = workspace(rows, lanes)
+        self.top = workspace(rows)
+        self.inverse = workspace(rows)
 
     def _pack_keys(self, b, h) -> None:
         """keys[panel, d, key in panel] = k, repeating the last key where there is none (those scores are masked)."""
@@ -205,7 +250,7 @@ class _Emitter:
         # Depth below a register: transpose smaller blocks.
         row = Row(p.depth, lanes)
         block = row.lanes
-        with T.serial(0, self.panels * self.width // block) as group:
+        with T.serial(0, self.key_vectors * lanes // block) as group:
             key = group * block
             panel, offset = tirx.floordiv(key, self.width), tirx.floormod(key, self.width)
 
@@ -220,153 +265,145 @@ class _Emitter:
 
             row.each(pack, 1)
 
-    def _pack_values(self, b, h) -> None:
-        """values[panel, key, element in panel] = v, zeros where there is no element."""
-        p = self.problem
-        with T.serial(0, p.k_len) as s:
-            for panel in range(self.value_panels):
-                first = panel * self.width
-                held = min(self.width, p.value_depth - first)
-                for offset, lanes in covering(held, self.lanes):
-                    value = self.v[b, s, h, ramp(first + offset, lanes)]
-                    T.buffer_store(self.values, value, [panel, s, ramp(offset, lanes)])
-                for offset, lanes in (
-                    covering(self.width - held, self.lanes) if held < self.width else ()
-                ):
-                    T.buffer_store(
-                        self.values, splat(0.0, lanes), [panel, s, ramp(held + offset, lanes)]
-                    )
-
-    def _emit_tile(self, b, h, base) -> None:
-        p, rows = self.problem, self.point.rows
-        depth_row = Row(p.depth, self.lanes)
+    def _emit_block(self, at: _Block) -> None:
+        p, rows, lanes = self.problem, self.point.block, self.lanes
+        depth_row = Row(p.depth, lanes)
         with T.serial(0, rows) as r:
 
-            def copy(at, _slot, _fresh):
-                lane = ramp(at, depth_row.lanes)
-                T.buffer_store(
-                    self.queries,
-                    self.q[b, base + r, h, lane] * splat(p.scale, depth_row.lanes),
-                    [r, lane],
-                )
+            def copy(d, _slot, _fresh):
+                lane = ramp(d, depth_row.lanes)
+                value = self.q[at.b, at.base + r, at.h, lane] * splat(p.scale, depth_row.lanes)
+                T.buffer_store(self.queries, value, [r, lane])
 
             depth_row.each(copy)
-        # Keys that some row of this tile sees.
-        seen = p.k_len if p.reach is None else tirx.max(0, tirx.min(p.k_len, base + rows + p.reach))
-        tile = Tile(rows, self.point.vectors, self.lanes)
-        acc = tile.allocate()
-        panels = (
-            self.panels if p.reach is None else tirx.floordiv(seen + self.width - 1, self.width)
-        )
-        with T.serial(0, panels) as panel:
+            T.buffer_store(self.tops, splat(-math.inf, lanes), [r, ramp(0, lanes)])
+        # Keys that some row of this block sees, and vectors of them.
+        seen, vectors = p.k_len, self.key_vectors
+        if p.reach is not None:
+            seen = tirx.max(0, tirx.min(p.k_len, at.base + rows + p.reach))
+            vectors = tirx.floordiv(seen + lanes - 1, lanes)
+        self._score(at, seen)
+        self._exponentials(vectors)
+        self._values(at, seen)
+
+    # ---- scores
+
+    def _score(self, at: _Block, seen) -> None:
+        """scores[r, :] and, by lane, tops[r, :]; where causal only panels that some row sees."""
+        p, vectors = self.problem, self.point.vectors
+        whole = p.k_len // self.width
+        rest = self.key_vectors - whole * vectors
+        if p.reach is None:
+            plain, last = whole, True
+        else:
+            plain = tirx.min(whole, tirx.floordiv(at.base + p.reach + 1, self.width))
+            last = whole * self.width < seen
+        with T.serial(0, plain) as panel:
+            self._panel(at, panel, vectors)
+        if p.reach is not None:
+            reached = tirx.min(whole, tirx.floordiv(seen + self.width - 1, self.width))
+            with T.serial(0, reached - plain) as i:
+                self._panel(at, plain + i, vectors, causal=True)
+        if not rest:
+            return
+        keys = p.k_len - whole * self.width
+        if last is True:
+            self._panel(at, whole, rest, keys)
+            return
+        with T.If(last), T.Then():
+            self._panel(at, whole, rest, keys, causal=True)
+
+    def _panel(
+        self, at: _Block, panel, vectors: int, keys: int | None = None, causal: bool = False
+    ) -> None:
+        """Scores of `vectors` vectors of keys, the first `keys` of them real (None: all)."""
+        lanes, zero = self.lanes, ramp(0, self.lanes)
+        tile = Tile(self.point.rows, vectors, lanes)
+        with T.serial(0, self.point.block // tile.rows) as t:
+            acc = tile.allocate()
+            first = t * tile.rows
             tile.multiply(
-                acc, p.depth, lambda r, d: self.queries[r, d],
-                lambda d, v: self.keys[panel, d, ramp(v * self.lanes, self.lanes)],
+                acc, self.problem.depth, lambda r, d: self.queries[first + r, d],
+                lambda d, v: self.keys[panel, d, ramp(v * lanes, lanes)],
             )  # fmt: skip
-            for r, v in tile.cells():
-                T.buffer_store(
-                    self.scores,
-                    acc[r][tile.at(v)],
-                    [r, ramp(panel * self.width + v * self.lanes, self.lanes)],
-                )
-        with T.serial(0, rows) as r:
-            self._softmax(b, h, base, r, panels * self.point.vectors)
-        with T.serial(0, self.value_panels) as panel:
-            tile.multiply(
-                acc, seen, lambda r, s: self.scores[r, s],
-                lambda s, v: self.values[panel, s, ramp(v * self.lanes, self.lanes)],
-            )  # fmt: skip
-            self._store(tile, acc, b, h, base, panel)
+            for r in range(tile.rows):
+                top = self.tops[first + r, zero]
+                for v in range(vectors):
+                    column, here = panel * self.width + v * lanes, tile.at(v)
+                    valid = lanes if keys is None else min(lanes, keys - v * lanes)
+                    self._add_bias(at, first + r, column, acc[r], v * lanes, valid)
+                    limits = [self.problem.k_len] if valid < lanes else []
+                    limits += [at.base + first + r + self.problem.reach + 1] if causal else []
+                    for limit in limits:
+                        bound = T.broadcast(tirx.convert(limit).astype("int32"), lanes)
+                        seen = T.ramp(column, 1, lanes) < bound
+                        value = tirx.Select(seen, acc[r][here], splat(-math.inf, lanes))
+                        T.buffer_store(acc[r], value, [here])
+                    T.buffer_store(self.scores, acc[r][here], [first + r, ramp(column, lanes)])
+                    top = tirx.max(top, acc[r][here])
+                T.buffer_store(self.tops, top, [first + r, zero])
 
-    def _softmax(self, b, h, base, r, vectors) -> None:
-        """scores[r, :] become exponentials; inverse[r] the reciprocal of their sum."""
-        p, lanes = self.problem, self.lanes
-        zero, lane = ramp(0, lanes), ramp(lanes, lanes)
-        whole, left = divmod(p.k_len, lanes)
-        count = whole if p.reach is None else tirx.min(whole, vectors)
-
-        def each(body) -> None:
-            if whole:
-                with T.serial(0, count) as j:
-                    body(j * lanes, lanes)
-            if left:
-                body(tirx.const(whole * lanes, "int32"), left)
-
-        def greatest(at, valid):
-            self._add_bias(b, h, base + r, r, at, valid)
-            value = self.scores[r, ramp(at, lanes)]
-            column = T.ramp(at, 1, lanes)
-            if p.reach is not None:
-                value = tirx.Select(
-                    column <= T.broadcast(base + r + p.reach, lanes), value, splat(-math.inf, lanes)
-                )
-            if valid < lanes:
-                value = tirx.Select(
-                    column < T.broadcast(p.k_len, lanes), value, splat(-math.inf, lanes)
-                )
-            if p.reach is not None or valid < lanes:
-                T.buffer_store(self.scores, value, [r, ramp(at, lanes)])
-            T.buffer_store(
-                self.vector, tirx.max(self.vector[zero], self.scores[r, ramp(at, lanes)]), [zero]
-            )
-
-        def exponential(at, _valid):
-            T.buffer_store(
-                self.vector,
-                self.scores[r, ramp(at, lanes)] - broadcast(self.scalar[0], lanes),
-                [lane],
-            )
-            T.buffer_store(self.vector, vector_math.exp_nonpositive(self.vector[lane]), [lane])
-            T.buffer_store(self.scores, self.vector[lane], [r, ramp(at, lanes)])
-            T.buffer_store(self.vector, self.vector[zero] + self.vector[lane], [zero])
-
-        infinity = tirx.const(-math.inf, "float32")
-        nothing = tirx.const(0.0, "float32")
-        T.buffer_store(self.vector, splat(-math.inf, lanes), [zero])
-        each(greatest)
-        T.buffer_store(self.scalar, reduce_lanes(self.vector[zero], tirx.max), [0])
-        # A fully masked row: e^(-inf - 0) = 0 for every key, and 0 instead of 1 / 0.
-        T.buffer_store(
-            self.scalar, tirx.Select(self.scalar[0] == infinity, nothing, self.scalar[0]), [0]
-        )
-        T.buffer_store(self.vector, splat(0.0, lanes), [zero])
-        each(exponential)
-        T.buffer_store(self.scalar, reduce_lanes(self.vector[zero], lambda a, c: a + c), [0])
-        T.buffer_store(
-            self.inverse,
-            tirx.Select(self.scalar[0] == nothing, nothing, splat(1.0, 1) / self.scalar[0]),
-            [r],
-        )
-
-    def _add_bias(self, b, h, i, r, at, valid: int) -> None:
+    def _add_bias(self, at: _Block, row, column, acc, offset: int, valid: int) -> None:
+        """Add the bias of the first `valid` keys from `column` on to the scores at `offset` of `acc`."""
         if self.bias is None:
             return
         shape = self.problem.bias
-        index = [0 if extent == 1 else x for extent, x in zip(shape[:3], (b, h, i))]
-        for offset, lanes in pieces(valid, self.lanes):
-            lane = ramp(at + offset, lanes)
-            T.buffer_store(self.scores, self.scores[r, lane] + self.bias[(*index, lane)], [r, lane])
+        index = [0 if n == 1 else x for n, x in zip(shape[:3], (at.b, at.h, at.base + row))]
+        for start, lanes in pieces(valid, self.lanes):
+            place = ramp(offset + start, lanes)
+            added = self.bias[(*index, ramp(column + start, lanes))]
+            T.buffer_store(acc, acc[place] + added, [place])
 
-    def _store(self, tile: Tile, acc, b, h, base, panel) -> None:
-        p = self.problem
-        whole = p.value_depth // self.width
+    # ---- softmax
 
-        def write(offset: int, lanes: int, r: int) -> None:
-            value = T.bind(acc[r][ramp(offset, lanes)] * broadcast(self.inverse[r], lanes))
-            self.kernel.store(value, [b, base + r, h, ramp(panel * self.width + offset, lanes)])
+    def _exponentials(self, vectors) -> None:
+        """scores[r, :] become exponentials; inverse[r] the reciprocal of their sum."""
+        lanes, rows = self.lanes, self.point.block
+        zero = ramp(0, lanes)
+        infinity, nothing = tirx.const(-math.inf, "float32"), tirx.const(0.0, "float32")
+        with T.serial(0, rows) as r:
+            T.buffer_store(self.top, reduce_lanes(self.tops[r, zero], tirx.max), [r])
+            # A fully masked row: e^(-inf - 0) = 0 for every key, and 0 instead of 1 / 0.
+            T.buffer_store(
+                self.top, tirx.Select(self.top[r] == infinity, nothing, self.top[r]), [r]
+            )
+        with T.serial(0, rows) as r:
+            T.buffer_store(self.totals, splat(0.0, lanes), [r, zero])
+            with T.serial(0, vectors) as j:
+                lane = ramp(j * lanes, lanes)
+                x = T.bind(self.scores[r, lane] - T.broadcast(self.top[r], lanes))
+                weight = T.bind(vector_math.softmax_weight(x))
+                T.buffer_store(self.scores, weight, [r, lane])
+                T.buffer_store(self.totals, self.totals[r, zero] + weight, [r, zero])
+        with T.serial(0, rows) as r:
+            T.buffer_store(
+                self.inverse, reduce_lanes(self.totals[r, zero], lambda a, c: a + c), [r]
+            )
+            T.buffer_store(
+                self.inverse,
+                tirx.Select(self.inverse[r] == nothing, nothing, splat(1.0, 1) / self.inverse[r]),
+                [r],
+            )
 
-        def write_panel(extent: int) -> None:
-            for r in range(tile.rows):
-                for offset, lanes in covering(extent, self.lanes):
-                    write(offset, lanes, r)
+    # ---- values
 
-        if p.value_depth % self.width == 0:
-            write_panel(self.width)
-        elif whole == 0:
-            write_panel(p.value_depth)
-        else:
-            with T.If(panel < whole):
-                with T.Then():
-                    write_panel(self.width)
-                with T.Else():
-                    write_panel(p.value_depth % self.width)
+    def _values(self, at: _Block, seen) -> None:
+        columns, most = covering(self.problem.value_depth, self.lanes), self.point.value_vectors
+        for start in range(0, len(columns), most):
+            self._columns(at, seen, columns[start : start + most])
+
+    def _columns(self, at: _Block, seen, columns: list[tuple[int, int]]) -> None:
+        """The weighted values of some (offset, lanes) of the value elements, all of the same lanes."""
+        lanes = columns[0][1]
+        tile = Tile(self.point.value_rows, len(columns), lanes)
+        with T.serial(0, self.point.block // tile.rows) as t:
+            acc = tile.allocate()
+            first = t * tile.rows
+            tile.multiply(
+                acc, seen, lambda r, s: self.scores[first + r, s],
+                lambda s, v: self.v[at.b, s, at.h, ramp(columns[v][0], lanes)],
+            )  # fmt: skip
+            for r, v in tile.cells():
+                value = T.bind(acc[r][tile.at(v)] * broadcast(self.inverse[first + r], lanes))
+                place = [at.b, at.base + first + r, at.h, ramp(columns[v][0], lanes)]
+                self.kernel.store(value, place)

@@ -11,6 +11,7 @@ multiply-add (`tests/schedules/test_vector_math.py` holds them to it):
 
     exp, log                         2 ulp (denormal results of exp included)
     exp_nonpositive                  2 ulp, 0 where the result would be denormal
+    softmax_weight                   2 + |x| ulp, 0 below 1.2 times the smallest normal number
     erf, tanh                        8 and 9 ulp, 3e-7 and 5e-7 absolute; exactly +-1 where saturated
     gelu, gelu_tanh, softplus        4, 4 and 5 ulp of max(|x|, |result|)
     sigmoid, silu, mish              2, 2 and 3 ulp of max(|x|, |result|)
@@ -35,6 +36,8 @@ _MIN_NORMAL = 2.0**-126
 
 # exp(r) = 1 + r + r^2 P(r), |r| <= ln2 / 2: 3.1e-9 relative.
 _EXP = (0.49999993, 0.1666652, 0.0416684, 0.00836878, 0.00138142)
+# exp(r) = 1 + r P(r), |r| <= ln2 / 2: 9.2e-8 relative.
+_EXP_SHORT = (0.9999997, 0.49999148, 0.16667639, 0.04189816, 0.00829027)
 # log(1 + f) = f - f^2 / 2 + f^3 P(f), sqrt(1/2) <= 1 + f < sqrt(2): 5.8e-9 relative.
 _LOG = (
     0.33333332,
@@ -156,6 +159,21 @@ def exp_nonpositive(x):
     lowest = _constant(x, -87.33654)
     value, n = _exp_parts(maximum(x, -87.33654))
     return tirx.Select(x < lowest, _constant(x, 0.0), value * _power_of_two(n))
+
+
+def softmax_weight(x):
+    """e^x for x <= 0 (or NaN) with the fewest instructions: 1 at 0, and exactly 0 below -87.7.
+
+    The error grows with |x| as that of a difference of two scores does, which x is.
+    """
+    x = maximum(x, -127 * math.log(2))
+    # The biased exponent in the low bits: 0 at the lowest x, which makes the factor 0.
+    rounded = x * _constant(x, _LOG2_E) + _constant(x, _ROUND + 127)
+    bits = _retyped(rounded, "int32")
+    n = _retyped(bits, "float32") - _constant(x, _ROUND + 127)  # as integers, or TVM simplifies it
+    r = x - n * _constant(x, math.log(2))
+    power = _retyped(tirx.shift_left(bits, _constant(bits, 23, "int32")), "float32")
+    return _polynomial(r, (1.0, *_EXP_SHORT)) * power
 
 
 def log(x):

@@ -121,6 +121,21 @@ def test_exp_nonpositive_is_zero_where_the_result_is_denormal(host_tiers):
         assert y[0, 5] == 0 and np.isnan(y[0, 6])
 
 
+def test_softmax_weight_is_exact_at_zero_and_its_error_grows_with_the_argument(rng, host_tiers):
+    drawn = [np.linspace(-87, 0, 60_000), -np.logspace(-10, 1.9, 60_000)]
+    special = [0.0, -0.0, -88.0, -1e4, -3.4e38, -np.inf, np.nan, np.nan]
+    x = np.concatenate([*drawn, special]).astype(np.float32)
+    x = np.resize(x, (-(-len(x) // _VECTOR), _VECTOR))
+    exact = np.exp(x.astype(np.float64))
+    near = x >= -87
+    for target in host_tiers:
+        y = _run(vector_math.softmax_weight, x, target)
+        limit = (2 + np.abs(x)) * np.spacing(exact.astype(np.float32))
+        assert (np.abs(y - exact)[near] <= limit[near]).all(), target.name
+        assert (y[x == 0] == 1).all() and not y[x < -87.7].any()
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+
+
 @pytest.mark.parametrize(
     "function, expected",
     [
