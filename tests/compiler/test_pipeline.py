@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tvm
 from tvm import relax, tirx
 
 from compiler import pipeline
@@ -195,3 +196,77 @@ def test_a_slice_from_zero_on_is_not_fused_into_the_kernel_before_it():
         if isinstance(func, tirx.PrimFunc) and (found := Fused.read(func)) is not None
     ]
     assert [fused.shape for fused in anchors] == [(1, 9, 8, 8)]
+
+
+def test_kernels_without_weights_serve_the_layers_that_read_them(residual):
+    """Into channels last for both convolutions; the mean over the image for the dense layer."""
+    kernels = compiled(residual, NAMED["avx2"]).kernels
+    served = [k.serves for k in kernels if not k.layers]
+    assert served == [["block.conv1", "block.conv2"], ["head"]]
+    assert not any(k.serves for k in kernels if k.layers)
+
+
+class _Buffers:
+    """`main` as the virtual machine gets it, less its kernel calls: tensors that are allocated, views, what is returned."""
+
+    def __init__(self):
+        self.bindings = []
+        self.x = self._var("x")
+
+    def _var(self, name: str) -> relax.Var:
+        return relax.Var(name, relax.TensorType((4,), "float32"))
+
+    def _bind(self, name: str, op, args) -> relax.Var:
+        var = self._var(name)
+        self.bindings.append(relax.VarBinding(var, relax.Call(op, args)))
+        return var
+
+    def tensor(self, name: str) -> relax.Var:
+        return self._bind(name, tvm.ir.Op.get("relax.vm.alloc_tensor"), [self.x])
+
+    def view(self, of: relax.Var) -> relax.Var:
+        reshape = relax.ExternFunc("vm.builtin.reshape")
+        return self._bind("view", reshape, [of, relax.ShapeExpr([2, 2])])
+
+    def free(self, var: relax.Var) -> None:
+        self._bind("freed", tvm.ir.Op.get("relax.vm.kill_object"), [var])
+
+    def main(self, result: relax.Expr) -> relax.Function:
+        body = relax.SeqExpr([relax.BindingBlock(self.bindings)], result)
+        return relax.Function([self.x], body, relax.TensorType((4,), "float32"))
+
+
+def test_what_a_kernel_without_layers_serves():
+    """Layers that read what it wrote, itself, as a view, or through kernels like it; not those after it was overwritten."""
+    b = _Buffers()
+    moved, padded, hidden, out = (b.tensor(n) for n in ("moved", "padded", "hidden", "out"))
+    view = b.view(moved)
+    b.free(moved)
+    arguments = [
+        [b.x, moved],  # glue
+        [view, padded],  # glue, of a view
+        [padded, hidden],  # a
+        [moved, hidden, hidden],  # b, which adds to what is there
+        [hidden, out],  # c
+    ]
+    layers = [[], [], ["a"], ["b"], ["c"]]
+    assert pipeline._served(b.main(out), arguments, layers) == [["a", "b"], ["a"], [], [], []]
+    # A kernel whose result a layer writes over serves that layer, and not the one that reads it afterwards.
+    layers[2] = []
+    assert pipeline._served(b.main(out), arguments, layers)[:3] == [["b"], ["b"], ["b"]]
+
+
+def test_a_kernel_serves_no_layer_where_its_result_goes_elsewhere_too():
+    b = _Buffers()
+    moved, other, out = (b.tensor(n) for n in ("moved", "other", "out"))
+    arguments = [[b.x, moved], [moved, out], [moved, other]]
+    layers = [[], ["a"], ["b"]]
+    assert pipeline._served(b.main(out), arguments, layers)[0] == ["a", "b"]
+    # One of its readers is a kernel that serves no layer: its result is the model's.
+    assert pipeline._served(b.main(other), arguments, [[], ["a"], []]) == [[], [], []]
+    # The model returns it, alone or among others, as it is or as a view.
+    for result in (moved, relax.Tuple([out, moved]), b.view(moved)):
+        assert pipeline._served(b.main(result), arguments, layers) == [[], [], []]
+    # Something that is no kernel reads it.
+    b._bind("host", relax.ExternFunc("vm.builtin.copy"), [moved])
+    assert pipeline._served(b.main(out), arguments, layers) == [[], [], []]
