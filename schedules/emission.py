@@ -212,15 +212,11 @@ class Tile:
         """Index of an accumulator in its row's buffer."""
         return ramp(vector * self.lanes, self.lanes)
 
-    def multiply(
-        self, acc: list, extent, left: Callable, right: Callable, each_step: Callable | None = None
-    ) -> None:
+    def multiply(self, acc: list, extent, left: Callable, right: Callable) -> None:
         """acc[r][v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
         for row, vector in self.cells():
             T.buffer_store(acc[row], splat(0.0, self.lanes), [self.at(vector)])
         with T.serial(0, extent) as k:
-            if each_step is not None:
-                each_step(k)
             for row, vector in self.cells():
                 at = self.at(vector)
                 product = broadcast(left(row, k), self.lanes) * right(k, vector)
@@ -228,14 +224,6 @@ class Tile:
 
     def cells(self) -> Iterator[tuple[int, int]]:
         return ((row, vector) for row in range(self.rows) for vector in range(self.vectors))
-
-
-def tile_rows(extent: int, most: int, overhead: float = 0.5) -> int:
-    """Rows of a register tile for `extent` rows, the last tile overlapping: least work, `overhead` counted per tile."""
-    return min(
-        range(1, min(most, extent) + 1),
-        key=lambda rows: (-(-extent // rows) * (rows + overhead), -rows),
-    )
 
 
 def transpose(lanes: int, load: Callable, store: Callable) -> None:

@@ -30,13 +30,6 @@ def test_pieces_cover_once_and_covering_covers_with_equal_vectors(extent, lanes)
     assert all(0 <= offset and offset + width <= extent for offset, width in vectors)
 
 
-@pytest.mark.parametrize(
-    "extent, most, rows", [(128, 14, 13), (1, 14, 1), (7, 14, 7), (28, 14, 14), (16, 14, 8)]
-)
-def test_tile_rows_has_the_least_overlap(extent, most, rows):
-    assert emission.tile_rows(extent, most) == rows
-
-
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 4, 1, 3), (2, 1, 3)])
 def test_unravel_equals_numpy(shape):
     for flat in range(int(np.prod(shape))):
