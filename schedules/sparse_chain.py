@@ -6,8 +6,8 @@ as the second-level cache takes: a block of output channels walks it tile by til
 reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
 before them.
 
-Where a tile's pixels of all channels are few bytes, as they are of integers, each tile walks all blocks instead
-(`Point.tiles_first`), so that the pixels stay in the first-level cache; planes are then read where they lie.
+Where an element of the output holds several channels that are not computed at once, each tile walks all blocks instead, and its
+sums are kept until those of a plane's channels are complete.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class Point(Annotated):
     span     pixel vectors of a panel
     part     output channels of a task
     splits   tasks that share one panel, each with its own parts; each fills the panel again
-    tiles_first  whether a tile is computed whole before the next, or a block of output channels
     """
 
     vectors: int
@@ -60,7 +59,6 @@ class Point(Annotated):
     span: int
     part: int
     splits: int = 1
-    tiles_first: bool = False
 
 
 def suits(problem: Problem) -> bool:
@@ -69,9 +67,9 @@ def suits(problem: Problem) -> bool:
     return problem.planes_out and problem.taps == 1 and not padded
 
 
-def _lies_in_place(problem: Problem, tiles_first: bool) -> bool:
-    """Whether planes are read where they lie, not from a panel."""
-    long = tiles_first or 4 * problem.image_pixels >= _LONG_PLANE
+def _lies_in_place(problem: Problem) -> bool:
+    """Whether planes are read where they lie, not from a panel; those of integers are few."""
+    long = problem.together > 1 or 4 * problem.image_pixels >= _LONG_PLANE
     return problem.planes_in and problem.pointwise and long
 
 
@@ -91,16 +89,15 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
         return tiles * (span + _TILE_COST / rows * -(-span // vectors))
 
     tiles = min(range(fewest, min(2 * fewest, total) + 1), key=work)
-    tiles_first = problem.together > 1
-    if _lies_in_place(problem, tiles_first):
-        tiles = 1 if tiles_first else -(-total // _LONGEST_RUN)
+    if _lies_in_place(problem):
+        tiles = 1 if problem.together > 1 else -(-total // _LONGEST_RUN)
     splits = 1
     if problem.batch * tiles < target.threads:
         splits = min(target.threads, problem.blocks)
     part = problem.outputs if splits == 1 else problem.blocks // splits * problem.block
     if rows < problem.together:
         part = min(part // problem.together * problem.together, _KEPT_CHANNELS)
-    return Point(vectors, rows, -(-total // tiles), part, splits, tiles_first)
+    return Point(vectors, rows, -(-total // tiles), part, splits)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -124,8 +121,7 @@ class _Chain(Planes):
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
-        self.in_place = _lies_in_place(problem, point.tiles_first)
-        self.tiles_first = point.tiles_first
+        self.in_place = _lies_in_place(problem)
         if problem.planes_in and not problem.pointwise:
             # Lines are copied whole: those at both ends stick out.
             self.lead = -(-problem.out_width // self.lanes) * self.lanes
@@ -145,7 +141,7 @@ class _Chain(Planes):
             if not self.in_place:
                 panel = scratch(p.panel_rows * self.row, self.elements.dtype)
                 self._fill(panel)
-            if self.tiles_first:
+            if self.point.rows < p.together:
                 self._multiply_tiles(panel, share)
             else:
                 with T.serial(*self._share_of_parts(share)) as part:
@@ -214,13 +210,12 @@ class _Chain(Planes):
     def _multiply_tile(self, panel, share, vectors: int) -> None:
         """The share-th part of the output channels for one tile."""
         p, rows = self.problem, self.point.rows
-        kept = rows < p.together
         start = T.Bind(self.first + self.tile)
         self._begin(start, vectors)
+        width = vectors * self.lanes
         with T.serial(*self._share_of_parts(share)) as part:
             first_channel, channels = self._part(part)
-            width = vectors * self.lanes
-            sums = scratch(self.parts[-1][1] * width, self.elements.dtype) if kept else None
+            sums = scratch(self.parts[-1][1] * width, self.elements.dtype)
             with T.serial(0, (channels + p.block - 1) // p.block) as b:
                 span, first = self._block(first_channel, b)
                 with T.serial(0, p.block // rows) as half:
@@ -228,13 +223,9 @@ class _Chain(Planes):
                     acc = self._multiply_rows(
                         panel, None, 0, span, 0, half * rows, vectors, channel
                     )
-                    if kept:
-                        base = T.Bind((channel - first_channel) * width)
-                        self._keep(acc, sums, base, vectors, channel)
-                    else:
-                        self._store_planes(acc, start, channel, vectors)
-            if kept:
-                self._store_kept_planes(sums, start, first_channel, channels, vectors)
+                    base = T.Bind((channel - first_channel) * width)
+                    self._keep(acc, sums, base, vectors, channel)
+            self._store_kept_planes(sums, start, first_channel, channels, vectors)
 
     def _block(self, first_channel, number) -> tuple:
         """(span of non-zeros, first output channel) of the block at a position of a part."""
