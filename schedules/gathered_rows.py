@@ -49,8 +49,9 @@ from schedules.windows import Problem, loop, span, splat, unravel, vectors
 
 # Share of the second-level cache for the weights of one block; the next one is fetched beside it.
 _BLOCK = 0.1
-# Rows of x that are counted to know on which side of the limit it probably lies.
-_SAMPLED = 16
+# Rows of x, and values in them, that are counted to know on which side of the limit it probably lies.
+_SAMPLED_ROWS = 16
+_SAMPLED_VALUES = 4096
 # Rows listed may pass the limit by this much, and be ahead of their share of it by this part, when the sample was wrong.
 _SPARE = 1.25
 _AHEAD = 8
@@ -245,25 +246,26 @@ class _Tiles:
                     T.buffer_store(count, T.int32(_TOO_MANY), [0])
 
     def _sample(self, count) -> None:
-        """Count some rows of x; where they hold too much, nothing is to be listed: writing lists in vain would cost."""
-        columns, lanes = self.problem.c, self.target.lanes
-        stride = max(1, self.rows // _SAMPLED)
-        sampled = -(-self.rows // stride)
+        """Count in some vectors of some rows of x; where they hold too much, nothing is to be listed: writing lists in
+        vain would cost."""
+        columns = self.problem.c
+        lanes = min(self.target.lanes, 1 << (columns.bit_length() - 1))
+        stride = max(1, self.rows // _SAMPLED_ROWS)
+        sampled, per_row = -(-self.rows // stride), columns // lanes
+        step = max(1, sampled * per_row * lanes // _SAMPLED_VALUES)
         found = T.alloc_buffer((lanes,), "int32")
         whole = span(0, lanes)
         T.buffer_store(found, splat(T.int32(0), lanes), [whole])
         with T.serial(0, sampled) as row:
-            base = T.Bind(row * (stride * columns))
-            if columns >= lanes:
-                with T.serial(0, columns // lanes) as i:
-                    more = is_nonzero(T.bind(self.x[span(base + i * lanes, lanes)]))
-                    one, none = splat(T.int32(1), lanes), splat(T.int32(0), lanes)
-                    T.buffer_store(found, found[whole] + tirx.Select(more, one, none), [whole])
-            for k in range(columns // lanes * lanes, columns):
-                more = is_nonzero(T.bind(self.x[base + k])).astype("int32")
-                T.buffer_store(found, found[0] + more, [0])
+            # Other columns in every row: zeros may come in columns.
+            base = T.Bind(row * (stride * columns) + row % step * lanes)
+            with T.serial(0, per_row // step) as i:
+                more = is_nonzero(T.bind(self.x[span(base + i * (step * lanes), lanes)]))
+                one, none = splat(T.int32(1), lanes), splat(T.int32(0), lanes)
+                T.buffer_store(found, found[whole] + tirx.Select(more, one, none), [whole])
         total = reduce_lanes(T.bind(found[whole]), lambda a, b: a + b)
-        with T.If(total > int(self.point.limit * sampled / self.rows)):
+        share = sampled * (per_row // step) * lanes / (self.rows * columns)
+        with T.If(total > int(self.point.limit * share)):
             with T.Then():
                 T.buffer_store(count, T.int32(_TOO_MANY), [0])
 
