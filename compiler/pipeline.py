@@ -257,7 +257,9 @@ def _kernel_calls(
                     layers=layers,
                     loops=kernel.loops,
                     point={**kernel.point, "tuned": True} if kernel.tuned else kernel.point,
-                    flops=sum(graph.flops.get(layer, 0) for layer in layers),
+                    # Products of activations belong to no layer: their kernels say what they do.
+                    flops=sum(graph.flops.get(layer, 0) for layer in layers)
+                    or kernel.point.get("flops", 0),
                     bytes=sum(_tensor_bytes(a) for a in value.args),
                 )
             )

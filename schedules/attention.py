@@ -64,6 +64,13 @@ class Problem(Annotated):
         """Query row i sees the keys up to i + reach; None where it sees all."""
         return {"": None, "top_left": 0, "bottom_right": abs(self.k_len - self.q_len)}[self.causal]
 
+    @property
+    def flops(self) -> int:
+        """Of both products, 2 per multiply-accumulate, without the keys that causality hides."""
+        reach = self.k_len if self.reach is None else self.reach
+        seen = sum(min(self.k_len, i + reach + 1) for i in range(self.q_len))
+        return 2 * self.batch * self.heads * seen * (self.depth + self.value_depth)
+
 
 @dataclass(frozen=True)
 class Point(Annotated):
@@ -162,7 +169,7 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
         divisor = total(b, h, i)
         return weighted(b, i, h, e) * tirx.Select(divisor == zero, zero, one / divisor)
 
-    notes = annotations(LOOPS, problem=p.to_dict(), point=point.to_dict())
+    notes = annotations(LOOPS, problem=p.to_dict(), point=point.to_dict(), flops=p.flops)
     return te.compute(shape, normalized, name="attention", attrs=notes)
 
 

@@ -36,6 +36,11 @@ class Problem(Annotated):
         b = (1,) * (rank - len(self.b_batch)) + self.b_batch
         return tuple(max(x, y) if min(x, y) else 0 for x, y in zip(a, b))
 
+    @property
+    def flops(self) -> int:
+        """2 per multiply-accumulate."""
+        return 2 * math.prod(self.batch) * self.m * self.k * self.n
+
 
 @dataclass(frozen=True)
 class Point(Annotated):

@@ -212,11 +212,15 @@ class Tile:
         """Index of an accumulator in its row's buffer."""
         return ramp(vector * self.lanes, self.lanes)
 
-    def multiply(self, acc: list, extent, left: Callable, right: Callable) -> None:
+    def multiply(
+        self, acc: list, extent, left: Callable, right: Callable, each_step: Callable | None = None
+    ) -> None:
         """acc[r][v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
         for row, vector in self.cells():
             T.buffer_store(acc[row], splat(0.0, self.lanes), [self.at(vector)])
         with T.serial(0, extent) as k:
+            if each_step is not None:
+                each_step(k)
             for row, vector in self.cells():
                 at = self.at(vector)
                 product = broadcast(left(row, k), self.lanes) * right(k, vector)

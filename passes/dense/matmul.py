@@ -50,7 +50,9 @@ def lower_dense(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
 
 def define_matmul(problem: batch_matmul.Problem, point: batch_matmul.Point):
     """te function (a [..., M, K], b [..., K, N]) -> [..., M, N], leading dimensions broadcast."""
-    notes = annotations("batch_matmul", problem=problem.to_dict(), point=point.to_dict())
+    notes = annotations(
+        "batch_matmul", problem=problem.to_dict(), point=point.to_dict(), flops=problem.flops
+    )
 
     def matmul(a, b):
         k = te.reduce_axis((0, problem.k), "k")

@@ -132,6 +132,30 @@ def test_what_follows_a_layer(tail, dtype, rng, host_tiers):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6, err_msg=target.name)
 
 
+def test_products_of_activations_count_their_operations():
+    """Causal attention only what it sees: 3 queries see 1, 2 and 3 of 5 keys."""
+
+    def products(mask):
+        block = relax.BlockBuilder()
+        q, m = (
+            relax.Var(n, relax.TensorType(s, "float32"))
+            for n, s in (("q", (2, 3, 4, 8)), ("m", (7, 8, 6)))
+        )
+        k = relax.Var("k", relax.TensorType((2, 5, 4, 8), "float32"))
+        with block.function("main", [q, k, m]):
+            with block.dataflow():
+                seen = block.emit(relax.op.nn.attention(q, k, k, causal_mask=mask))
+                flat = block.emit(relax.op.reshape(seen, (1, 24, 8)))
+                out = block.emit_output(relax.op.matmul(flat, m))
+            block.emit_func_output(out)
+        kernels = compiled(block.get(), NAMED["avx2"]).kernels
+        return {k.loops: k.flops for k in kernels if k.flops}
+
+    matmul = 2 * 7 * 24 * 8 * 6
+    assert products(None) == {"attention": 2 * 2 * 4 * 3 * 5 * 16, "batch_matmul": matmul}
+    assert products("TopLeft") == {"attention": 2 * 2 * 4 * 6 * 16, "batch_matmul": matmul}
+
+
 def test_winograd_can_be_forbidden():
     target = NAMED["avx512"]
     register()
