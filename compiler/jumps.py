@@ -177,8 +177,8 @@ def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | N
 
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, or within a
-    border), a matrix with unused columns, in planes of several channels, flattened."""
+    """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, within a border,
+    or flattened), a matrix with unused columns, in planes of several channels, flattened."""
     found = []
     if tensor.ndim == 4:
         images, planes, pixels, together = tensor.shape
@@ -197,6 +197,9 @@ def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
             found += _without_spare_channels(moved, shape[1])
     elif len(shape) > 1 and tensor.shape[:-1] == shape[:-1] and tensor.shape[-1] > shape[-1]:
         found.append(tensor[..., : shape[-1]])
+    elif len(shape) == 4 and tensor.ndim < 4 and tensor.size == math.prod(shape):
+        last = (shape[0], *shape[2:], shape[1])
+        found += [tensor.reshape(last).transpose(_TO_FIRST), tensor.reshape(shape)]
     if tensor.size == math.prod(shape) and (tensor.shape == shape or not found):
         found.append(tensor.reshape(shape))
     return found

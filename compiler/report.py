@@ -208,8 +208,20 @@ def _kernel_name(kernel: str) -> str:
     return f"{loops} tuned" if rest.endswith("tuned") else loops
 
 
+# What else may be found in a layer, as the layer table shows it.
+_FACTS = {
+    "activation_threshold": "threshold {:.3g}",
+    "int8_weight_error": "weights off {:.2%}",
+    "quadratic": "quadratic {}",
+    "fit_error": "fitted, off {:.2%}",
+    "output_error": "outputs {:.2%}",
+    "weights": "weights {}",
+}
+
+
 def describe_found(found: Mapping) -> str:
-    """`90% zeros, out:4; 64 -> 45 filters`: the zeros of a weight, the coarsest grain they lie in, and what left."""
+    """`90% zeros, out:4; 64 -> 45 filters`: the zeros of a weight, the coarsest grain they lie in, and what left; the share
+    of a layer's inputs that are not zero; the neuron it is part of, what a fitted one is off by."""
     parts = []
     density = found.get("density")
     if density is not None and density != 1:
@@ -221,6 +233,10 @@ def describe_found(found: Mapping) -> str:
         before, after = found.get(key, (0, 0))
         if before != after:
             parts.append(f"{before} -> {after} {name}")
+    if (active := found.get("activation_density")) is not None:
+        densest, union = (found[f"activation_density_{k}"] for k in ("densest_token", "union"))
+        parts.append(f"{active:.1%} active (densest token {densest:.1%}, union {union:.1%})")
+    parts += [text.format(found[key]) for key, text in _FACTS.items() if key in found]
     return "; ".join(parts)
 
 

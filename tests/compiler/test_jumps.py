@@ -195,7 +195,13 @@ def test_tensors_are_found_by_what_they_hold(rng):
     last = wanted.transpose(0, 2, 3, 1)
     padded = np.pad(last, ((0, 0), (0, 0), (0, 0), (0, 1)))
     bordered = np.pad(last, ((0, 0), (2, 1), (0, 3), (0, 0)), constant_values=9)
-    for held in (wanted, last, padded, bordered, wanted.reshape(-1)):
+    flattened = (
+        wanted.reshape(-1),
+        wanted.reshape(1, -1),
+        last.reshape(1, -1),
+        last.reshape(1, 20, 3),
+    )
+    for held in (wanted, last, padded, bordered, *flattened):
         np.testing.assert_array_equal(closest([noise, held.copy()], wanted), wanted)
     assert closest([last.astype("int8")], wanted) is None
 

@@ -212,3 +212,22 @@ def test_layer_rows_of_an_artifact(tiny_artifact):
     assert first["dense_bytes"] == 64 * 32 * 4
     assert first["bytes"] == tiny_artifact.variant("compressed").stored_bytes[0] < 64 * 32 * 2
     assert first["kernel"] == "generic"
+
+
+FOUND = {
+    "90% zeros, out:4": {"density": 0.1, "grain": "out:4"},
+    "": {"density": 1.0, "grain": None, "zeros": 0, "input_zeros": "relu"},
+    "6.3% active (densest token 9.0%, union 81.0%); threshold 0.139; weights off 0.85%": {
+        "density": 1.0, "activation_density": 0.0631, "activation_density_densest_token": 0.09,
+        "activation_density_union": 0.81, "activation_threshold": 0.13865, "int8_weight_error": 0.0085,
+    },
+    "quadratic rgb": {"density": 1.0, "quadratic": "rgb", "neuron": "r, g, b"},
+    "fitted, off 0.11%; outputs 0.08%; weights 18944 -> 1280": {
+        "fit_error": 0.001095, "output_error": 0.000806, "weights": "18944 -> 1280",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_what_was_found_in_a_layer(text):
+    assert report.describe_found(FOUND[text]) == text

@@ -104,3 +104,37 @@ def test_transposed_neurons(name, tmp_path):
         wanted = model(x).numpy()
     found = compiler.load(tmp_path / "t")(x.numpy())
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_bytes_of_a_flattened_square(tmp_path):
+    """int8: the square of a flattened image is written where the image lies, and verified there; beyond the range that
+    was calibrated it saturates."""
+    from torch import nn
+
+    from compiler.nn.quadratic import QuadraticLinear
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), QuadraticLinear(8 * 36, 5)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    samples = np.random.default_rng(0).standard_normal((32, 4, 6, 6)).astype("float32")
+    np.savez(tmp_path / "samples.npz", input=samples)
+    recipe = Recipe("int8", (Rule("*", "int8"),))
+    artifact = compiler.compile_model(
+        model, (torch.from_numpy(samples[:1]),), recipe=recipe, output=tmp_path / "q",
+        choose="asked", calibration=tmp_path / "samples.npz",
+    )  # fmt: skip
+    assert {row["treatment"] for row in artifact.layers} == {"int8"}
+    steps = artifact.manifest["verify"]["kernels"]["compressed"]["steps"]
+    assert steps["tensors"] == 6 and steps["wrong"] == 0  # 3 for each of 2 samples
+    loaded = compiler.load(tmp_path / "q")
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(samples[:1])).numpy()
+    found = loaded(samples[:1])
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    far = loaded(1e30 * np.abs(samples[:1]))
+    np.testing.assert_array_equal(far, loaded(1e25 * np.abs(samples[:1])))
+    assert np.isfinite(far).all()
