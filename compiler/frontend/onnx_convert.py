@@ -89,9 +89,20 @@ class Converter:
                 self.env[name] = (
                     result
                     if isinstance(result, relax.Var) or is_const(result)
-                    else self.emit(result)
+                    else self._emit_result(result, at)
                 )
                 self._check(name, self.env[name], at)
+
+    def _emit_result(self, result: relax.Expr, at: str) -> relax.Expr:
+        """Emit what a node computes. Raises UnsupportedModel with the operands' shapes where no type can be inferred."""
+        try:
+            return self.emit(result)
+        except (RuntimeError, TypeError, ValueError) as error:
+            operands = [self.env[n] for n in self.node.input if n in self.env]
+            raise UnsupportedModel(
+                f"{at}: its operands do not fit one another", where=self.graph.where,
+                found=", ".join("x".join(map(str, shape_of(o))) or "scalar" for o in operands),
+            ) from error  # fmt: skip
 
     def _name_weight(self, node: onnx.NodeProto) -> None:
         if len(node.input) < 2 or node.input[1] not in self.graph.constants:

@@ -46,7 +46,7 @@ def _add(c: Converter, a: relax.Expr, b: relax.Expr) -> relax.Expr:
         if (
             is_const(y)
             and not is_const(x)
-            and c.shape() == shape_of(x)
+            and c.graph.types.get(c.node.output[0], ((), None))[0] == shape_of(x)
             and not y.value.numpy().any()
         ):
             return x

@@ -177,6 +177,12 @@ def test_operator_like_onnxruntime(case):
         ),
         (Case("Cast", (SMALL,), (), {"to": TensorProto.FLOAT16}), "float16"),
         (Case("TopK", (SMALL,), (i(2),), outputs=2), "TopK .node."),
+        # A zeroth bias of 8 tokens, read by 12.
+        (
+            Case("Add", (f(1, 12, 4),), (f(8, 4),)),
+            "Add .node.: its operands do not fit.*1x12x4, 8x4",
+        ),
+        (Case("Mul", (f(1, 12, 4), f(8, 4))), "Mul .node.: its operands do not fit.*1x12x4, 8x4"),
     ],
     ids=lambda v: v.operator if isinstance(v, Case) else "",
 )
