@@ -78,7 +78,7 @@ def measure(
             artifact = open_artifact(directory / artifact_of(build, builds))
             model = models[build] = load_variants(artifact, [variant], threads)[variant]
             library = artifact.path / f"{variant}.so"
-            sizes[build] = [sum(artifact.variants[variant].constant_bytes), library.stat().st_size]
+            sizes[build] = [sum(artifact.variants[variant].stored_bytes), library.stat().st_size]
             engines[build] = lambda model=model: model(*inputs)
             proof = artifact.manifest["verify"]
             verify[build] = {"passed": proof["passed"], **proof["original"][variant]}
