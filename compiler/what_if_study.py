@@ -115,8 +115,8 @@ class Study:
         self.layer_us = layer_sums(self.dense.kernels, times["dense"])
         measured = total_us({"dense": self.dense}, self.arrays, seconds=2.0)["dense"]
         self.latency = measured if earlier is None else earlier
-        self.weights_bytes = sum(stored_bytes(whole))
         self.layer_bytes = _bytes_by_layer(whole)
+        self.weights_bytes = sum(self.layer_bytes.values())
         return self.latency, self.weights_bytes
 
     def measure(self, grain: str, density: float) -> Point:
@@ -166,11 +166,12 @@ class Study:
         models = {"dense": self.dense, "compressed": self._loaded(variant)}
         us, _ = kernel_times(models, self.arrays, runs=20, seconds=4.0)
         layers = {name: layer_sums(model.kernels, us[name]) for name, model in models.items()}
+        sizes = _bytes_by_layer(variant)
         timing = _Timing(
             Times({name: sum(values) for name, values in us.items()}, layers),
             total_us(models, self.arrays, seconds=2.0),
-            sum(stored_bytes(variant)),
-            _bytes_by_layer(variant),
+            sum(sizes.values()),
+            sizes,
         )
         self.timed.append((kernels, timing))
         return timing
@@ -255,16 +256,12 @@ def _alike(one: Mapping[str, tuple[str, float]], other: Mapping[str, tuple[str, 
     )
 
 
-def stored_bytes(variant: CompiledVariant) -> list[int]:
-    """Of each constant, as an artifact holds it."""
-    return [store(*made).nbytes for made in variant.made_of]
-
-
 def _bytes_by_layer(variant: CompiledVariant) -> dict[str, int]:
+    """Of the constants of each layer, as an artifact holds them."""
     sizes: dict[str, int] = {}
-    for name, size in zip(variant.constant_names, stored_bytes(variant)):
+    for name, made in zip(variant.constant_names, variant.made_of):
         layer = name.rpartition("/")[0]
-        sizes[layer] = sizes.get(layer, 0) + size
+        sizes[layer] = sizes.get(layer, 0) + store(*made).nbytes
     return sizes
 
 

@@ -133,7 +133,7 @@ def depth_to_space(x, *, block, crop, size, groups=1, layout="NCHW") -> relax.Ca
     )  # fmt: skip
 
 
-def channels_last_attrs(call: relax.Call) -> dict:
+def _channels_last_attrs(call: relax.Call) -> dict:
     """The attributes of a convolution, whose layout must be NHWC by now. Raises ScheduleError."""
     attrs = attrs_of(call)
     if attrs["layout"] != "NHWC":
@@ -144,6 +144,17 @@ def channels_last_attrs(call: relax.Call) -> dict:
             wanted="NHWC",
         )
     return attrs
+
+
+def windows_of(call: relax.Call, x: tuple[int, ...] | None = None) -> tuple:
+    """The first fields of a `schedules.windows.Problem`: of a convolution all of that class, of a dense layer (1, 1, rows,
+    inputs, outputs). `x` is the input's shape channels last, where it lies otherwise. Raises ScheduleError in another layout."""
+    x, w = x or shape_of(call.args[0]), shape_of(call.args[1])
+    if len(w) == 2:
+        return (1, 1, math.prod(x[:-1]), x[-1], w[0])
+    attrs = _channels_last_attrs(call)
+    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
+    return (*x, w[0], w[2], w[3], stride, padding, dilation, attrs["groups"])
 
 
 def conv2d_output_hw(

@@ -38,10 +38,8 @@ from schedules.target import CpuTarget
 
 LOOPS = "attention"
 _STAGES = 7  # blocks of the definition
-_TILE_CYCLES, _BLOCK_CYCLES = (
-    30,
-    200,
-)  # besides the sums: to fill, empty and store a tile; per block of rows
+# Cycles besides the sums: to fill, empty and store a tile; per block of rows.
+_TILE_CYCLES, _BLOCK_CYCLES = 30, 200
 
 
 @dataclass(frozen=True)

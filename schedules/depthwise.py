@@ -21,6 +21,7 @@ from schedules.annotated import Annotated
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
 from schedules.windows import (
+    LINE_BYTES,
     Problem,
     RowTiles,
     kernel_rows,
@@ -33,7 +34,6 @@ from schedules.windows import (
 )
 
 _NEAR = 0.8  # share of the second-level cache up to which an image is still there when it is read
-_LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,14 @@ class ChannelTiles:
     def _prefetch_output(self, image, oh, base, channel, width: int) -> None:
         """Ask for the lines that the tile will write."""
         output = self.kernel.output
-        line = _LINE_BYTES * 8 // tvm.DataType(output.dtype).bits
+        line = LINE_BYTES * 8 // tvm.DataType(output.dtype).bits
         for p in range(self.point.mr):
             for c in range(0, width, line):
                 prefetch(output[image, oh, base + p, channel + c])
 
     def _prefetch_below(self, image, oh, r, base, channel, width: int) -> None:
         """Ask for what the next row of tiles reads below the windows of this one: a part in each kernel row."""
-        problem, line = self.problem, _LINE_BYTES // self.element_bytes
+        problem, line = self.problem, LINE_BYTES // self.element_bytes
         (sh, sw), (top, left, _, _) = problem.stride, problem.padding
         below = oh * sh + (problem.r - 1) * problem.dilation[0] + 1 - top
         part = -(-self.point.mr * sw // problem.r)

@@ -31,21 +31,19 @@ from schedules.emission import reduce_lanes
 from schedules.fused import Emission, Fused, annotations
 from schedules.register_tile import Contraction
 from schedules.row_lists import (
-    LINE,
     SLACK,
     Lists,
     RowSum,
     Taken,
     close_list,
     compact,
-    fetch_line,
     is_nonzero,
     start_lists,
     store_row_sums,
 )
 from schedules.target import CpuTarget
 from schedules.vector_math import as_float32
-from schedules.windows import Problem, loop, span, splat, unravel, vectors
+from schedules.windows import LINE_BYTES, Problem, loop, prefetch, span, splat, unravel, vectors
 
 # Share of the second-level cache for the weights of one block; the next one is fetched beside it.
 _BLOCK = 0.1
@@ -105,7 +103,7 @@ def default_point(
     chunk = -(-problem.c // blocks // 16) * 16
     sums = 2 if 2 * dense.nv <= target.registers * 3 // 4 else 1
     steps = max(1.0, density * chunk / sums)
-    lines = itemsize * chunk * dense.panel / LINE / problem.row
+    lines = itemsize * chunk * dense.panel / LINE_BYTES / problem.row
     fetch = min(8, -(-int(lines * 1.25 + 1) // int(steps)))
     return Point("tiles", sums, int(crossover * problem.row * problem.c), chunk, fetch, dense)
 
@@ -191,7 +189,7 @@ class _Tiles:
         self.panels = contraction.panels_per_group(problem, point.dense)
         dtype = str(w.dtype)
         self.w = T.decl_buffer((self.panels * problem.c * self.panel,), dtype, data=w.data)
-        self.line = LINE // np.dtype(dtype).itemsize
+        self.line = LINE_BYTES // np.dtype(dtype).itemsize
         self.chunks = -(-problem.c // point.chunk)
         self.last = problem.c - (self.chunks - 1) * point.chunk
 
@@ -312,7 +310,7 @@ class _Tiles:
             def fetch(step) -> None:
                 line = following + (m * share + step * point.fetch) * self.line
                 for i in range(point.fetch):
-                    fetch_line(self.w[line + i * self.line])
+                    prefetch(self.w[line + i * self.line])
 
             acc.add(
                 count,

@@ -17,11 +17,10 @@ from tvm.tirx.script.builder import ir as T
 from schedules.fused import Emission
 from schedules.target import CpuTarget
 from schedules.vector_math import as_float32, lanes_of
-from schedules.windows import loop, span, splat
+from schedules.windows import LINE_BYTES, loop, prefetch, span, splat
 
 # Room behind a list: the zeros that close it.
 SLACK = 32
-LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -152,12 +151,6 @@ class RowSum:
         return parts[0]
 
 
-def fetch_line(value) -> None:
-    """Fetch the cache line of a buffer element into the second-level cache; an address past the end does nothing."""
-    read, near, data = T.int32(0), T.int32(2), T.int32(1)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", tirx.address_of(value), read, near, data))
-
-
 def add_rows(
     lists: Lists, count, sums, columns: int, taken: Taken, w, first, lanes: int
 ) -> None:  # fmt: skip
@@ -165,7 +158,7 @@ def add_rows(
     with T.serial(0, columns // lanes) as i:
         T.buffer_store(sums, splat(T.float32(0), lanes), [span(i * lanes, lanes)])
     take = taken.rows
-    step = LINE // np.dtype(str(w.dtype)).itemsize if taken.ahead else lanes
+    step = LINE_BYTES // np.dtype(str(w.dtype)).itemsize if taken.ahead else lanes
     with T.serial(0, tirx.floordiv(count, take)) as group:
         rows = [T.Bind(lists.index[group * take + r]) for r in range(take)]
         factors = [T.bind(splat(lists.value[group * take + r], lanes)) for r in range(take)]
@@ -176,7 +169,7 @@ def add_rows(
 
         def add(c, extent: int) -> None:
             for row in later:
-                fetch_line(w[row, first + c])
+                prefetch(w[row, first + c])
             for v in range(0, extent, lanes):
                 total = sums[span(c + v, lanes)]
                 for row, factor in zip(rows, factors):

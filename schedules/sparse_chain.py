@@ -74,23 +74,14 @@ def _lies_in_place(problem: Problem) -> bool:
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """The panels with the fewest vectors computed twice of those that fit the cache."""
+    """Runs of planes as long as pays, or panels that fit the cache."""
     base = planes_point(problem, target)
-    lanes = target.lanes
-    total = -(-problem.image_pixels // lanes)
-    expands = problem.outputs > problem.channels
-    share = _PANEL_SHARE_EXPANDING if expands else _PANEL_SHARE
-    fit = max(1, int(target.l2_bytes * share) // (problem.panel_rows * lanes * 4))
-    fewest = -(-total // fit)
+    total = -(-problem.image_pixels // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
-
-    def work(tiles: int) -> float:
-        span = -(-total // tiles)
-        return tiles * (span + _TILE_COST / rows * -(-span // vectors))
-
-    tiles = min(range(fewest, min(2 * fewest, total) + 1), key=work)
     if _lies_in_place(problem):
         tiles = 1 if problem.together > 1 else -(-total // _LONGEST_RUN)
+    else:
+        tiles = _panels(problem, target, rows, vectors)
     splits = 1
     if problem.batch * tiles < target.threads:
         splits = min(target.threads, problem.blocks)
@@ -98,6 +89,21 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     if rows < problem.together:
         part = min(part // problem.together * problem.together, _KEPT_CHANNELS)
     return Point(vectors, rows, -(-total // tiles), part, splits)
+
+
+def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
+    """Panels of an image, for tiles of `rows` by `vectors`: those with the fewest vectors computed twice that fit the cache."""
+    total = -(-problem.image_pixels // target.lanes)
+    expands = problem.outputs > problem.channels
+    share = _PANEL_SHARE_EXPANDING if expands else _PANEL_SHARE
+    fit = max(1, int(target.l2_bytes * share) // (problem.panel_rows * target.lanes * 4))
+    fewest = -(-total // fit)
+
+    def work(panels: int) -> float:
+        span = -(-total // panels)
+        return panels * (span + _TILE_COST / rows * -(-span // vectors))
+
+    return min(range(fewest, min(2 * fewest, total) + 1), key=work)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:

@@ -9,6 +9,7 @@ from tvm.tirx.script.builder import ir as T
 from schedules.emission import covering, ramp, widest_lanes
 from schedules.sparse_elements import FloatElements, QuadElements
 from schedules.sparse_problem import Problem
+from schedules.windows import prefetch
 
 # Pixel vectors between packing and prefetching: large images come from beyond the second-level cache.
 _VECTORS_AHEAD = 2
@@ -135,12 +136,6 @@ def small(shape: tuple[int, ...], dtype: str = "float32"):
 def scratch(size: int, dtype: str = "float32"):
     """A buffer inside the current loop, from the runtime's workspace of the thread."""
     return T.alloc_buffer((size,), dtype)
-
-
-def prefetch(value, level: int = 2) -> None:
-    """Fetch the line of a buffer element into the second-level cache (`level` 3: the first); past the end it does nothing."""
-    line = tirx.address_of(value)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", line, _i(0), _i(level), _i(1)))
 
 
 def transpose(load, quads: int, lanes: int) -> list:

@@ -27,18 +27,12 @@ from schedules.annotated import Annotated
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.sparse_elements import FloatElements, QuadElements, elements_of
-from schedules.sparse_panel import (
-    Panel,
-    prefetch,
-    scratch,
-    small,
-    transpose_quads,
-)
+from schedules.sparse_panel import Panel, scratch, small, transpose_quads
 from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.sparse_stores import Stores
 from schedules.target import CpuTarget
+from schedules.windows import LINE_BYTES, prefetch
 
-_LINE = 64  # bytes of a cache line
 # Bytes between pixels of the output from which on their lines compete for few sets of the caches: a tile then stores
 # fewer pixels and more channels of each (measured on Cascade Lake).
 _FAR_APART = 2048
@@ -377,7 +371,9 @@ class Planes(Stores):
         def fetch(pixel) -> None:
             start = T.Bind(self._flat_pixel(T.Bind(first + pixel)) * p.outputs + first_channel)
             for buffer in self._output_like():
-                for channel in range(0, channels, _LINE // tvm.DataType(buffer.dtype).itemsize):
+                for channel in range(
+                    0, channels, LINE_BYTES // tvm.DataType(buffer.dtype).itemsize
+                ):
                     prefetch(buffer[start + channel])
 
         if each == 1:

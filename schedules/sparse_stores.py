@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from tvm import tirx
@@ -45,14 +46,23 @@ class Stores:
 
     def _store_kept_planes(self, sums, first, first_channel, channels, vectors: int) -> None:
         """Store a part's sums of a tile, kept `[channel][pixel]`, into their planes."""
-        width, together = vectors * self.lanes, self.problem.together
         starts = [T.Bind(self._start(first, j)) for j in range(vectors)]
+
+        def store(values: list, _plane, channel, j: int) -> None:
+            self._store_plane(values, channel, starts[j], self.lanes)
+
+        self._each_kept(sums, first_channel, channels, vectors, store)
+
+    def _each_kept(self, sums, first_channel, channels, vectors: int, then: Callable) -> None:
+        """`then(values, plane, channel, j)` for vector j of a tile and each plane of a part, whose sums `[channel][pixel]`
+        are kept: those of its channels, from `channel` on."""
+        width, together = vectors * self.lanes, self.problem.together
         with T.serial(0, channels // together) as plane:
-            o = T.Bind(first_channel + plane * together)
-            for j, start in enumerate(starts):
+            channel = T.Bind(first_channel + plane * together)
+            for j in range(vectors):
                 begin = T.Bind(plane * (together * width) + j * self.lanes)
-                values = [sums[T.ramp(begin + i * width, 1, self.lanes)] for i in range(together)]
-                self._store_plane(values, o, start, self.lanes)
+                values = [sums[ramp(begin + i * width, self.lanes)] for i in range(together)]
+                then(values, plane, channel, j)
 
     def _store_quads(self, sums, first, first_channel, channels, vectors, width) -> None:
         """Store a part's sums, kept by 4 channels, through the epilogue."""

@@ -21,12 +21,13 @@ from schedules.byte_stores import quads_of
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
-from schedules.sparse_panel import columns_of, prefetch, scratch, small
+from schedules.sparse_panel import columns_of, scratch, small
 from schedules.sparse_planes import Planes
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import CpuTarget
+from schedules.windows import prefetch
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,11 @@ class _Windows(Planes):
 
     def _stage_kept(self, sums, first_channel, channels, vectors: int) -> None:
         """Complete the elements of a part's sums of a tile, kept `[channel][pixel]`."""
-        together, lanes = self.problem.together, self.lanes
-        width = vectors * lanes
-        with T.serial(0, channels // together) as plane:
-            o = T.Bind(first_channel + plane * together)
-            for j in range(vectors):
-                begin = T.Bind(plane * (together * width) + j * lanes)
-                values = [sums[ramp(begin + i * width, lanes)] for i in range(together)]
-                self._stage(values, plane, o, self.first + j * lanes)
+
+        def stage(values: list, plane, channel, j: int) -> None:
+            self._stage(values, plane, channel, self.first + j * self.lanes)
+
+        self._each_kept(sums, first_channel, channels, vectors, stage)
 
     def _store_staged(self, first_channel, channels) -> None:
         """Copy a part's elements of a band to their planes, without what lies beyond the lines of the output."""
@@ -285,7 +283,7 @@ class _Windows(Planes):
         ahead = T.Bind(self.index[tirx.min(n + _AHEAD, last)].astype("int32"))
         row = T.Bind(self._panel_start(ahead, width))
         for j in range(width // self.lanes + 1):
-            prefetch(panel[row + j * self.lanes], level=3)
+            prefetch(panel[row + j * self.lanes], near=True)
 
     def _pixel(self, first, vector):
         return first + vector * self.lanes

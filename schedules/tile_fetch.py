@@ -9,10 +9,9 @@ import tvm
 
 from schedules.contraction_point import OUTPUT, Point, panels_per_group
 from schedules.fused import Emission
-from schedules.windows import Problem, prefetch, unravel
+from schedules.windows import LINE_BYTES, Problem, prefetch, unravel
 
-_LINE_BYTES = 64
-_LINE = _LINE_BYTES // 4  # elements in a cache line
+_LINE = LINE_BYTES // 4  # elements in a cache line
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class FetchesAhead:
         )
         output = [] if self.kernel.in_place else [self.kernel.output]
         for buffer in (*output, *self.kernel.residuals):
-            line = 8 * _LINE_BYTES // tvm.DataType(buffer.dtype).bits
+            line = 8 * LINE_BYTES // tvm.DataType(buffer.dtype).bits
             for v in range(0, len(panel.widths), max(1, line // self.point.lanes)):
                 # A residual too with intent to write: close by, for its time comes with the output's.
                 prefetch(buffer[(*at, panel.first_output + v * self.point.lanes)], write=True)

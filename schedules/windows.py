@@ -17,6 +17,8 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
 
+LINE_BYTES = 64  # of a cache line
+
 
 @dataclass(frozen=True)
 class Problem(Annotated):

@@ -6,8 +6,6 @@ rewrite: kerf.binary_conv2d(x, w)  ->  call_tir(binary_conv3x3, (x, packed w))
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from tvm import relax, te, tirx
 
@@ -21,7 +19,7 @@ from passes.binary.operators import (
     BINARY_PACK,
 )
 from passes.family import Lowering
-from passes.layers import attrs_of, channels_last_attrs, const_array, shape_of
+from passes.layers import attrs_of, const_array, shape_of, windows_of
 from passes.lower import call_te
 from schedules import binary_contraction
 from schedules.binary_problem import (
@@ -42,15 +40,9 @@ from schedules.target import CpuTarget
 
 def problem_of(call: relax.Call) -> Problem:
     """The problem of a binary convolution (channels last) or dense layer. Raises ScheduleError in another layout."""
-    attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
-    if len(w) == 2:
-        return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0], bits=w[1])
-    attrs = channels_last_attrs(call)
-    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
-    return Problem(
-        *x, w[0], w[2], w[3], stride, padding, dilation, attrs["groups"],
-        bits=w[1], pad_value=attrs["pad_value"],
-    )  # fmt: skip
+    w = shape_of(call.args[1])
+    padded = {"pad_value": attrs_of(call)["pad_value"]} if len(w) == 4 else {}
+    return Problem(*windows_of(call), bits=w[1], **padded)
 
 
 def pack_weights(weight: np.ndarray, problem: Problem, point: Point, packs: bool) -> np.ndarray:

@@ -6,31 +6,19 @@ rewrite: kerf.sign_conv2d(x, w)  ->  call_tir(sign_weights_conv3x3, (x, packed w
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from tvm import relax, te, tirx
 
 from passes.binary.operators import SIGN_CONV2D, SIGN_DENSE
 from passes.dense.conv2d import pad_image
 from passes.family import Lowering
-from passes.layers import attrs_of, channels_last_attrs, const_array, shape_of
+from passes.layers import const_array, shape_of, windows_of
 from passes.lower import call_te
 from schedules import sign_tables
 from schedules.fused import annotations
 from schedules.sign_tables import LOOPS, Point, Problem, packed_shape
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
-
-
-def problem_of(call: relax.Call) -> Problem:
-    """The problem of a convolution (channels last) or dense layer. Raises ScheduleError in another layout."""
-    attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
-    if len(w) == 2:
-        return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0])
-    attrs = channels_last_attrs(call)
-    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
-    return Problem(*x, w[0], w[2], w[3], stride, padding, dilation, attrs["groups"])
 
 
 def pack_weights(weight: np.ndarray, problem: Problem, point: Point) -> np.ndarray:
@@ -87,7 +75,7 @@ def define(problem: Problem, point: Point, lead: tuple[int, ...]):
 
 def lower_contraction(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """Convolutions and dense layers."""
-    problem = problem_of(call)
+    problem = Problem(*windows_of(call))
     point = point_for(sign_tables, problem, target)
     weight = const_array(call.args[1])
     packed = relax.const(pack_weights(weight, problem, point))

@@ -11,7 +11,7 @@ from tvm import relax, te
 
 from passes.dense import winograd
 from passes.family import Lowering
-from passes.layers import CONV2D, channels_last_attrs, const_array, is_call, shape_of
+from passes.layers import CONV2D, const_array, is_call, windows_of
 from passes.lower import call_te
 from schedules import contraction, depthwise, grouped
 from schedules.fused import annotations
@@ -143,11 +143,7 @@ def pack_grouped(weight: np.ndarray) -> np.ndarray:
 
 def problem_of(call: relax.Call) -> contraction.Problem:
     """The problem of a `kerf.conv2d` call in NHWC layout. Raises ScheduleError in any other layout."""
-    attrs = channels_last_attrs(call)
-    n, h, w, c = shape_of(call.args[0])
-    o, _, r, s = shape_of(call.args[1])
-    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
-    return contraction.Problem(n, h, w, c, o, r, s, stride, padding, dilation, attrs["groups"])
+    return contraction.Problem(*windows_of(call))
 
 
 def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:

@@ -6,14 +6,12 @@ rewrite: kerf.quadratic_conv2d(x, w_r, w_g, w_b, shifts)  ->  call_tir(quadratic
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from tvm import relax, te
 
 from passes.dense import conv2d, matmul
 from passes.dense.conv2d import pad_image
-from passes.layers import attrs_of, channels_last_attrs, shape_of
+from passes.layers import attrs_of, shape_of, windows_of
 from passes.lower import call_te
 from passes.quadratic import winograd
 from passes.quadratic.operators import (
@@ -34,12 +32,7 @@ _FEW_ROWS = 2  # of pixels: what their weights cost is reading them
 
 def problem_of(call: relax.Call) -> Problem:
     """The problem of a quadratic call; convolutions in NHWC layout, else ScheduleError."""
-    attrs, x, w = attrs_of(call), shape_of(call.args[0]), shape_of(call.args[1])
-    if call.op.name != QUADRATIC_CONV2D:
-        return Problem(1, 1, math.prod(x[:-1]), x[-1], w[0], form=attrs["form"])
-    attrs = channels_last_attrs(call)
-    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
-    return Problem(*x, w[0], *w[2:], stride, padding, dilation, attrs["groups"], form=attrs["form"])
+    return Problem(*windows_of(call), form=attrs_of(call)["form"])
 
 
 def pack_weights(weights: dict[str, np.ndarray], problem: Problem, point: Point) -> np.ndarray:

@@ -16,9 +16,8 @@ from dataclasses import replace
 import numpy as np
 from tvm import relax, te, tirx
 
-from passes.dense.conv2d import problem_of
 from passes.family import Lowering
-from passes.layers import attrs_of, const_array, shape_of
+from passes.layers import attrs_of, const_array, shape_of, windows_of
 from passes.lower import call_te
 from passes.quantized.lowering_elementwise import (
     lower_dequantize,
@@ -273,14 +272,6 @@ def _lower_depthwise(bb, x, weight: np.ndarray, problem: Problem, zero_point: in
     return call_te(bb, define_depthwise(problem, point, shift), x, *packed, hint=hint)
 
 
-def _windows_of(call: relax.Call) -> Problem:
-    """The problem of a convolution whose x may lie in planes."""
-    attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
-    padding, stride, dilation = (tuple(attrs[key]) for key in ("padding", "strides", "dilation"))
-    groups = attrs["groups"]
-    return Problem(*image_of(call), c * groups, o, r, s, stride, padding, dilation, groups)
-
-
 def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """`kerf.int8_conv2d` (channels last, or in planes) and `kerf.int8_dense`."""
     attrs, x, weight = attrs_of(call), call.args[0], const_array(call.args[1])
@@ -289,7 +280,8 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         problem, weight = Problem(1, 1, rows, *reversed(weight.shape)), weight[:, :, None, None]
         hint = f"int8_dense_{rows}_{problem.c}_{problem.o}"
     else:
-        problem = _windows_of(call) if "image" in attrs else problem_of(call)
+        inputs = weight.shape[1] * attrs["groups"]
+        problem = Problem(*windows_of(call, (*image_of(call), inputs)))  # x may lie in planes
         if int8_depthwise.suits(problem):
             return _lower_depthwise(bb, x, weight, problem, attrs["zero_point"], target)
         grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
