@@ -33,7 +33,8 @@ from schedules.emission import (
     transpose,
     workspace,
 )
-from schedules.fused import Fused, annotations, broadcast
+from schedules.fused import Fused, annotations
+from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 
 LOOPS = "attention"

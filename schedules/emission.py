@@ -14,8 +14,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.errors import ScheduleError
-from schedules.fused import Fused, broadcast
-from schedules.vector_math import lanes_of
+from schedules.fused import Fused
+from schedules.lanes import broadcast, lanes_of
 
 # Below this many float32 operations a parallel region costs more than it saves.
 PARALLEL_WORK = 32 * 1024

@@ -20,6 +20,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from schedules.errors import ScheduleError
+from schedules.lanes import rebuild
 
 LOOPS = "kerf.loops"
 POINT = "kerf.point"
@@ -31,15 +32,6 @@ IN_PLACE = "kerf.in_place"
 def annotations(loops: str, **point) -> dict[str, str]:
     """Block annotations of an anchor: its loop structure and the frozen parameters of its kernel."""
     return {LOOPS: loops, POINT: json.dumps(point, sort_keys=True)}
-
-
-def broadcast(expr, lanes: int):
-    """`expr` on every lane; unchanged if it is a vector already or `lanes` is 1."""
-    return expr if lanes == 1 or _lanes(expr) == lanes else T.broadcast(expr, lanes)
-
-
-def _lanes(expr) -> int:
-    return tvm.DataType(expr.ty.dtype).lanes
 
 
 def leaf_blocks(stmt) -> list:
@@ -261,7 +253,7 @@ class Emission:
             if block.writes[0].source.same_as(source) and isinstance(block.body, tirx.BufferStore):
                 indices = [tirx.const(i, "int32") if isinstance(i, int) else i for i in indices]
                 values = {v.var: a for v, a in zip(block.iter_vars, indices)}
-                return _rebuild(block.body.value, values, self.operand)
+                return rebuild(block.body.value, values, self.operand)
         raise ScheduleError(f"the anchor reads {source.name}, which no elementwise block makes")
 
     def epilogue(self, value, indices, read=None):
@@ -318,7 +310,7 @@ class Emission:
             block = fused.blocks[i]
             if not isinstance(block.body, tirx.BufferStore):
                 raise ScheduleError(f"epilogue block {block.name_hint} is not elementwise")
-            return _rebuild(block.body.value, {v.var: a for v, a in zip(block.iter_vars, at)}, load)
+            return rebuild(block.body.value, {v.var: a for v, a in zip(block.iter_vars, at)}, load)
 
         if len(fused.blocks) - 1 not in produced:
             return value
@@ -346,80 +338,3 @@ def _added_vector(block, result, axes: tuple[int, ...]):
             if not found.indices[axis].same_as(block.iter_vars[axis].var):
                 return None
     return found.source
-
-
-_BINARY = tvm.ir.prim.expr.BinaryOpExpr
-
-
-def _rebuild(expr, values: dict, load):
-    """`expr` with its variables replaced, vectors where a replaced index is a ramp."""
-
-    def go(e):
-        if isinstance(e, tvm.ir.expr.Var):
-            return next((v for k, v in values.items() if k.same_as(e)), e)
-        if isinstance(e, tvm.ir.expr.TensorLoad):
-            return load(e.source, [go(i) for i in e.indices])
-        if isinstance(e, (tvm.ir.prim.expr.IntImm, tvm.ir.prim.expr.FloatImm)):
-            return e
-        if (truth := _tested_truth(e)) is not None:
-            return go(truth)
-        if isinstance(e, tvm.ir.prim.expr.Cast):
-            inner = go(e.value)
-            return inner.astype(_with_lanes(e, _lanes(inner)))
-        if isinstance(e, tvm.ir.prim.expr.Not):
-            return type(e)(go(e.a))
-        if isinstance(e, tvm.ir.prim.expr.Select):
-            parts = [go(p) for p in (e.condition, e.true_value, e.false_value)]
-            return tirx.Select(*_same_lanes(parts))
-        if isinstance(e, tvm.ir.expr.Call):
-            args = [go(a) for a in e.args]
-            if e.op.name == "prim.if_then_else":
-                return tirx.Select(*_same_lanes(args))
-            lanes = max(_lanes(a) for a in args)
-            if lanes > 1:  # an LLVM intrinsic's first argument is its number, a scalar
-                args = [
-                    a
-                    if isinstance(a, tvm.ir.prim.expr.IntImm) and "llvm" in e.op.name
-                    else broadcast(a, lanes)
-                    for a in args
-                ]
-            return tirx.call_intrin(_with_lanes(e, lanes), e.op, *args)
-        if isinstance(e, _BINARY) or (hasattr(e, "a") and hasattr(e, "b")):
-            a, b = _same_lanes([go(e.a), go(e.b)])
-            return type(e)(*_same_integers(a, b))
-        raise ScheduleError(
-            f"the epilogue holds {type(e).__name__}, which no vector form is known for"
-        )
-
-    return go(expr)
-
-
-def _tested_truth(e):
-    """The truth value c of 0 < integer(c), which is how a select tests it; TVM's simplifier fails on vectors of those."""
-    is_test = isinstance(e, tvm.ir.prim.expr.LT) and isinstance(e.b, tvm.ir.prim.expr.Cast)
-    if is_test and isinstance(e.a, tvm.ir.prim.expr.IntImm) and int(e.a.value) == 0:
-        return e.b.value if str(e.b.value.ty.dtype) == "bool" else None
-    return None
-
-
-def _same_lanes(parts: list) -> list:
-    lanes = max(_lanes(p) for p in parts)
-    return [broadcast(p, lanes) for p in parts]
-
-
-def _same_integers(a, b) -> tuple:
-    """Both as int64 if one is: TVM's own operators compute indices with it, kernels with int32."""
-    kinds = [str(e.ty.dtype).split("x")[0] for e in (a, b)]
-    if set(kinds) != {"int32", "int64"}:
-        return a, b
-    wide = "int64" if _lanes(a) == 1 else f"int64x{_lanes(a)}"
-    return a.astype(wide), b.astype(wide)
-
-
-def _with_lanes(expr, lanes: int) -> str:
-    base = (
-        str(tvm.DataType(expr.ty.dtype).with_lanes(1))
-        if hasattr(tvm.DataType, "with_lanes")
-        else str(expr.ty.dtype).split("x")[0]
-    )
-    return base if lanes == 1 else f"{base}x{lanes}"

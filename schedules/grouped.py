@@ -14,8 +14,8 @@ from tvm import tirx
 
 from schedules.depthwise import ChannelTiles, Point
 from schedules.fused import Fused
+from schedules.lanes import lanes_of
 from schedules.target import CpuTarget
-from schedules.vector_math import lanes_of
 from schedules.windows import Problem, tile_rows
 
 # Pixels of a tile. The input vectors of a tile twice as wide leave the registers between one view and the next, which

@@ -25,7 +25,8 @@ from schedules.emission import (
     splat,
     unravel,
 )
-from schedules.fused import Fused, annotations, broadcast
+from schedules.fused import Fused, annotations
+from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 
 LOOPS = "layer_norm"

@@ -15,8 +15,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.fused import Emission
+from schedules.lanes import lanes_of
 from schedules.target import CpuTarget
-from schedules.vector_math import as_float32, lanes_of
+from schedules.vector_math import as_float32
 from schedules.windows import LINE_BYTES, loop, prefetch, span, splat
 
 # Room behind a list: the zeros that close it.

@@ -28,7 +28,8 @@ from schedules.emission import (
     unravel,
     workspace,
 )
-from schedules.fused import Fused, annotations, broadcast
+from schedules.fused import Fused, annotations
+from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 
 LOOPS = "softmax"

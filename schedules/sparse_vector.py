@@ -17,7 +17,8 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
 from schedules.emission import ramp
-from schedules.fused import Fused, broadcast
+from schedules.fused import Fused
+from schedules.lanes import broadcast
 from schedules.sparse_panel import small
 from schedules.sparse_planes import arguments
 from schedules.sparse_problem import Problem, parts_of

@@ -22,9 +22,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
+
+from schedules.lanes import lanes_of
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375  # 9 bits: n * _LN2_HIGH is exact for |n| < 2^15
@@ -87,11 +88,6 @@ def as_float32(x):
     lanes = lanes_of(x)
     dtype = "float32" if lanes == 1 else f"float32x{lanes}"
     return x if str(x.ty.dtype) == dtype else x.astype(dtype)
-
-
-def lanes_of(x) -> int:
-    """Vector lanes of an expression; 1 for a scalar."""
-    return tvm.DataType(x.ty.dtype).lanes
 
 
 def _constant(x, value: float, dtype: str = "float32"):

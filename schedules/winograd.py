@@ -31,7 +31,8 @@ from schedules.emission import (
     unravel,
     workspace,
 )
-from schedules.fused import Fused, annotations, broadcast
+from schedules.fused import Fused, annotations
+from schedules.lanes import broadcast
 from schedules.preparation import Source
 from schedules.target import CpuTarget
 from schedules.windows import prefetch
