@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compiler.arrays import read_npz
-from compiler.calibration import Calibration, Sample, cut_samples, load_calibration
+from compiler.calibration import LABELS, Calibration, Sample, cut_samples, load_calibration
 from passes.treatment import Treatment
 from schedules.errors import UserError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from passes.family import Observe
 
-LABELS = "labels"
 NO_NOISE = 999.0  # decibels, where there is none at all
 
 

@@ -23,6 +23,7 @@ from compiler.images import SUFFIXES, Preprocessing, read_image
 from schedules.errors import UserError
 
 RANDOM = "random"
+LABELS = "labels"  # of evaluation data, in the same file
 _RANDOM_SAMPLES = 8
 
 Sample = Sequence[np.ndarray]
@@ -198,8 +199,10 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Iterator[Sample]:
     """Runs of the model's batch size along the first axis; a rest that does not fill one is left out.
 
-    Raises UserError for arrays that are no inputs `specs` of the model.
+    Raises UserError for arrays that are no inputs `specs` of the model; labels are passed over.
     """
+    names = [spec.name for spec in specs]
+    arrays = {name: array for name, array in arrays.items() if name in names or name != LABELS}
     if len(specs) == 1 and len(arrays) == 1:
         arrays = {specs[0].name: next(iter(arrays.values()))}
     if missing := [spec.name for spec in specs if spec.name not in arrays]:
@@ -208,6 +211,10 @@ def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -
             where=where,
             found=", ".join(arrays),
             wanted=", ".join(missing),
+        )
+    if unknown := [name for name in arrays if name not in names]:
+        raise UserError(
+            f"{unknown[0]} is no input of the model", where=where, wanted=", ".join(names)
         )
     counts = set()
     for spec in specs:
@@ -259,8 +266,14 @@ def _checked(array: np.ndarray, spec, where: str) -> np.ndarray:
             found="x".join(map(str, array.shape)),
             wanted="x".join(map(str, spec.shape)),
         )
-    if array.dtype.kind not in "fiub":
-        raise UserError(f"{spec.name} does not hold numbers", where=where, found=str(array.dtype))
+    if array.dtype.kind not in ("f" if np.dtype(spec.dtype).kind == "f" else "iub"):
+        raise UserError(
+            f"wrong dtype of {spec.name}",
+            where=where,
+            found=str(array.dtype),
+            wanted=str(spec.dtype),
+            todo="Prepare the samples as the network's inputs are",
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"{spec.name} holds NaN or infinity", where=where)
     return np.asarray(array, dtype=spec.dtype, order="C")

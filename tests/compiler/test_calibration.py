@@ -36,8 +36,13 @@ def test_several_inputs_go_by_name_and_keep_their_types(tmp_path, rng):
     np.savez(tmp_path / "c.npz", mask=np.ones((2, 2), "int32"), x=rng.standard_normal((2, 3)))
     samples = list(load_calibration(str(tmp_path / "c.npz"), PAIR).samples())
     assert [a.dtype for a in samples[0]] == ["float32", "int64"] and len(samples) == 2
-    by_name = load_calibration([{"x": np.zeros((1, 3)), "mask": np.ones((1, 2))}], PAIR)
+    by_name = load_calibration([{"x": np.zeros((1, 3)), "mask": np.ones((1, 2), "int8")}], PAIR)
     assert [a.shape for a in next(by_name.samples())] == [(1, 3), (1, 2)]
+
+
+def test_labels_beside_the_inputs_are_passed_over(tmp_path, rng):
+    np.savez(tmp_path / "c.npz", x=rng.standard_normal((2, 3)), labels=np.zeros(2, "int64"))
+    assert len(list(load_calibration(tmp_path / "c.npz", IMAGE).samples())) == 1
 
 
 def test_random_data_says_that_it_is(rng):
@@ -54,7 +59,10 @@ def test_random_data_says_that_it_is(rng):
         ({"x": np.full((4, 3), np.nan, "float32")}, "NaN"),
         ({"x": np.zeros((1, 3), "float32")}, "holds no samples"),
         ({"y": np.zeros((2, 3)), "z": np.zeros((2, 3))}, "lacks an input"),
-        ({"x": np.zeros((2, 3), "S3")}, "does not hold numbers"),
+        ({"x": np.zeros((2, 3), "S3")}, "wrong dtype of x"),
+        ({"x": np.zeros((2, 3), "uint8")}, "wrong dtype of x"),  # pixels that nobody prepared
+        ({"x": np.zeros((2, 3)), "extra": np.zeros((2, 3))}, "extra is no input of the model"),
+        ({"labels": np.zeros(2, "int64")}, "lacks an input"),
     ],
 )
 def test_unusable_files_get_one_clear_line(tmp_path, arrays, message):
