@@ -35,7 +35,8 @@ class Panel:
         """`lanes` pixels of the line of planes that begins at `row`, a stride apart, from pixel `x` on."""
         if self.problem.strides[1] == 1 or lanes == 1:
             return self.x[ramp(row + x, lanes)]
-        first = min(x, self.problem.width - 2 * lanes)  # not beyond the line
+        # Whole strides, so that both phases of a line load the same; not beyond the line.
+        first = min(x // 2 * 2, self.problem.width - 2 * lanes)
         both = [self.x[ramp(row + (first + i * lanes), lanes)] for i in range(2)]
         return tirx.Shuffle(both, [x - first + 2 * i for i in range(lanes)])
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
+from schedules import sparse_chain, sparse_groups, sparse_planes, sparse_vector, sparse_windows
 from schedules.sparse_problem import Problem, tiles_of
 from schedules.target import CpuTarget
 
@@ -84,6 +84,29 @@ def windows_choices(problem: Problem, default: sparse_windows.Point, target: Cpu
     return choices, assemble, estimate
 
 
+def groups_choices(problem: Problem, default: sparse_groups.Point, target: CpuTarget):
+    """(choices, assemble, estimate) around a `sparse_groups` point."""
+    lines = {n for n in _LINES if n < problem.out_height} | {problem.out_height}
+    choices: Choices = {
+        "tile": _sorted(tiles(problem, target), (default.rows, default.vectors)),
+        "lines": _sorted(lines, default.lines),
+    }
+
+    def assemble(chosen) -> sparse_groups.Point:
+        tile_rows, vectors = chosen["tile"]
+        return replace(default, rows=tile_rows, vectors=vectors, lines=chosen["lines"])
+
+    def estimate(point: sparse_groups.Point) -> float:
+        window = sparse_windows.window_of(problem, point.lines)
+        count = problem.batch * sparse_windows.bands(problem, point.lines)
+        panel = 4 * problem.channels // problem.groups * window.channel
+        slow = 1.0 if panel <= target.l2_bytes // 2 else 2.0
+        copying = 2 * problem.channels * window.channel / target.lanes
+        return count * (slow * _cycles(problem, target, point, point.lines * window.line) + copying)
+
+    return choices, assemble, estimate
+
+
 def chain_choices(problem: Problem, default: sparse_chain.Point, target: CpuTarget):
     """(choices, assemble, estimate) around a `sparse_chain` point."""
     total = -(-problem.image_pixels // target.lanes)
@@ -124,6 +147,7 @@ def _sorted(values: set, default) -> tuple:
 
 CHOICES: dict[str, Callable] = {
     "sparse_chain": chain_choices,
+    "sparse_groups": groups_choices,
     "sparse_planes": planes_choices,
     "sparse_windows": windows_choices,
     "sparse_vector": vector_choices,

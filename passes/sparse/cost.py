@@ -25,6 +25,8 @@ _TRANSPOSE = {1: 11.5, 4: 20.0, 8: 20.0, 16: 20.0}
 _TILE = {1: 4, 4: 6, 8: 3, 16: 3}
 # The same where activations stay in the second-level cache, of which they may take this share.
 _NEAR_START, _NEAR_TRANSPOSE, _NEAR = 25.0, 6.0, 0.25
+# Groups (fitted to a RegNet-Y): the dense kernel's share of the peak, and moving a vector of a group's planes.
+_DENSE_GROUPS_EFFICIENCY, _GROUPS_MOVE = 0.36, 15.0
 # Bytes of weights from beyond the caches, and activations looked up, in the time of one vector multiply-add.
 _STREAMED = 2.1
 _LOOKED_UP = 3.0
@@ -58,7 +60,8 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
         return _few_rows(p, target)
     vectors = -(-p.pixels // target.lanes)
     per_output = p.panel_rows // p.groups
-    dense = p.pixels * p.outputs * per_output / target.lanes / _DENSE_EFFICIENCY
+    efficiency = _DENSE_EFFICIENCY if p.groups == 1 else _DENSE_GROUPS_EFFICIENCY
+    dense = p.pixels * p.outputs * per_output / target.lanes / efficiency
     if has_winograd(p):
         grown = (p.pixels / _WINOGRAD_PIXELS) ** _WINOGRAD_GROWTH
         dense /= min(_WINOGRAD_MOST, max(1.0, _WINOGRAD_GAIN * grown))
@@ -68,8 +71,10 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
     start, move = (
         (_NEAR_START, _NEAR_TRANSPOSE) if near else (_LOOP_START[p.block], _TRANSPOSE[p.block])
     )
+    if p.groups > 1 and p.taps > 1:
+        start, move = _NEAR_START, _NEAR_TRANSPOSE if near else _GROUPS_MOVE
     starts = -(-vectors // _TILE[p.block]) * p.blocks * start
-    windows = p.block > 1 and p.taps > 1
+    windows = p.taps > 1 and (p.block > 1 or p.groups > 1)
     rows = 1.5 * p.channels * min(p.taps, p.strides[0] * p.strides[1]) if windows else p.panel_rows
     moves = vectors * (rows + p.outputs) * move
     return Estimate(dense, multiply + starts + moves)

@@ -16,7 +16,7 @@ from passes.layers import attrs_of, const_array, conv2d_output_hw, shape_of
 from passes.lower import call_te
 from passes.sparse.format import SparseFormat, block_of, block_pattern, pack
 from passes.sparse.operators import image_of
-from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
+from schedules import sparse_chain, sparse_groups, sparse_planes, sparse_vector, sparse_windows
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.sparse_problem import Problem, parts_of
@@ -54,9 +54,12 @@ def structure_for(problem: Problem) -> ModuleType:
 
 
 def panel_structure(problem: Problem) -> ModuleType:
-    """The loop structure with panels that suits a problem: into planes, over padded planes, or with one panel row per tap."""
+    """The loop structure with panels that suits a problem: into planes, over padded planes (of one group, or all), or with
+    one panel row per tap."""
     if sparse_chain.suits(problem):
         return sparse_chain
+    if sparse_groups.suits(problem):
+        return sparse_groups
     return sparse_windows if sparse_windows.suits(problem) else sparse_planes
 
 
@@ -76,6 +79,10 @@ def pack_at(
     if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]
+    if structure is sparse_groups:
+        places = sparse_groups.group_offsets(problem, point.lines).reshape(1, -1)
+        columns, part = np.repeat(places, outputs, axis=0), outputs // problem.groups
+        return pack(weight, grain, groups=problem.groups, part=part, columns=columns)
     places = sparse_windows.offsets(problem, point.lines)
     first = np.arange(outputs) // (outputs // problem.groups) * per_group
     columns = places[first[:, None] + np.arange(per_group)[None, :]].reshape(outputs, -1)
@@ -97,8 +104,11 @@ def lower_at(
     notes = annotations(loops, problem=problem.to_dict(), point=point.to_dict())
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
-    lines = point.lines if structure is sparse_windows else 0
-    define = definition(problem, lines, packed, shape_of(call), notes, rows=image_of(call))
+    lines = point.lines if structure in (sparse_windows, sparse_groups) else 0
+    define = definition(
+        problem, lines, packed, shape_of(call), notes, rows=image_of(call),
+        by_group=structure is sparse_groups,
+    )  # fmt: skip
     return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))
 
 
@@ -109,11 +119,12 @@ def _product(weight, x, place: tuple, inside):
 
 def definition(
     problem: Problem, lines: int, packed: SparseFormat, out_shape: tuple[int, ...], notes: dict,
-    product=_product, zero=0.0, rows: tuple[int, ...] = (),
+    product=_product, zero=0.0, rows: tuple[int, ...] = (), by_group: bool = False,
 ):  # fmt: skip
     """The te function (x, pointer, index, values, order, slot) -> y, one sum over the non-zeros of each output channel.
 
-    `lines` are those of a tile whose indices are places in padded planes, 0 where they are panel rows.
+    `lines` are those of a tile whose indices are places in padded planes, 0 where they are panel rows; `by_group` counts
+    these planes from the first one of the output's group.
     `product(weight, x, place, inside)` is one term, of an element of x that may be several of its values.
     `rows` are the leading axes of a matrix, needed where one side of its product lies in planes.
     """
@@ -183,6 +194,8 @@ def definition(
                 place = (0, row, flat(pixel)) if p.planes_in else (*unflat(pixel), row)
                 return tirx.if_then_else(present, product(weight, x, place, None), zero)
             c, down, right = place_of(row)
+            if by_group:
+                c = c + o // (p.outputs // p.groups) * (p.channels // p.groups)
             image, height, width = pixel
             h = height * p.strides[0] + down - p.padding[0]
             w = width * p.strides[1] + right - p.padding[1]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-sparse convolution in groups, from planes to planes: one group's planes at a time are padded and multiplied.
+
+As `sparse_windows`, but a panel holds a band of the planes of one group only, which stay in the nearest cache, and every
+group finds the borders that the first one's zeros left. Its blocks of output channels walk their non-zeros for one tile of
+the band after the other; then the sums of each line go through the epilogue into the planes.
+Indices are places in a panel, counted from the group's first channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.annotated import Annotated
+from schedules.emission import covering, ramp
+from schedules.fused import Fused
+from schedules.sparse_elements import elements_of
+from schedules.sparse_panel import columns_of, scratch
+from schedules.sparse_planes import Planes
+from schedules.sparse_planes import Point as PlanesPoint
+from schedules.sparse_planes import default_point as planes_point
+from schedules.sparse_problem import Problem, tiles_of
+from schedules.sparse_windows import bands, offsets, window_of
+from schedules.target import CpuTarget
+
+# Share of the second-level cache that a group's planes may take.
+_PANEL_SHARE = 0.2
+# Pixel vectors of a tile of one output channel: loads come from the nearest cache, so what counts is how many loops start.
+_VECTORS_OF_ELEMENTS = 12
+
+
+@dataclass(frozen=True)
+class Point(Annotated):
+    """Frozen parameters of one kernel.
+
+    vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
+    rows     output channels computed at once, a divisor of the block
+    lines    output lines of a band
+    splits   tasks that share one band, each with its own groups
+    """
+
+    vectors: int
+    rows: int
+    lines: int
+    splits: int = 1
+
+
+def suits(problem: Problem) -> bool:
+    """Whether this is the kernel to use."""
+    in_planes = problem.planes_in and problem.planes_out and problem.together == 1
+    return in_planes and problem.groups > 1 and problem.taps > 1
+
+
+def group_offsets(problem: Problem, lines: int) -> np.ndarray:
+    """int64 [C/groups, R, S]: where in the panel the first pixel of a tile finds each tap of a group's channels."""
+    return offsets(problem, lines)[: problem.channels // problem.groups]
+
+
+def default_point(problem: Problem, target: CpuTarget) -> Point:
+    """The longest bands whose panel stays near."""
+    base = planes_point(problem, target)
+    vectors = base.vectors if base.rows > 1 else min(_VECTORS_OF_ELEMENTS, target.registers // 2)
+    room = int(target.l2_bytes * _PANEL_SHARE) // 4
+
+    def fits(count: int) -> bool:
+        lines = -(-problem.out_height // count)
+        window = window_of(problem, lines)
+        return problem.channels // problem.groups * window.channel <= room
+
+    heights = range(1, problem.out_height + 1)
+    count = next((n for n in heights if fits(n)), problem.out_height)
+    lines = -(-problem.out_height // count)
+    tasks, splits = problem.batch * bands(problem, lines), 1
+    if tasks < 2 * target.threads and target.threads > 1:
+        splits = min(target.threads, problem.groups)
+    return Point(vectors, base.rows, lines, splits)
+
+
+def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
+    """The kernel of a fused function whose anchor is annotated `sparse_groups`."""
+    problem, point = (
+        Problem.from_dict(fused.point["problem"]),
+        Point.from_dict(fused.point["point"]),
+    )
+    with fused.emit() as kernel:
+        _Groups(kernel, problem, point, target, elements_of(fused.point, target)).emit()
+    return kernel.func
+
+
+class _Groups(Planes):
+    """Emits one kernel: a part of the output channels is a group."""
+
+    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
+        per_group = problem.outputs // problem.groups
+        whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, per_group, point.splits)
+        super().__init__(kernel, problem, whole, target, elements)
+        self.lines, self.window = point.lines, window_of(problem, point.lines)
+        self.group_inputs = problem.channels // problem.groups
+
+    def emit(self) -> None:
+        p, splits, lanes = self.problem, self.point.splits, self.lanes
+        count = bands(p, self.lines)
+        flat = (self.lines - 1) * self.window.line + p.out_width
+        tiles = tiles_of(flat, lanes, self.point.vectors)
+        self.band = -(-flat // lanes) * lanes
+        loop = T.parallel if self.threads > 1 and p.batch * count * splits > 1 else T.serial
+        with loop(0, p.batch * count * splits) as task:
+            share = task % splits
+            self.image = T.Bind(task // splits // count)
+            self.first_line = T.Bind(task // splits % count * self.lines) if count > 1 else 0
+            panel = scratch(-(-self._panel_size() // lanes) * lanes, self.elements.dtype)
+            sums = scratch(self.point.rows * self.band, self.elements.dtype)
+            with T.serial(0, -(-self._panel_size() // lanes)) as i:
+                T.buffer_store(panel, self._zeros(), [T.ramp(i * lanes, 1, lanes)])
+            with T.serial(*self._share_of_parts(share)) as group:
+                self._copy_group(panel, group)
+                self._multiply_group(panel, sums, group, tiles)
+
+    def _panel_size(self) -> int:
+        return self.group_inputs * self.window.channel
+
+    def _copy_group(self, panel, group) -> None:
+        """Copy the lines of a group's planes that a band needs to within the panel's borders."""
+        p, window = self.problem, self.window
+        asides = [columns_of(p, window.line, a, self.lanes)[0] for a in range(window.phases[1])]
+        with T.serial(0, self.group_inputs) as c:
+            plane = T.Bind((self.image * p.channels + group * self.group_inputs + c) * p.height)
+            for up in range(window.phases[0]):
+                first, last = self._lines_inside(up - p.padding[0])
+                start = T.Bind(c * window.channel + up * window.phases[1] * window.plane)
+                with T.serial(0, last - first) as i:
+                    line = T.Bind(first + i)
+                    h = T.Bind((self.first_line + line) * p.strides[0] + (up - p.padding[0]))
+                    row = T.Bind((plane + h) * p.width)
+                    to = T.Bind(start + line * window.line)
+                    for aside, pieces in enumerate(asides):
+                        for column, x, lanes in pieces:
+                            value = self.panel.every(row, x, lanes)
+                            at = ramp(to + (aside * window.plane + column), lanes)
+                            T.buffer_store(panel, value, [at])
+
+    def _lines_inside(self, offset: int) -> tuple:
+        """The first line of a panel whose row of the image, `offset` from a stride's multiple, exists, and the one behind
+        the last."""
+        stride, height = self.problem.strides[0], self.problem.height
+        first = -(offset // stride) - self.first_line
+        last = -((offset - height) // stride) - self.first_line
+        if isinstance(self.first_line, int):
+            return max(first, 0), min(last, self.window.lines)
+        first, last = tirx.max(first, 0), tirx.min(last, self.window.lines)
+        return T.Bind(first), T.Bind(tirx.max(last, first))
+
+    def _multiply_group(self, panel, sums, group, tiles: tuple[int, int, int]) -> None:
+        """The output channels of a group, `rows` at a time, for all tiles of a band."""
+        p, rows = self.problem, self.point.rows
+        blocks = p.outputs // p.groups // p.block
+        count, most, large = tiles
+        with T.serial(0, blocks) as b:
+            at = T.Bind(group * blocks + b)
+            span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
+            block = T.Bind(group * blocks + self.order[at].astype("int32"))
+            with T.serial(0, p.block // rows) as half:
+                channel = T.Bind(block * p.block + half * rows)
+                with T.serial(0, count) as tile:
+                    first, vectors = T.Bind(tile * (most * self.lanes)), most
+                    if large < count:
+                        vectors = T.Bind(
+                            tirx.Select(tile < large, T.int32(most), T.int32(most - 1))
+                        )
+                        first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
+                    self.first = first
+
+                    def multiply(
+                        n: int, first=first, half=half, channel=channel, span=span
+                    ) -> None:
+                        acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, n, channel)
+                        self._keep(acc, sums, first, n, channel)
+
+                    self._either(vectors, most, multiply)
+                self._store_lines(sums, channel)
+
+    def _stride(self, width: int):
+        return self.band
+
+    def _panel_start(self, position, width: int):
+        return self.first + position
+
+    def _store_lines(self, sums, channel) -> None:
+        """Store the sums of a band through the epilogue, without what lies beyond the lines of the output."""
+        p, window = self.problem, self.window
+        count = p.out_height - self.first_line
+        lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
+        with T.serial(0, self.point.rows) as r, T.serial(0, lines) as line:
+            start = T.Bind(r * self.band + line * window.line)
+            pixel = T.Bind((self.first_line + line) * p.out_width)
+            for column, lanes in covering(p.out_width, self.lanes):
+                value = sums[ramp(start + column, lanes)]
+                self._store_plane([value], channel + r, T.Bind(pixel + column), lanes)
