@@ -107,4 +107,7 @@ def revert(old: Decision, new: Decision, slower: Mapping[str, str]) -> Decision:
     """The decision after timing: as it is now; for what was slower, dense with the times as the reason."""
     if old.layer not in slower:
         return new
-    return replace(new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer])
+    return replace(
+        new, asked=old.asked, parameters=old.parameters, declined=slower[old.layer],
+        passed_on=old.passed_on,
+    )  # fmt: skip

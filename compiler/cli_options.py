@@ -126,5 +126,5 @@ recipe_option = click.option(
     "--recipe",
     default="dense",
     show_default=True,
-    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse), or a TOML file.",
+    help="A family for every layer that it takes (sparse, int8, binary, quadratic, activation_sparse; binary+int8 asks one after the other), or a TOML file.",
 )

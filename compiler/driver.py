@@ -237,7 +237,7 @@ def hold_accuracy(
         made, found = compiled, measure(compiled)
     else:
         taken = {d.layer for d in compiled[2] if d.treatment != "dense"}
-        kept = {n: t for n, t in treatments.items() if n in taken}
+        kept = {d.layer: treatments[d.layer].of(d.asked) for d in compiled[2] if d.layer in taken}
         made, found = accuracy.hold(compiled, kept, rebuild, measure, options.max_drop)
     if made is not compiled:
         before = {d.layer: d for d in compiled[2]}
@@ -348,6 +348,7 @@ def layer_row(decision: Decision) -> dict:
         "asked": decision.asked,
         "treatment": decision.treatment,
         "declined": decision.declined,
+        "passed_on": dict(decision.passed_on),
         "found": dict(decision.found),
         "parameters": dict(decision.parameters),
         "pruned": decision.pruned,

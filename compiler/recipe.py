@@ -36,13 +36,13 @@ else:
 BUILT_IN = ("dense", "sparse", "int8", "binary", "quadratic", "activation_sparse")
 WINOGRAD = ("auto", "never")
 _TOP_LEVEL_KEYS = ("winograd", "rule")
-_RULE_KEYS = ("match", "treatment", "prune")
+_RULE_KEYS = ("match", "treatment", "prune", "pass_on")
 
 
 @dataclass(frozen=True)
 class Rule:
     """`treatment` with `parameters`, as written, for every layer whose name matches the glob
-    `match`."""
+    `match`; with `pass_on` the next rule that matches is asked for what this one declines."""
 
     match: str
     treatment: str = "dense"
@@ -50,6 +50,7 @@ class Rule:
     prune: bool = False
     where: str = ""  # of the rule, for messages: "recipe.toml:4"
     key_lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    pass_on: bool = False
 
     def place(self, key: str = "") -> str:
         """Where `key` of this rule is written, as far as that is known."""
@@ -78,7 +79,13 @@ class Recipe:
     def to_json(self) -> dict:
         """Plain values for the manifest: enough to write the same recipe again."""
         rules = [
-            {"match": r.match, "treatment": r.treatment, "prune": r.prune, **r.parameters}
+            {
+                "match": r.match,
+                "treatment": r.treatment,
+                "prune": r.prune,
+                **({"pass_on": True} if r.pass_on else {}),
+                **r.parameters,
+            }
             for r in self.rules
         ]
         return {"name": self.name, "winograd": self.winograd, "rule": rules}
@@ -109,6 +116,28 @@ def built_in(name: str, **parameters) -> Recipe:
     return Recipe(name, (rule,), built_in=True)
 
 
+def _is_built_in(source: object) -> bool:
+    """Whether this names families of `BUILT_IN`, one or several joined by "+"."""
+    return isinstance(source, str) and all(name in BUILT_IN for name in source.split("+"))
+
+
+def _in_turn(name: str, given: Mapping[str, object], prune: bool) -> Recipe:
+    """`binary+int8`: every layer is offered to the first family, what it declines to the next."""
+    families = name.split("+")
+    if given or prune:
+        raise RecipeError(
+            "cannot be combined with several families",
+            where=", ".join(_option(k) for k in (*given, *(["prune"] if prune else []))),
+            todo="Write it in the rule of a recipe file, with pass_on = true in the rules before the last",
+        )
+    if "dense" in families or len(set(families)) < len(families):
+        raise RecipeError("not families to ask in turn", where=f"--recipe {name}")
+    where = f"--recipe {name}"
+    rules = [Rule("*", family, where=where, pass_on=True) for family in families]
+    rules[-1] = replace(rules[-1], pass_on=False)
+    return Recipe(name, tuple(rules), built_in=True)
+
+
 def load_recipe(
     source: str | Path | Recipe,
     *,
@@ -123,8 +152,11 @@ def load_recipe(
     `winograd` apply to any recipe. Raises RecipeError, naming file and line.
     """
     given = {k: v for k, v in parameters.items() if v is not None}
-    if isinstance(source, str) and source in BUILT_IN:
-        recipe = built_in(source, prune=prune, **given)
+    if _is_built_in(source):
+        if "+" in source:
+            recipe = _in_turn(source, given, bool(prune))
+        else:
+            recipe = built_in(source, prune=prune, **given)
     elif given:
         raise RecipeError(
             "cannot be combined with a recipe of your own",
@@ -145,7 +177,7 @@ def _read(source: str | Path) -> tuple[str, str]:
         return path.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError:
         known = ", ".join(BUILT_IN)
-        wanted = f"one of {known}, or a TOML file"
+        wanted = f"one of {known}, several joined by +, or a TOML file"
         raise RecipeError("no such recipe", where=str(path), wanted=wanted) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"not a text file: {error}", where=str(path)) from None
@@ -217,7 +249,7 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
 def _parse_rule(table: Mapping, index: int, lines: _Lines) -> Rule:
     places = lines.rule_keys(index)
     where = lines.rule(index)
-    kinds = {"match": str, "treatment": str, "prune": bool}
+    kinds = {"match": str, "treatment": str, "prune": bool, "pass_on": bool}
     for key, kind in kinds.items():
         if key in table and not isinstance(table[key], kind):
             raise RecipeError(
@@ -229,8 +261,9 @@ def _parse_rule(table: Mapping, index: int, lines: _Lines) -> Rule:
         if key not in table:
             raise RecipeError(f"the rule has no {key!r}", where=where)
     parameters = {k: v for k, v in table.items() if k not in _RULE_KEYS}
+    flags = {key: table.get(key, False) for key in ("prune", "pass_on")}
     return Rule(
-        table["match"], table["treatment"], parameters, table.get("prune", False), where, places
+        table["match"], table["treatment"], parameters, where=where, key_lines=places, **flags
     )
 
 
@@ -272,6 +305,10 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
         raise RecipeError(
             f"the treatment {family.name!r} prunes nothing", where=rule.place("prune")
         )
+    if rule.pass_on and family.rewrite is None:
+        raise RecipeError(
+            f"the treatment {family.name!r} declines nothing", where=rule.place("pass_on")
+        )
     if family.check is not None:
         try:
             family.check(parsed, rule.prune)
@@ -282,7 +319,7 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
 
 def resolve(recipe: Recipe, layer_names: Iterable[str]) -> dict[str, Treatment]:
     """Each layer's treatment: that of the first rule whose glob matches its name, dense if none
-    does.
+    does; of a rule that passes layers on, then that of the next.
 
     Raises RecipeError for what `validate` finds, and for a rule of the user's that matches no layer
     at all.
@@ -300,8 +337,12 @@ def resolve(recipe: Recipe, layer_names: Iterable[str]) -> dict[str, Treatment]:
             )
     resolved = {}
     for name in names:
-        hits = (t for rule, t in zip(recipe.rules, treatments) if _matches(rule, name))
-        resolved[name] = next(hits, Treatment())
+        hits = [(rule, t) for rule, t in zip(recipe.rules, treatments) if _matches(rule, name)]
+        last = next((i for i, (rule, _) in enumerate(hits) if not rule.pass_on), len(hits) - 1)
+        chosen = None
+        for _, treatment in reversed(hits[: last + 1]):
+            chosen = replace(treatment, otherwise=chosen)
+        resolved[name] = chosen or Treatment()
     return resolved
 
 

@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 def build(artifact: Artifact) -> list:
     """What was built: a row per layer, sizes, how it was proven, what to do next."""
     rows = layer_rows(artifact)
-    parts: list = [layer_table(rows), *why_dense(rows)]
+    parts: list = [layer_table(rows), *why_not(rows)]
     sizes = _table(
         ("variant", "left"),
         ("library", "right"),
@@ -96,7 +96,7 @@ def bench(found: Measurement) -> list:
     parts += [Text(f"warning: {warning}", style="yellow") for warning in found.warnings]
     parts += [Text(_environment_line(found.environment))]
     if found.layers:
-        parts += [Text(), layer_table(found.layers), *why_dense(found.layers)]
+        parts += [Text(), layer_table(found.layers), *why_not(found.layers)]
     return [*parts, Text(), *verify_lines(found.verify), *_hint_lines(hints(found.layers))]
 
 
@@ -151,14 +151,14 @@ def profile(found: Profile) -> list:
             f"{found.callback_us[3]:.1f} us per kernel subtracted"
         )
     )
-    return [*parts, Text(), layer_table(found.layers), *why_dense(found.layers)]
+    return [*parts, Text(), layer_table(found.layers), *why_not(found.layers)]
 
 
 # ---- layers
 
 
 def layer_table(rows: Sequence[Row]) -> Table:
-    """Per layer: found, treatment, kernel, times, gain, size; dense layers refer to `why_dense`
+    """Per layer: found, treatment, kernel, times, gain, size; layers that something else was asked for refer to `why_not`
     by number."""
     timed = any(r.get("dense_us") is not None for r in rows)
     times = [("dense us", "right"), ("us", "right"), ("gain", "right")] if timed else []
@@ -172,9 +172,8 @@ def layer_table(rows: Sequence[Row]) -> Table:
     )
     numbers = {reason: i for i, reason in enumerate(_reasons(rows), 1)}
     for row in rows:
-        ran = row["treatment"] + (
-            f" [{numbers[_template(row['declined'])]}]" if row.get("declined") else ""
-        )
+        why = _why(row)
+        ran = row["treatment"] + (f" [{numbers[_template(why)]}]" if why else "")
         grain = (row.get("found") or {}).get("grain")
         # Other families may leave the zeros that were found alone.
         skips = row["treatment"] == "sparse" or (row.get("kernel") or "").startswith("sparse")
@@ -245,19 +244,25 @@ def _template(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "#", reason)
 
 
+def _why(row: Row) -> str:
+    """Why a layer is not what was asked for, first or at all; empty if it is."""
+    passed = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
+    return "; ".join([*passed, *([row["declined"]] if row.get("declined") else [])])
+
+
 def _reasons(rows: Iterable[Row]) -> dict[str, list[Row]]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("declined"):
-            grouped.setdefault(_template(row["declined"]), []).append(row)
+        if why := _why(row):
+            grouped.setdefault(_template(why), []).append(row)
     return grouped
 
 
-def why_dense(rows: Sequence[Row]) -> list[Text]:
-    """The reasons why layers run dense although something else was asked for, by number."""
+def why_not(rows: Sequence[Row]) -> list[Text]:
+    """The reasons why layers do not run as what was asked for, by number."""
     lines = []
     for number, group in enumerate(_reasons(rows).values(), 1):
-        distinct = dict.fromkeys(r["declined"] for r in group)
+        distinct = dict.fromkeys(_why(r) for r in group)
         text = next(iter(distinct))
         lines.append(
             Text(
@@ -373,7 +378,7 @@ def markdown(found: Measurement) -> str:
     if found.layers:
         lines += [
             "",
-            "| layer | found | runs as | kernel | dense us | us | KiB | why dense |",
+            "| layer | found | runs as | kernel | dense us | us | KiB | why not |",
             "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
         ]
         for r in found.layers:
@@ -381,7 +386,7 @@ def markdown(found: Measurement) -> str:
                 f"| {r['name']} | {describe_found(r.get('found') or {})} | {r['treatment']} "
                 f"| {r.get('kernel') or ''} | {_us(r.get('dense_us'))} "
                 f"| {_us(r.get('compressed_us'))} | {r.get('bytes', 0) / 1024:.0f} "
-                f"| {r.get('declined') or ''} |"
+                f"| {_why(r)} |"
             )
     return "\n".join([*lines, "", _environment_line(found.environment), ""])
 

@@ -92,15 +92,39 @@ class Treated:
 def treat_layers(
     mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
 ) -> Treated:
-    """Treat every layer as asked, family by family. A layer that is declined keeps its operator and its weight."""
+    """Treat every layer as asked, family by family. A layer that is declined keeps its operator and its weight, unless
+    its treatment says what is asked for otherwise: then all layers are treated anew, so."""
     shown = describe_graph(mod)
+    passed_on: dict[str, dict[str, str]] = {}
+    now = dict(treatments)
+    while True:
+        found = _treat_once(mod, now, context)
+        declined = {d.layer: d.declined for d in found.decisions if d.declined}
+        further = {n: why for n, why in declined.items() if now[n].otherwise is not None}
+        if not further:
+            break
+        for name, reason in further.items():
+            passed_on.setdefault(name, {})[now[name].family] = reason
+            now[name] = now[name].otherwise
+    decisions = [
+        replace(
+            d, found={**d.found, **shown.get(d.layer, {})}, passed_on=passed_on.get(d.layer, {})
+        )
+        for d in found.decisions
+    ]
+    return replace(found, decisions=decisions)
+
+
+def _treat_once(
+    mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context
+) -> Treated:
+    """Every family's rewriting in turn, with what is asked first of each layer."""
     found = Treated(mod, mod, [decide(layer, Treatment()) for layer in layers_of(mod)])
     for family in families():
         asked = {n: t for n, t in treatments.items() if t.family == family.name}
         if family.rewrite is not None and asked:
             found = _rewrite_graph(found, family, asked, context)
-    decisions = [replace(d, found={**d.found, **shown.get(d.layer, {})}) for d in found.decisions]
-    return replace(found, decisions=decisions)
+    return found
 
 
 def each_layer(treat: Callable[[Layer, Mapping, CpuTarget], relax.Expr | Declined]) -> Rewrite:

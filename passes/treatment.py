@@ -11,18 +11,30 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Treatment:
-    """One layer's treatment: a family, its parameters, and whether weights may be changed (`prune`) to get there."""
+    """One layer's treatment: a family, its parameters, and whether weights may be changed (`prune`) to get there;
+    `otherwise` what is asked for if that family declines the layer."""
 
     family: str = "dense"
     parameters: Mapping[str, object] = field(default_factory=dict)
     prune: bool = False
+    otherwise: Treatment | None = None
+
+    def of(self, family: str) -> Treatment:
+        """This treatment or the one behind it that is of `family`. Raises KeyError if there is none."""
+        found: Treatment | None = self
+        while found is not None and found.family != family:
+            found = found.otherwise
+        if found is None:
+            raise KeyError(family)
+        return found
 
 
 @dataclass(frozen=True)
 class Decision:
     """One layer's fate.
 
-    `declined` is the reason why it runs dense although something else was asked for, else None.
+    `declined` is the reason why it runs dense although something else was asked for, else None. `passed_on` has the
+    reasons of the families that declined it before, by name, where the recipe then asks for another: `asked` is the last.
     `unit` names the layers that stand or fall together because one operator computes them (a
     multilayer perceptron, the branches of a quadratic neuron); None: the layer alone.
     """
@@ -37,6 +49,7 @@ class Decision:
     parameters: Mapping[str, object] = field(default_factory=dict)
     pruned: bool = False
     unit: str | None = None
+    passed_on: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_share(value: object, name: str, *, one: bool) -> float:

@@ -193,3 +193,69 @@ def test_a_missing_or_binary_recipe_file(tmp_path):
 def test_the_sign_of_zero_as_a_number_or_a_word(given, meant):
     rule = Rule("*", "binary", {"zero": given})
     assert validate(Recipe("r", (rule,)))[0].parameters["zero"] == meant
+
+
+IN_TURN = """\
+[[rule]]
+match = "*"
+treatment = "binary"
+pass_on = true
+
+[[rule]]
+match = "stem*"
+treatment = "dense"
+
+[[rule]]
+match = "*"
+treatment = "int8"
+observer = "min_max"
+"""
+
+
+def test_what_a_rule_passes_on_is_asked_of_the_next_that_matches():
+    treatments = resolve(parse_recipe(IN_TURN), LAYERS)
+    int8 = Treatment("int8", {"observer": "min_max"})
+    assert treatments["head"] == Treatment("binary", otherwise=int8)
+    assert treatments["stem.conv"] == Treatment("binary", otherwise=Treatment("dense"))
+    assert treatments["head"].of("int8") is treatments["head"].otherwise
+    with pytest.raises(KeyError):
+        treatments["head"].of("sparse")
+
+
+def test_without_a_rule_to_pass_on_to_layers_stay_dense():
+    first = IN_TURN.split("\n\n")[0]
+    assert resolve(parse_recipe(first), ["a"]) == {"a": Treatment("binary")}
+
+
+def test_families_joined_by_plus_are_asked_in_turn():
+    recipe = load_recipe("binary+int8")
+    assert recipe.to_json()["rule"] == [
+        {"match": "*", "treatment": "binary", "prune": False, "pass_on": True},
+        {"match": "*", "treatment": "int8", "prune": False},
+    ]
+    assert resolve(recipe, ["a"])["a"] == Treatment("binary", otherwise=Treatment("int8"))
+    assert resolve(recipe, []) == {}
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("binary+int9", {}, "no such recipe"),
+        ("binary+", {}, "no such recipe"),
+        ("binary+dense", {}, "not families to ask in turn"),
+        ("int8+int8", {}, "not families to ask in turn"),
+        ("binary+int8", {"density": 0.1}, "--density: cannot be combined with several families"),
+        ("binary+int8", {"prune": True}, "--prune: cannot be combined with several families"),
+    ],
+)
+def test_what_cannot_be_asked_in_turn(name, options, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name, **options)
+
+
+def test_a_rule_that_declines_nothing_passes_nothing_on():
+    text = "[[rule]]\nmatch = 'a'\ntreatment = 'dense'\npass_on = true\n"
+    with pytest.raises(RecipeError, match=r"r\.toml:4: the treatment 'dense' declines"):
+        validate(parse_recipe(text, "r.toml"))
+    with pytest.raises(RecipeError, match=r"r\.toml:4: pass_on is not a boolean"):
+        parse_recipe(text.replace("true", "'yes'"), "r.toml")

@@ -113,13 +113,22 @@ def test_nothing_is_cut_at_100_columns(measurement):
 
 
 def test_reasons_that_differ_by_numbers_are_one_note(measurement):
-    text = shown(report.why_dense(ROWS))
+    text = shown(report.why_not(ROWS))
     assert (
         text.count("[1]") == 1
         and "2 layers: sparse took 210 us, dense 190 us (and the like)" in text
     )
     assert "[2] 1 layer: the weight has no zeros" in text
     assert "[3]" not in text
+
+
+def test_a_layer_passed_on_says_what_it_is_not():
+    passed = {"passed_on": {"binary": "real numbers"}, "kernel": "int8_contraction"}
+    rows = [row("a", "int8", **passed), row("b", declined="no scale", **passed)]
+    text = " ".join(shown(report.why_not(rows)).split())
+    assert "[1] 1 layer: not binary: real numbers [2]" in text
+    assert "[2] 1 layer: not binary: real numbers; no scale" in text
+    assert "int8 [1]" in shown([report.layer_table(rows)])
 
 
 def test_the_verification_keeps_both_questions_apart():

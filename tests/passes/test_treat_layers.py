@@ -71,6 +71,22 @@ def test_the_treated_graph_computes_what_the_pruned_one_does(network, rng):
     assert np.abs(evaluate(network, x)[0] - wanted).max() > 0.1  # pruning did change the network
 
 
+def test_what_a_family_declines_goes_to_the_next(network):
+    """No layer is binary, and the stem is too small to be sparse as well."""
+    asked = dict.fromkeys(("stem", "a", "head"), Treatment("binary", otherwise=PRUNE))
+    found = treat_layers(network, asked, CONTEXT)
+    by_name = {d.layer: d for d in found.decisions}
+    assert {n: (d.asked, d.treatment) for n, d in by_name.items()} == {
+        "stem": ("sparse", "dense"), "a": ("sparse", "sparse"), "b": ("dense", "dense"),
+        "head": ("sparse", "sparse"),
+    }  # fmt: skip
+    assert "real numbers" in by_name["a"].passed_on["binary"] and by_name["a"].declined is None
+    assert by_name["stem"].declined and set(by_name["stem"].passed_on) == {"binary"}
+    assert not by_name["b"].passed_on
+    direct = treat_layers(network, dict.fromkeys(asked, PRUNE), CONTEXT)
+    assert operators(found.treated) == operators(direct.treated)
+
+
 def test_nothing_asked_nothing_changed(network):
     found = treat_layers(network, {}, CONTEXT)
     assert not found.changes_anything
