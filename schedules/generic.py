@@ -85,12 +85,19 @@ def _parallelise(sch: Schedule, axes: list, elements: int, target: CpuTarget) ->
 
 
 def _vectorise(sch: Schedule, axis, lanes: int) -> None:
-    """Vectors of `lanes` where they divide the axis; elsewhere LLVM vectorises the loop itself, with a remainder."""
-    extent = _extent(sch, axis)
+    """Vectors of `lanes`, or fewer that divide the axis; where none of 4 or more do, whole ones and a rest.
+
+    Left to itself LLVM may vectorise an outer loop instead, and gather.
+    """
+    extent, most = _extent(sch, axis), lanes
     while lanes > 1 and extent % lanes:
         lanes //= 2
-    if lanes > 1 and lanes >= 4:
-        sch.vectorize(sch.split(axis, [None, lanes])[1])
+    if lanes < 4:
+        lanes = min(most, 1 << (extent.bit_length() - 1))
+        if lanes < 4:
+            return
+        axis = sch.loop_partition(axis, [extent // lanes * lanes, None])[0]
+    sch.vectorize(sch.split(axis, [None, lanes])[1])
 
 
 def _calls_llvm(body) -> bool:
@@ -113,9 +120,11 @@ def _schedule_elementwise(sch: Schedule, block, target: CpuTarget) -> None:
     last = axes[-1]
     if _extent(sch, last) <= 4 and len(axes) > 2:
         sch.unroll(last)  # an image's channels: fusing would put a division in every element
-    elif not _calls_llvm(sch.get(block).body):
+        _parallelise(sch, axes[:-1], elements, target)
+        return
+    _parallelise(sch, axes[:-1], elements, target)  # not allowed once the loop is in two parts
+    if not _calls_llvm(sch.get(block).body):
         _vectorise(sch, last, target.lanes)
-    _parallelise(sch, axes[:-1], elements, target)
 
 
 def _schedule_reduction(sch: Schedule, block, target: CpuTarget) -> None:

@@ -33,6 +33,7 @@ CASES = {
     "resize": (lambda x: op.image.resize2d(x, (16, 18), layout="NHWC"), (1, 8, 9, 16)),
     "relu": (lambda x: op.nn.relu(x), (1, 64, 64, 32)),
     "odd relu": (lambda x: op.nn.relu(x), (3, 11, 13)),
+    "one odd row": (lambda x: op.nn.relu(x), (49,)),
     "scalar": (lambda x: op.add(x, relax.const(1.0)), ()),
     "one value": (lambda x: op.add(x, relax.const(1.0)), (1,)),
 }  # fmt: skip
@@ -89,3 +90,10 @@ def test_small_functions_are_not_parallel():
 def test_a_reduction_of_two_values_at_once_is_left_alone():
     func = _function(lambda x: op.argmax(x, -1), (2, 7, 37))
     assert generic.schedule(func, detect_host()).same_as(func)
+
+
+def test_odd_rows_run_in_whole_vectors_and_a_rest():
+    target = detect_host().with_threads(2)
+    make = lambda x: op.multiply(x, x)  # noqa: E731
+    text = generic.schedule(_function(make, (1, 2000, 49)), target).script()
+    assert f"T.vectorized(T.int64({target.lanes}))" in text and "T.parallel" in text
