@@ -122,8 +122,8 @@ class _Chain(Planes):
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
         whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, point.part, point.splits)
-        super().__init__(kernel, problem, whole, target, elements)
         self.span = point.span
+        super().__init__(kernel, problem, whole, target, elements)
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
@@ -153,6 +153,9 @@ class _Chain(Planes):
                 with T.serial(*self._share_of_parts(share)) as part:
                     first_channel, channels = self._part(part)
                     self._multiply_part(panel, first_channel, channels)
+
+    def _stores_once(self) -> bool:
+        return self.problem.image_pixels % (self.span * self.lanes) == 0
 
     def _fill(self, panel) -> None:
         p, lanes = self.problem, self.lanes

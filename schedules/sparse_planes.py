@@ -136,6 +136,18 @@ class Planes(Stores):
             and point.rows % 4 == 0
             and all(n % 4 == 0 and n >= self.lanes for _, n in self.parts)
         )
+        if self._stores_once():
+            kernel.write_over_residual()
+
+    def _stores_once(self) -> bool:
+        """Whether no two vectors stored overlap: the second would read, of a residual written over, what the first stored."""
+        whole = not self.by_image or self.problem.image_pixels % self.lanes == 0
+        return whole and self._stores_channels_once()
+
+    def _stores_channels_once(self) -> bool:
+        """The same of the channels of one pixel."""
+        few = self.problem.outputs < self.lanes
+        return few or all(n % self.lanes == 0 for _, n in self.parts)
 
     def _bias(self):
         """What integer sums begin with, a number per output channel, where the epilogue adds that first; else None."""
@@ -385,11 +397,8 @@ class Planes(Stores):
 
     def _output_like(self) -> list:
         """The output and what the epilogue reads of its shape, flat."""
-        fused, size = self.kernel.fused, self.problem.pixels * self.problem.outputs
-        found = [
-            b for q, b in zip(fused.params, self.kernel.buffers)
-            if tuple(int(d) for d in q.shape) == fused.shape and not any(q.same_as(i) for i in fused.inputs)
-        ]  # fmt: skip
+        kernel, size = self.kernel, self.problem.pixels * self.problem.outputs
+        found = [kernel.output, *(r for r in kernel.residuals if not r.same_as(kernel.output))]
         return [T.decl_buffer((size,), str(b.dtype), data=b.data) for b in found]
 
     def _flat_pixel(self, pixel):

@@ -14,16 +14,20 @@ from compiler.frontend import TensorSpec
 from compiler.runtime import from_variant
 from passes import layers
 from passes.evaluate import evaluate
+from passes.sparse.family import FAMILY
+from passes.sparse.format import block_of
+from passes.sparse.operators import sparse_call
 from schedules.target import detect_host
 
 OP = relax.op
 
 
 class Network:
-    """A builder of small graphs in NCHW: `conv` with bias and relu, `residual` with a sum before the relu."""
+    """A builder of small graphs in NCHW: `conv` with relu, and a sum before it; weight-sparse where a grain is given."""
 
-    def __init__(self, shape, rng):
+    def __init__(self, shape, rng, grain=None):
         layers.register()
+        self.grain = grain
         self.rng, self.bb = rng, relax.BlockBuilder()
         self.x = relax.Var("x", relax.TensorType(shape, "float32"))
         self.count = 0
@@ -32,6 +36,9 @@ class Network:
         inputs = layers.shape_of(x)[1]
         shape = (outputs or inputs, inputs, kernel, kernel)
         weight = self.rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        if self.grain is not None:
+            mask = self.rng.random((-(-shape[0] // block_of(self.grain)), *shape[1:])) < 0.3
+            weight *= np.repeat(mask, block_of(self.grain), axis=0)[: shape[0]]
         self.count += 1
         y = layers.conv2d(
             x,
@@ -39,6 +46,7 @@ class Network:
             name=f"layer{self.count}",
             padding=(kernel // 2,) * 4,
         )
+        y = y if self.grain is None else sparse_call(y, self.grain)
         y = self.bb.emit(y)
         if plus is not None:
             y = self.bb.emit(OP.add(y, plus))
@@ -81,7 +89,7 @@ def run(mod: tvm.IRModule, rng, target):
         assert find_first_divergence(model, variant.unscheduled, [data]) is None
     got = model(data)
     again = model(data)
-    wanted = evaluate(mod, [data], dtype="float64")
+    wanted = evaluate(mod, [data], references=FAMILY.references)
     got, again, wanted = (r if isinstance(r, (tuple, list)) else (r,) for r in (got, again, wanted))
     for first, second, exact in zip(got, again, wanted):
         np.testing.assert_array_equal(first, second)
@@ -116,6 +124,23 @@ def test_blocks_write_over_what_they_add(shape, kernel, rng):
     winograd = any("winograd" in gv.name_hint for gv in fused.get_global_vars())
     overlapping = winograd and shape[1] % target.lanes  # the last vectors of a pixel
     assert len(run(mod, rng, target)) == (0 if overlapping else 2)
+
+
+@pytest.mark.parametrize(
+    "shape, kernel, grain, over",
+    [
+        ((1, 32, 16, 17), 1, "out:4", 2),  # planes of whole vectors
+        ((2, 32, 8, 8), 3, "out:8", 2),  # lines of planes
+        ((1, 32, 17, 17), 1, "element", 0),  # planes whose last vectors overlap
+        ((1, 32, 3, 5), 1, "out:4", 2),  # channels last, pixels no whole vector
+        ((1, 32, 33, 33), 1, "element", 2),  # channels last: too many pixels for planes of elements
+        ((1, 33, 3, 5), 1, "element", 0),  # channels no multiple of a vector
+    ],
+)
+def test_sparse_blocks_write_over_what_they_add(shape, kernel, grain, over, rng):
+    target = detect_host()
+    mod = Network(shape, rng, grain).build(lambda net, x: two_blocks(net, x, kernel))
+    assert len(run(mod, rng, target)) == over
 
 
 def test_two_threads_write_over_residuals(rng):
