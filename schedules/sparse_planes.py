@@ -24,6 +24,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
+from schedules.emission import widest_lanes
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.sparse_elements import FloatElements, QuadElements, elements_of
@@ -141,7 +142,10 @@ class Planes(Stores):
 
     def _stores_once(self) -> bool:
         """Whether no two vectors stored overlap: the second would read, of a residual written over, what the first stored."""
-        whole = not self.by_image or self.problem.image_pixels % self.lanes == 0
+        p = self.problem
+        if p.planes_out:  # line by line
+            return p.out_width % widest_lanes(p.out_width, self.lanes) == 0
+        whole = not self.by_image or p.image_pixels % self.lanes == 0
         return whole and self._stores_channels_once()
 
     def _stores_channels_once(self) -> bool:

@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
 from schedules.byte_stores import quads_of
-from schedules.emission import covering, ramp, widest_lanes
+from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import columns_of, scratch, small
@@ -181,10 +181,7 @@ class _Windows(Planes):
                     self._compute(panel, sums, first, vectors, most, share)
 
     def _stores_once(self) -> bool:
-        width = self.problem.out_width
-        if self.problem.planes_out:
-            return width % widest_lanes(width, self.lanes) == 0
-        return self._stores_channels_once()
+        return super()._stores_once() if self.problem.planes_out else self._stores_channels_once()
 
     def _tile(self, tile, tiles: int, most: int, large: int):
         """Where a tile of a band begins, and how many vectors it has."""

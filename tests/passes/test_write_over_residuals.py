@@ -32,9 +32,9 @@ class Network:
         self.x = relax.Var("x", relax.TensorType(shape, "float32"))
         self.count = 0
 
-    def conv(self, x, outputs=None, kernel=1, plus=None):
+    def conv(self, x, outputs=None, kernel=1, plus=None, groups=1):
         inputs = layers.shape_of(x)[1]
-        shape = (outputs or inputs, inputs, kernel, kernel)
+        shape = (outputs or inputs, inputs // groups, kernel, kernel)
         weight = self.rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
         if self.grain is not None:
             mask = self.rng.random((-(-shape[0] // block_of(self.grain)), *shape[1:])) < 0.3
@@ -45,6 +45,7 @@ class Network:
             relax.const(weight.astype("float32")),
             name=f"layer{self.count}",
             padding=(kernel // 2,) * 4,
+            groups=groups,
         )
         y = y if self.grain is None else sparse_call(y, self.grain)
         y = self.bb.emit(y)
@@ -141,6 +142,17 @@ def test_sparse_blocks_write_over_what_they_add(shape, kernel, grain, over, rng)
     target = detect_host()
     mod = Network(shape, rng, grain).build(lambda net, x: two_blocks(net, x, kernel))
     assert len(run(mod, rng, target)) == over
+
+
+def test_lines_of_groups_that_overlap_are_not_written_over_a_residual(rng):
+    def body(net, x):
+        y = net.conv(x)
+        return net.conv(net.conv(net.conv(y), kernel=3, plus=y, groups=2))
+
+    target = detect_host()
+    mod = Network((1, 32, 24, 24), rng, "out:4").build(body)
+    overlapping = 24 % target.lanes
+    assert len(run(mod, rng, target)) == (0 if overlapping else 1)
 
 
 def test_two_threads_write_over_residuals(rng):
