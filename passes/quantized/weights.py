@@ -15,7 +15,8 @@ def quantize_weight(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(int8 [O, ...], float32 scales [O]) for a float32 weight [O, ...]; zeros stay zeros.
 
-    A channel of zeros has the scale 1. Raises ValueError, to be shown as a reason, for weights that have no scale.
+    A channel of zeros has the largest scale of the others: its bias is rounded as finely as theirs, and its sums are no
+    reason to expect large ones. Raises ValueError, to be shown as a reason, for weights that have no scale.
     """
     if not np.isfinite(weight).all():
         raise ValueError("weights that are not finite")
@@ -26,7 +27,8 @@ def quantize_weight(
         rows = np.full_like(rows, rows.max())
     scale = (rows / LARGEST).astype("float32")
     # Channels that float32 cannot scale: their weights are as good as zero.
-    scale[scale < np.finfo("float32").tiny] = 1.0
+    zero = scale < np.finfo("float32").tiny
+    scale[zero] = 1.0 if zero.all() else scale.max()
     shape = (-1,) + (1,) * (weight.ndim - 1)
     q = np.rint(weight.astype("float64") / scale.astype("float64").reshape(shape))
     return np.clip(q, -LARGEST, LARGEST).astype("int8"), scale

@@ -88,6 +88,23 @@ def test_a_chain_stays_in_bytes(quantized, rng):
     assert found.reference is found.treated
 
 
+def test_a_channel_whose_weights_are_all_zero_is_scaled_like_the_others(quantized, rng):
+    """Only its bias is left of it, which is rounded no more coarsely, and its sums are known to be as small."""
+
+    def body(b, x):
+        w = floats(rng, 8, 4, 1, 1) * 0.05
+        w[3] = 0
+        y = b.emit(layers.conv2d(x, relax.const(w), name="pruned"))
+        y = b.emit(
+            op.nn.relu(b.emit(op.add(y, relax.const(np.full((1, 8, 1, 1), 0.1, "float32")))))
+        )
+        return conv(b, y, rng, 4, name="next")
+
+    _, found, error = quantized((1, 4, 6, 6), body)
+    _, between = [attrs_of(q) for q in calls(found.treated, int8.QUANTIZE)]
+    assert between["bounded"] and error < 0.02
+
+
 def test_relu_stays_where_zero_is_not_the_first_step(quantized, rng):
     def body(b, x):
         y = b.emit(op.nn.relu(conv(b, x, rng, 8, name="a")))
