@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pack signs: 32 comparisons of neighbouring channels become one word.
 
-Y[..., q] = (bit b: X[..., 32 q + b] >= T[32 q + b]) xor F[q]
+Y[..., q] = (bit b: X[..., 32 q + b] >= T[32 q + b]) xor F[q], X and T floats or bytes
 """
 
 from __future__ import annotations
 
 import math
 
+import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -17,6 +18,7 @@ from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import loop, span, unravel
 
+_FLOAT_BITS = 32
 _PARALLEL_VALUES = 32 * 1024
 
 
@@ -26,7 +28,8 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         thresholds, x, flips = kernel.inputs  # in the order in which `T <= X` reads them
         *lead, channels = (int(d) for d in x.shape)
         groups = fused.point["groups"]
-        per_group, lanes = channels // groups, min(target.lanes, WORD_BITS)
+        per_group = channels // groups
+        lanes = min(target.lanes * _FLOAT_BITS // tvm.DataType(x.dtype).bits, WORD_BITS)
         words = words_for(per_group)
         pixels = math.prod(lead)
         parallel = target.threads > 1 and pixels * channels >= _PARALLEL_VALUES

@@ -37,6 +37,8 @@ _WEIGHTS: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
     ("1-bit weights: 3x3, 512 -> 512, 7x7", (512, 512, 3, 7)),
 )
 _NETWORKS = ("birealnet18", "quicknet", "reactnet")
+# What becomes of the real layers of a binary network, by the ending of the case's name.
+_RESTS = {"": None, ", rest int8": "int8"}
 _ENGINES = ("onnxruntime", "openvino")
 
 
@@ -44,7 +46,8 @@ def cases() -> list[Case]:
     """Layers, then networks, in the order of the document."""
     layers = [Case(name, functools.partial(_layer, *of), wanted) for name, of, wanted in _LAYERS]
     layers += [Case(name, functools.partial(_layer, *of, signs=False)) for name, of in _WEIGHTS]
-    return layers + [Case(name, functools.partial(_network, name)) for name in _NETWORKS]
+    networks = [(f"{n}{ending}", n, rest) for n in _NETWORKS for ending, rest in _RESTS.items()]
+    return layers + [Case(name, functools.partial(_network, *of)) for name, *of in networks]
 
 
 def _layer(
@@ -93,21 +96,29 @@ def _graph(shape, weight: np.ndarray, threshold: np.ndarray, padding: int, signs
     return builder.get()
 
 
-def _binary(graph: tvm.IRModule) -> tvm.IRModule:
-    asked = {layer.name: Treatment("binary") for layer in layers_of(graph)}
-    return treat_layers(graph, asked, Context(detect_host())).treated
+def _binary(graph: tvm.IRModule, rest: Treatment | None = None, observe=None) -> tvm.IRModule:
+    """The graph with its binary layers on bits and, of the others, what `rest` asks."""
+    asked = {layer.name: Treatment("binary", otherwise=rest) for layer in layers_of(graph)}
+    return treat_layers(graph, asked, Context(detect_host(), observe)).treated
 
 
-def _network(name: str) -> Measured:
-    """A binary network, and its float twin in other engines: float32, and int8 of ONNX Runtime's quantizer."""
+def _network(name: str, rest: str | None) -> Measured:
+    """A binary network, its real layers as they are or as `rest`; and its float twin in other engines: float32, and int8 of
+    ONNX Runtime's quantizer."""
     from compiler import pipeline
+    from compiler.calibration import load_calibration
     from compiler.frontend import import_model
+    from compiler.observe import Observer
     from tools import zoo_binary
 
     module, (x,) = zoo_binary.build(name)
-    graph = pipeline.canonicalize(import_model(module, example=(x,)).mod)
+    imported = import_model(module, example=(x,))
+    graph = pipeline.canonicalize(imported.mod)
+    observe = Observer(load_calibration("random", imported.inputs), detect_host())
+    label = "binary" if rest is None else f"binary+{rest}"
+    treated = _binary(graph, None if rest is None else Treatment(rest), observe)
     twin, _ = zoo_binary.float_twin(name)
-    return Measured({"binary": _binary(graph)}, {"random": [x.numpy()]}, peers=_engines(twin, x.numpy()), cold=False)  # fmt: skip
+    return Measured({label: treated}, {"random": [x.numpy()]}, peers=_engines(twin, x.numpy()), cold=False)  # fmt: skip
 
 
 def _engines(module, x: np.ndarray) -> dict[str, Callable]:

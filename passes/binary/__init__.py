@@ -6,9 +6,10 @@ from __future__ import annotations
 import functools
 
 from passes.binary import lowering, lowering_sign_weights, operators, reference
+from passes.binary.parameters import PARAMETERS
 from passes.binary.recognize import found_in
 from passes.binary.samples import samples
-from passes.binary.treat_graph import PARAMETERS, rewrite
+from passes.binary.treat_graph import rewrite
 from passes.family import Family
 from passes.layers import CONV2D, DENSE
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of binary layers. Signs travel as bits, 32 channels in a uint32, channel 0 of a group in bit 0; 1 is +1.
 
-`kerf.binary_pack(x, t, f)`            bit c = (x[c] >= t[c]) xor f[c]; x float32 [N, C, H, W] or [..., C]
+`kerf.binary_pack(x, t, f)`            bit c = (x[c] >= t[c]) xor f[c]; x float32 [N, C, H, W] or [..., C],
+                                       or the bytes that stand for it, and t in bytes
 `kerf.binary_max_pool2d(x[, f])`       the largest sign of each window, the smallest where f; nothing beyond the border
 `kerf.binary_conv2d(x, w)`             int32 sums of products of signs; padding counts as `pad_value`: 0, 1 or -1
 `kerf.binary_conv2d_bits(x, w, t, f)`  bit o = (sum[o] >= t[o]) xor f[o] of these sums

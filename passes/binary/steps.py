@@ -272,6 +272,14 @@ def _first_key(reached, ends: np.ndarray, channels: int) -> np.ndarray:
     return high
 
 
+def byte_plane(plane: Plane, values: np.ndarray) -> Plane:
+    """`plane`, of float32 numbers, on the bytes that stand for them: byte b for values[b], [256] in rising order."""
+    reached = np.searchsorted(values, np.nan_to_num(plane.threshold, nan=np.inf), "left")
+    # A byte has no threshold beyond all bytes: what none reaches all reach, and the other way about.
+    never = reached == len(values)
+    return Plane(np.where(never, 0, reached).astype(np.uint8), plane.flip ^ never)
+
+
 def _thresholds(keys: np.ndarray, last: int) -> np.ndarray:
     """float32 thresholds; NaN, which nothing reaches, for keys past the last."""
     values = _floats(np.minimum(keys, last))

@@ -41,10 +41,21 @@ from passes.binary.recognize import (
     recognize,
     two_planes,
 )
-from passes.binary.steps import Chain, Composed, Plane, Steps, chains, float_steps, integer_steps
+from passes.binary.steps import (
+    Chain,
+    Composed,
+    Plane,
+    Steps,
+    byte_plane,
+    chains,
+    float_steps,
+    integer_steps,
+)
 from passes.channel_flow import Uses
 from passes.family import Context, Layer, Rewritten
-from passes.layers import is_call, is_layer, multiply_accumulates, shape_of
+from passes.layers import attrs_of, is_call, is_layer, multiply_accumulates, shape_of
+from passes.quantized.operators import DEQUANTIZE
+from passes.quantized.reference import dequantize
 from passes.rewriting import Graph, constant, ints, rewrite_module
 from passes.treat_layers import decide
 from passes.treatment import Decision, Treatment
@@ -55,25 +66,6 @@ from schedules.target import CpuTarget
 
 _BITS_OF = {BINARY_CONV2D: BINARY_CONV2D_BITS, BINARY_DENSE: BINARY_DENSE_BITS}
 _THROUGH = ("relax.nn.pad", "relax.nn.max_pool2d", "relax.reshape")
-
-
-def parse_zero(value: object) -> str:
-    """What the sign of 0 is taken for where a model says 0: "exact", "+1" or "-1". Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value:+d}"  # as `--set zero=+1` gives it
-    if value not in ("exact", "+1", "-1"):
-        raise ValueError(f"zero must be 'exact', '+1' or '-1', not {value!r}")
-    return str(value)
-
-
-def parse_binarize(value: object) -> bool:
-    """Whether a layer of real numbers is made binary. Raises ValueError."""
-    if not isinstance(value, bool):
-        raise ValueError(f"binarize must be true or false, not {value!r}")
-    return value
-
-
-PARAMETERS = {"zero": parse_zero, "binarize": parse_binarize}
 
 
 @dataclass(frozen=True)
@@ -339,8 +331,10 @@ class _Rewriter:
         return self._pooled(bits, fold.pool, fold.falling)
 
     def _pack(self, layer: BinaryLayer, plane: Plane, groups: int) -> relax.Var:
-        given = layer.input
-        x, thresholds, flips = given.chain.root, plane.threshold, plane.flip
+        given, x = layer.input, layer.input.chain.root
+        if is_call(stored := self.uses.definitions.get(x), DEQUANTIZE):
+            plane, x = byte_plane(plane, _numbers_of_bytes(stored)), stored.args[0]
+        thresholds, flips = plane.threshold, plane.flip
         x = self.graph.substitute(x)
         layout = {"layout": "NCHW"} if given.chain.axis == 1 and len(shape_of(x)) == 4 else {}
         if given.flat is not None:
@@ -378,6 +372,11 @@ def _scaled(value: relax.Expr, scale: np.ndarray, rank: int) -> relax.Expr:
     if (scale == 1).all():
         return value
     return relax.op.multiply(value, constant(scale.reshape((-1, 1, 1) if rank == 4 else (-1,))))
+
+
+def _numbers_of_bytes(dequantized: relax.Call) -> np.ndarray:
+    """float32 [256], what each byte stands for."""
+    return dequantize(attrs_of(dequantized), np.arange(256, dtype=np.uint8))
 
 
 def _along_flat(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:

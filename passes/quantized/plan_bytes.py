@@ -5,7 +5,7 @@ An activation is *held* as bytes where a layer that becomes int8 reads it, also 
 values (max pooling, reshape, transpose, concatenation: these then work on bytes, and all they join shares one scale);
 where it is one of two computed operands of an addition whose result is held (a kernel computes one of them together with
 the sum, the other has to lie somewhere); and where the rest of its readers cost less from bytes (means over windows, the
-scaling of a squeeze-and-excitation). Everything else is float32 in registers, or float32 in memory.
+scaling of a squeeze-and-excitation, maxima over windows of what an int8 layer makes). Everything else is float32 in registers, or float32 in memory.
 """
 
 from __future__ import annotations
@@ -190,11 +190,29 @@ def _worthwhile(plan: BytesPlan, var: relax.Var, position) -> bool:
         return True
     if any(_joins_later(plan, var, b, position) for b in readers):
         return len(readers) == 1
+    if _is_max_pool(plan.uses.definitions.get(var)):
+        return _pools_layer(plan, var, position)
     if _root(plan, var, position) not in plan.layers:
         return False
     means = [window_mean(b.value) is not None for b in readers]
     others = [is_elementwise(b.value) and plan.becomes_bytes(b.var) for b in readers]
     return any(means) and all(m or o for m, o in zip(means, others))
+
+
+def _is_max_pool(value) -> bool:
+    return is_carrier(value) and is_operator(value, ["relax.nn.max_pool2d"])
+
+
+def _pools_layer(plan: BytesPlan, var: relax.Var, position) -> bool:
+    """Whether `var` is the maxima over windows of what an int8 layer makes and nothing else reads, and its readers take
+    numbers one by one or mean over them: from bytes as well as from floats of four times the size."""
+    pooled = plan.uses.definitions[var].args[0]
+    if pooled in plan.uses.outputs or len(plan.uses.readers[pooled]) != 1:
+        return False
+    readers = [b.value for b in plan.uses.readers.get(var, [])]
+    if not all(is_operator(v, _ELEMENTWISE) or window_mean(v) is not None for v in readers):
+        return False
+    return _root(plan, pooled, position) in plan.layers
 
 
 def _joins_later(plan: BytesPlan, var: relax.Var, reader, position) -> bool:

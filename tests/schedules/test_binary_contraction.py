@@ -171,6 +171,18 @@ def test_packing_compares_special_values_as_ieee_does(groups, rng, host_tiers):
         _check(operators.BINARY_PACK, x, [thresholds, flips], attrs, target)
 
 
+@pytest.mark.parametrize("channels, groups", [(70, 1), (70, 2), (64, 1), (17, 1)])
+def test_packing_compares_bytes(channels, groups, rng, host_tiers):
+    x = rng.integers(0, 256, (1, 3, 5, channels)).astype(np.uint8)
+    x[0, 0, :2] = [[0], [255]]
+    thresholds = rng.integers(0, 256, channels).astype(np.uint8)
+    thresholds[:3] = 0, 255, 128
+    flips = pack_bits(rng.random(channels) < 0.5, 0, groups)
+    attrs = {"groups": groups, "layout": "NHWC"}
+    for target in host_tiers:
+        _check(operators.BINARY_PACK, x, [thresholds, flips], attrs, target)
+
+
 def test_max_pooling_of_bits(rng, host_tiers):
     x = pack_bits(rng.random((1, 7, 6, 40)) < 0.3, 3)
     attrs = {

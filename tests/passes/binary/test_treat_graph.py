@@ -17,7 +17,8 @@ from passes.binary.operators import (
     SIGN_CONV2D,
     SIGN_DENSE,
 )
-from passes.binary.treat_graph import parse_binarize, parse_zero, rewrite
+from passes.binary.parameters import parse_binarize, parse_zero
+from passes.binary.treat_graph import rewrite
 from passes.channels_last import ChannelsLast
 from passes.evaluate import evaluate
 from passes.family import Context

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from passes.layers import dense
+from passes.layers import conv2d, dense
 from passes.quantized.plan_bytes import plan_bytes
 
 
@@ -37,3 +37,61 @@ def test_a_float_operand_joins_a_sum_only_where_a_kernel_can_end_with_it(rng, sh
     names = {var.name for var in held}
     assert total.name in names
     assert (second.name in names) is not shared
+
+
+def pooled(rng, reader, *, also_floats=False, layer="stem"):
+    """Max pooling behind two convolutions; `reader(builder, maxima)` makes the output of what it gives."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 4, 9, 9), "float32"))
+
+    def conv(data, name):
+        weight = relax.const(rng.standard_normal((4, 4, 3, 3)).astype(np.float32))
+        made = builder.emit(conv2d(data, weight, name=name, padding=[1] * 4))
+        return builder.emit(relax.op.nn.relu(made))
+
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = conv(x, layer)
+            maxima = builder.emit(relax.op.nn.max_pool2d(y, (3, 3), (2, 2), (1, 1, 1, 1)))
+            found = reader(builder, maxima)
+            extra = [builder.emit_output(y)] if also_floats else []
+            out = builder.emit_output(found)
+        builder.emit_func_output(relax.Tuple([out, *extra]) if extra else out)
+    return builder.get(), maxima
+
+
+def compared_and_added(builder, maxima):
+    above = builder.emit(relax.op.greater_equal(maxima, relax.const(np.float32(0.5))))
+    chosen = builder.emit(relax.op.where(above, relax.const(1.0), relax.const(-1.0)))
+    return builder.emit(relax.op.add(chosen, maxima))
+
+
+def meant(builder, maxima):
+    return builder.emit(relax.op.add(relax.op.mean(maxima, axis=[2, 3]), relax.const(1.0)))
+
+
+def convolved(builder, maxima):
+    weight = relax.const(np.ones((4, 4, 1, 1), np.float32))
+    return builder.emit(conv2d(maxima, weight, name="float"))
+
+
+@pytest.mark.parametrize("reader", [compared_and_added, meant])
+def test_maxima_of_an_int8_layer_lie_in_bytes_for_readers_by_element(rng, reader):
+    mod, maxima = pooled(rng, reader)
+    held = plan_bytes(mod, ["stem"]).held
+    operand = plan_bytes(mod, ["stem"]).uses.definitions[maxima].args[0]
+    assert {maxima.name, operand.name} <= {var.name for var in held}
+
+
+@pytest.mark.parametrize(
+    "reader, options",
+    [
+        (convolved, {}),  # a layer that was left float wants floats
+        (compared_and_added, {"also_floats": True}),  # what is pooled is stored as floats anyway
+        (compared_and_added, {"layer": "other"}),  # which is not int8
+        (lambda builder, maxima: builder.emit(relax.op.nn.softmax(maxima)), {}),
+    ],
+)
+def test_maxima_that_floats_are_wanted_of_stay_floats(rng, reader, options):
+    mod, maxima = pooled(rng, reader, **options)
+    assert maxima.name not in {var.name for var in plan_bytes(mod, ["stem"]).held}
