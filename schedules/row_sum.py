@@ -20,15 +20,17 @@ _UNROLL = 4
 
 @dataclass(frozen=True)
 class Point(Annotated):
-    """What is computed: the mean or the sum, of shape [..., 1] or [...]."""
+    """What is computed: the mean or the sum, of shape [..., 1] or [...]; of the first `count` elements, 0 for all."""
 
     mean: bool
     keepdims: bool
+    count: int = 0
 
 
 def define_row_sum(x, point: Point):
     """te: x [..., K] of float32 -> its sums or means."""
     *outer, extent = (int(d) for d in x.shape)
+    extent = point.count or extent
     shape = (*outer, 1) if point.keepdims else tuple(outer)
     k = te.reduce_axis((0, extent), "k")
     total = te.compute(shape, lambda *i: te.sum(x(*i[: len(outer)], k), axis=k), name="row_total")
@@ -43,6 +45,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     point = Point.from_dict(fused.point)
     with emitting(fused, 2) as (kernel, (x,)):
         *outer, extent = (int(d) for d in x.shape)
+        extent = point.count or extent
         rows, row = math.prod(outer), Row(extent, target.lanes)
         count = tirx.const(float(extent) if point.mean else 1.0, "float32")
         with loop(rows, parallel=runs_parallel(target, rows, rows * extent)) as r:

@@ -28,15 +28,19 @@ from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, tiles_of
 from schedules.target import CpuTarget
+from schedules.windows import LINE_BYTES
 
 # Share of the second-level cache that a panel may take: activations and weights pass through the rest. More where a layer
 # writes more than it reads, which longer runs help most (measured on Cascade Lake).
 _PANEL_SHARE, _PANEL_SHARE_EXPANDING = 0.35, 0.45
 # Bytes of a plane from which on it is not worth copying: a page. Shorter ones come from beyond the second-level cache sooner
-# in one pass over all of them than in the order of the non-zeros.
+# in one pass over all of them than in the order of the non-zeros, if that splits lines.
 _LONG_PLANE = 4096
-# Pixel vectors of a plane that a block of output channels walks, where planes are read in place (measured on Cascade Lake).
-_LONGEST_RUN = 98
+# Pixel vectors of a long plane that a block of output channels walks, where planes are read in place; the share of the
+# second-level cache that it may walk of short ones (measured on Cascade Lake).
+_LONGEST_RUN, _RUNS_SHARE = 98, 0.9
+# Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
+_AHEAD, _LONG_SUM = 8, 48
 # What one more tile costs a block, in multiplications of one vector with one row of it.
 _TILE_COST = 6.0
 # Output channels whose sums of a tile are kept until a plane's are complete.
@@ -68,18 +72,20 @@ def suits(problem: Problem) -> bool:
 
 
 def _lies_in_place(problem: Problem) -> bool:
-    """Whether planes are read where they lie, not from a panel; those of integers are few."""
-    long = problem.together > 1 or 4 * problem.image_pixels >= _LONG_PLANE
-    return problem.planes_in and problem.pointwise and long
+    """Whether planes are read where they lie, not from a panel: those of whole lines, long ones, and those of integers, which
+    are few."""
+    lines = 4 * problem.plane_in % LINE_BYTES == 0
+    long = problem.together > 1 or 4 * problem.plane_in >= _LONG_PLANE
+    return problem.between_alike and (lines or long)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Runs of planes as long as pays, or panels that fit the cache."""
     base = planes_point(problem, target)
-    total = -(-problem.image_pixels // target.lanes)
+    total = -(-problem.plane_out // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
     if _lies_in_place(problem):
-        tiles = 1 if problem.together > 1 else -(-total // _LONGEST_RUN)
+        tiles = 1 if problem.together > 1 else _runs(problem, target)
     else:
         tiles = _panels(problem, target, rows, vectors)
     splits = 1
@@ -91,9 +97,18 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     return Point(vectors, rows, -(-total // tiles), part, splits)
 
 
+def _runs(problem: Problem, target: CpuTarget) -> int:
+    """Parts of planes read in place that a block of output channels walks."""
+    total = -(-problem.plane_out // target.lanes)
+    if 4 * problem.plane_out >= _LONG_PLANE:
+        return -(-total // _LONGEST_RUN)
+    fit = max(1, int(target.l2_bytes * _RUNS_SHARE) // (problem.channels * target.lanes * 4))
+    return -(-total // fit)
+
+
 def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
     """Panels of an image, for tiles of `rows` by `vectors`: those with the fewest vectors computed twice that fit the cache."""
-    total = -(-problem.image_pixels // target.lanes)
+    total = -(-problem.plane_out // target.lanes)
     expands = problem.outputs > problem.channels
     share = _PANEL_SHARE_EXPANDING if expands else _PANEL_SHARE
     fit = max(1, int(target.l2_bytes * share) // (problem.panel_rows * target.lanes * 4))
@@ -128,20 +143,20 @@ class _Chain(Planes):
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
         self.in_place = _lies_in_place(problem)
-        if problem.planes_in and not problem.pointwise:
+        if problem.planes_in and not problem.between_alike:
             # Lines are copied whole: those at both ends stick out.
             self.lead = -(-problem.out_width // self.lanes) * self.lanes
             self.row = ((self.row + 2 * self.lead) // self.lanes | 1) * self.lanes
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
-        panels = -(-p.image_pixels // (self.span * lanes))
+        panels = -(-p.plane_out // (self.span * lanes))
         tasks = p.batch * panels * splits
         loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
         with loop(0, tasks) as task:
             share = task % splits
             self.image = T.Bind(task // splits // panels)
-            last = max(0, p.image_pixels - self.span * lanes)
+            last = max(0, p.plane_out - self.span * lanes)
             self.first = T.Bind(tirx.min(task // splits % panels * (self.span * lanes), last))
             panel = self.x
             if not self.in_place:
@@ -155,29 +170,23 @@ class _Chain(Planes):
                     self._multiply_part(panel, first_channel, channels)
 
     def _stores_once(self) -> bool:
-        return self.problem.image_pixels % (self.span * self.lanes) == 0
+        return self.problem.plane_out % (self.span * self.lanes) == 0
+
+    def _start(self, first, vector):
+        return tirx.min(first + vector * self.lanes, self.problem.plane_out - self.lanes)
 
     def _fill(self, panel) -> None:
-        p, lanes = self.problem, self.lanes
+        p = self.problem
         if not p.planes_in:
-            self.panel.pack(panel, lambda g: self._pixel(self.first, g), self.span, self.row)
+            end = (self.image + 1) * p.image_pixels
+            self.panel.pack(panel, lambda g: self._pixel(self.first, g), self.span, self.row, end)
             return
-        if not p.pointwise:
-            self._fill_strided(panel)
-            return
-        with T.serial(0, p.channels) as c:
-            plane = T.Bind((self.image * p.channels + c) * p.image_pixels)
+        if p.between_alike:
+            self._copy(panel)
+        else:
+            self._fill_from_lines(panel)
 
-            def copy(vector, start) -> None:
-                pixels = self.x[T.ramp(plane + start, 1, lanes)]
-                T.buffer_store(panel, pixels, [T.ramp(c * self.row + vector * lanes, 1, lanes)])
-
-            if self.span > 1:
-                with T.serial(0, self.span - 1) as g:
-                    copy(g, self.first + g * lanes)
-            copy(self.span - 1, T.Bind(self._start(self.first, self.span - 1)))
-
-    def _fill_strided(self, panel) -> None:
+    def _fill_from_lines(self, panel) -> None:
         """Copy the lines that a panel's pixels lie in, a stride of pixels apart."""
         p = self.problem
         pieces, _ = columns_of(p, p.out_width, 0, self.lanes)
@@ -188,15 +197,39 @@ class _Chain(Planes):
             begin = T.Bind(c * self.row + self.lead)
             with T.serial(0, lines) as line:
                 h = T.Bind((top + line) * p.strides[0])
-                row = T.Bind(((self.image * p.channels + c) * p.height + h) * p.width)
+                row = T.Bind((self.image * p.channels + c) * p.plane_in + h * p.width)
                 start = T.Bind(begin + (top + line) * p.out_width - self.first)
                 for column, x, lanes in pieces:
                     value = self.panel.every(row, x, lanes)
                     T.buffer_store(panel, value, [ramp(start + column, lanes)])
-            if self.span * self.lanes > p.image_pixels:  # the last vector ends with the image
+            if p.plane_out > p.image_pixels:
+                self._repeat_last(panel, begin, end)
+            elif self.span * self.lanes > p.image_pixels:  # the last vector ends with the image
                 value = panel[ramp(begin + p.image_pixels - self.lanes, self.lanes)]
                 at = begin + (self.span - 1) * self.lanes
                 T.buffer_store(panel, value, [ramp(at, self.lanes)])
+
+    def _copy(self, panel) -> None:
+        """Copy a part of each plane."""
+        p, lanes = self.problem, self.lanes
+        with T.serial(0, p.channels) as c:
+            plane = T.Bind((self.image * p.channels + c) * p.plane_in)
+
+            def copy(vector, start) -> None:
+                pixels = self.x[T.ramp(plane + start, 1, lanes)]
+                T.buffer_store(panel, pixels, [T.ramp(c * self.row + vector * lanes, 1, lanes)])
+
+            if self.span > 1:
+                with T.serial(0, self.span - 1) as g:
+                    copy(g, self.first + g * lanes)
+            copy(self.span - 1, T.Bind(self._start(self.first, self.span - 1)))
+
+    def _repeat_last(self, panel, begin, end) -> None:
+        """Fill a row of the panel, whose pixels end before `end`, behind the last pixel of the image."""
+        with T.If(end == self.problem.image_pixels), T.Then():
+            behind = T.Bind(begin + end - self.first)
+            last = T.broadcast(panel[behind - 1], self.lanes)
+            T.buffer_store(panel, last, [T.ramp(behind, 1, self.lanes)])
 
     def _multiply_part(self, panel, first_channel, channels) -> None:
         p, rows = self.problem, self.point.rows
@@ -254,6 +287,12 @@ class _Chain(Planes):
                 vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
                 self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * self.lanes)
             yield vectors, most
+
+    def _fetch_ahead(self, panel, n, width: int) -> None:
+        p = self.problem
+        # One output channel alone is bound by its loads, and the first non-zeros of a tile would come too late.
+        if self.in_place and self.point.rows > 1 and p.stored >= _LONG_SUM * p.blocks:
+            self._fetch_row(panel, n + _AHEAD, width, width // self.lanes)
 
     def _panel_start(self, position, width: int):
         if self.in_place:

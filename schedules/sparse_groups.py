@@ -128,14 +128,15 @@ class _Groups(Planes):
         p, window = self.problem, self.window
         asides = [columns_of(p, window.line, a, self.lanes)[0] for a in range(window.phases[1])]
         with T.serial(0, self.group_inputs) as c:
-            plane = T.Bind((self.image * p.channels + group * self.group_inputs + c) * p.height)
+            plane = self.image * p.channels + group * self.group_inputs + c
+            plane = T.Bind(plane * p.plane_in)
             for up in range(window.phases[0]):
                 first, last = self._lines_inside(up - p.padding[0])
                 start = T.Bind(c * window.channel + up * window.phases[1] * window.plane)
                 with T.serial(0, last - first) as i:
                     line = T.Bind(first + i)
                     h = T.Bind((self.first_line + line) * p.strides[0] + (up - p.padding[0]))
-                    row = T.Bind((plane + h) * p.width)
+                    row = T.Bind(plane + h * p.width)
                     to = T.Bind(start + line * window.line)
                     for aside, pieces in enumerate(asides):
                         for column, x, lanes in pieces:
@@ -194,9 +195,12 @@ class _Groups(Planes):
         p, window = self.problem, self.window
         count = p.out_height - self.first_line
         lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
-        with T.serial(0, self.point.rows) as r, T.serial(0, lines) as line:
-            start = T.Bind(r * self.band + line * window.line)
-            pixel = T.Bind((self.first_line + line) * p.out_width)
-            for column, lanes in covering(p.out_width, self.lanes):
-                value = sums[ramp(start + column, lanes)]
-                self._store_plane([value], channel + r, T.Bind(pixel + column), lanes)
+        with T.serial(0, self.point.rows) as r:
+            begin = T.Bind(r * self.band)
+            with T.serial(0, lines) as line:
+                start = T.Bind(begin + line * window.line)
+                pixel = T.Bind((self.first_line + line) * p.out_width)
+                for column, lanes in covering(p.out_width, self.lanes):
+                    value = sums[ramp(start + column, lanes)]
+                    self._store_plane([value], channel + r, T.Bind(pixel + column), lanes)
+            self._store_behind(sums, begin, channel + r)

@@ -26,7 +26,7 @@ class Panel:
         """`panel[c][pixel]` from planes, a vector from each pixel of `starts`."""
         p, lanes = self.problem, self.lanes
         with T.serial(0, p.channels) as c:
-            row = T.Bind((image * p.channels + c) * (p.height * p.width))
+            row = T.Bind((image * p.channels + c) * p.plane_in)
             for j, start in enumerate(starts):
                 pixels = self.x[T.ramp(row + start, 1, lanes)]
                 T.buffer_store(panel, pixels, [T.ramp(c * width + j * lanes, 1, lanes)])
@@ -40,14 +40,13 @@ class Panel:
         both = [self.x[ramp(row + (first + i * lanes), lanes)] for i in range(2)]
         return tirx.Shuffle(both, [x - first + 2 * i for i in range(lanes)])
 
-    def pack(self, panel, start_of, vectors, width) -> None:
+    def pack(self, panel, start_of, vectors, width, end=None) -> None:
         """`panel[tap * C + c][pixel]` for `vectors` vectors, number g from output pixel `start_of(g)`; zero where a tap
-        falls on padding."""
+        falls on padding. Behind the last pixel before `end` (of all) it is repeated."""
         p, lanes = self.problem, self.lanes
+        last = _i(p.pixels - 1) if end is None else end - 1
         with T.serial(0, vectors) as g:
-            pixel = T.Bind(
-                tirx.min(T.ramp(start_of(g), 1, lanes), T.broadcast(_i(p.pixels - 1), lanes))
-            )
+            pixel = T.Bind(tirx.min(T.ramp(start_of(g), 1, lanes), T.broadcast(last, lanes)))
             offset = small((lanes,), "int32")
             every = T.ramp(0, 1, lanes)
             if p.pointwise:

@@ -116,8 +116,9 @@ class Planes(Stores):
         self.target = target
         self.lanes, self.threads = target.lanes, target.threads
         buffers = arguments(kernel)
+        image = problem.plane_in if problem.planes_in else problem.height * problem.width
         self.x = T.decl_buffer(
-            (problem.batch * problem.height * problem.width * problem.channels,),
+            (problem.batch * image * problem.channels,),
             elements.dtype,
             data=buffers["x"].data,
         )
@@ -354,10 +355,18 @@ class Planes(Stores):
     def _fetch_ahead(self, panel, n, width: int) -> None:
         """Fetch what a non-zero after number n will read."""
 
+    def _fetch_row(self, panel, n, width: int, lines: int) -> None:
+        """Fetch what non-zero number n will read, some `lines` of the panel, into the first-level cache."""
+        last = int(self.index.shape[0]) - 1
+        position = T.Bind(self.index[tirx.min(n, last)].astype("int32"))
+        start = T.Bind(self._panel_start(position, width))
+        for j in range(lines):
+            prefetch(panel[start + j * self.lanes], near=True)
+
     def _panel_start(self, position, width: int):
         """Where in the panel the vectors of a packed position begin."""
         if self.in_place:
-            return position * self.problem.image_pixels + self.start
+            return position * self.problem.plane_in + self.start
         return position * width
 
     def _vector(self, number: int, vectors: int):
@@ -370,7 +379,7 @@ class Planes(Stores):
     def _begin(self, first, vectors: int) -> None:
         """A tile from pixel `first` of its image on: where its planes are read, if they are read where they lie."""
         if self.in_place:
-            image = self.problem.channels * self.problem.image_pixels
+            image = self.problem.channels * self.problem.plane_in
             self.start = T.Bind(self.image * image + first)
             self.last = T.Bind(self._start(first, vectors - 1) - first)
 

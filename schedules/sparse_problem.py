@@ -15,6 +15,8 @@ class Problem(Annotated):
     `padding` is (top, left, bottom, right); `block` output channels share one pattern; `stored` counts the blocks stored.
     Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so. An input channel is
     an element of 4 bytes. `together` output channels lie side by side in planes: 4 of a byte each become such an element.
+    `input_plane` and `output_plane` are the elements from one plane to the next; 0 means as many as there are pixels. Behind
+    the pixels a plane repeats the last one.
     """
 
     batch: int
@@ -34,6 +36,8 @@ class Problem(Annotated):
     planes_in: bool = False
     planes_out: bool = False
     together: int = 1
+    input_plane: int = 0
+    output_plane: int = 0
 
     @property
     def pixels(self) -> int:
@@ -43,6 +47,22 @@ class Problem(Annotated):
     def image_pixels(self) -> int:
         """Output pixels of one image."""
         return self.out_height * self.out_width
+
+    @property
+    def plane_in(self) -> int:
+        """Elements from one plane of x to the next."""
+        return self.input_plane or self.height * self.width
+
+    @property
+    def plane_out(self) -> int:
+        """Elements from one plane of y to the next."""
+        return self.output_plane or self.image_pixels
+
+    @property
+    def between_alike(self) -> bool:
+        """Whether it takes planes to planes as long, element i of which depends on elements i only."""
+        between = self.planes_in and self.planes_out and self.pointwise
+        return between and self.plane_in == self.plane_out
 
     @property
     def taps(self) -> int:

@@ -11,8 +11,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.byte_stores import Cell, store_cells, store_quads
-from schedules.emission import ramp
+from schedules.emission import pieces, ramp
 from schedules.sparse_panel import joined_quads, scratch, transpose
+from schedules.windows import splat
 
 
 class Stores:
@@ -43,6 +44,19 @@ class Stores:
             store_quads(self.kernel, self.target, values, (self.image, plane, pixel, lanes))
         else:
             self.kernel.store(values[0], [self.image, channel, ramp(pixel, lanes)])
+
+    def _store_behind(self, sums, begin, channel) -> None:
+        """Store what lies behind the pixels of a channel's plane, whose last one it repeats, if its sums are those of the
+        last band, from `begin` on, in lines."""
+        p = self.problem
+        if p.plane_out == p.image_pixels:
+            return
+        line = T.Bind(T.int32(p.out_height - 1) - self.first_line)
+        with T.If(line < self.lines), T.Then():
+            last = T.Bind(sums[begin + line * self.window.line + (p.out_width - 1)])
+            for behind, lanes in pieces(p.plane_out - p.image_pixels, self.lanes):
+                at = T.int32(p.image_pixels + behind)
+                self._store_plane([splat(last, lanes)], channel, at, lanes)
 
     def _store_kept_planes(self, sums, first, first_channel, channels, vectors: int) -> None:
         """Store a part's sums of a tile, kept `[channel][pixel]`, into their planes."""

@@ -27,7 +27,6 @@ from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.target import CpuTarget
-from schedules.windows import prefetch
 
 
 @dataclass(frozen=True)
@@ -213,17 +212,25 @@ class _Windows(Planes):
     def _store_lines(self, sums, first_channel, channels) -> None:
         """Store a part's sums of a band through the epilogue, without what lies beyond the lines of the output."""
         p, window, together = self.problem, self.window, self.problem.together
-        with T.serial(0, channels // together) as plane, T.serial(0, self.lines) as line:
-            row = T.Bind(self.first_line + line)
-            with T.If(row < p.out_height), T.Then():
-                start = T.Bind(plane * (together * self.band) + line * window.line)
-                o = T.Bind(first_channel + plane * together)
+        with T.serial(0, channels // together) as plane:
+            begin = T.Bind(plane * (together * self.band))
+            o = T.Bind(first_channel + plane * together)
+            with T.serial(0, self.lines) as line, self._line_inside(line) as row:
+                start = T.Bind(begin + line * window.line)
                 pixel = T.Bind(row * p.out_width)
                 for column, lanes in covering(p.out_width, self.lanes):
                     values = [
                         sums[ramp(start + (i * self.band + column), lanes)] for i in range(together)
                     ]
                     self._store_plane(values, o, T.Bind(pixel + column), lanes)
+            self._store_behind(sums, begin, o)
+
+    @contextmanager
+    def _line_inside(self, line):
+        """The line of the image that a band's is, if there is one."""
+        row = T.Bind(self.first_line + line)
+        with T.If(row < self.problem.out_height), T.Then():
+            yield row
 
     def _stage(self, values: list, plane, channel, at) -> None:
         """Complete a vector of elements of the plane number `plane` of a part, of the channels from `channel` on."""
@@ -282,11 +289,7 @@ class _Windows(Planes):
         # Unaligned vectors of a panel in the second-level cache: out-of-order execution alone does not hide the wait.
         if self.point.rows == 1:
             return
-        last = int(self.index.shape[0]) - 1
-        ahead = T.Bind(self.index[tirx.min(n + _AHEAD, last)].astype("int32"))
-        row = T.Bind(self._panel_start(ahead, width))
-        for j in range(width // self.lanes + 1):
-            prefetch(panel[row + j * self.lanes], near=True)
+        self._fetch_row(panel, n + _AHEAD, width, width // self.lanes + 1)
 
     def _pixel(self, first, vector):
         return first + vector * self.lanes
@@ -304,7 +307,8 @@ class _Windows(Planes):
                 start = T.Bind(c * window.channel + phase * window.plane + line * window.line)
                 with T.If(tirx.all(h >= 0, h < p.height)):
                     with T.Then():
-                        row = T.Bind(((self.image * p.channels + c) * p.height + h) * p.width)
+                        plane = (self.image * p.channels + c) * p.plane_in
+                        row = T.Bind(plane + h * p.width)
                         for column, x, lanes in pieces:
                             value = self.panel.every(row, x, lanes)
                             T.buffer_store(panel, value, [ramp(start + column, lanes)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from passes.family import Family
 from passes.sparse.detect import found
-from passes.sparse.lowering import lower_sparse
-from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, register
+from passes.sparse.lowering import lower_mean_of_planes, lower_sparse
+from passes.sparse.operators import MEAN_OF_PLANES, SPARSE_CONV2D, SPARSE_DENSE, register
 from passes.sparse.prune import check, prune_layer
-from passes.sparse.reference import sparse_conv2d, sparse_dense
+from passes.sparse.reference import mean_of_planes, sparse_conv2d, sparse_dense
 from passes.sparse.rewrite import rewrite
 from passes.sparse.samples import samples
 from passes.sparse.treat import PARAMETERS
@@ -16,8 +16,16 @@ from passes.sparse.treat import PARAMETERS
 FAMILY = Family(
     name="sparse",
     register=register,
-    lowerings={SPARSE_CONV2D: lower_sparse, SPARSE_DENSE: lower_sparse},
-    references={SPARSE_CONV2D: sparse_conv2d, SPARSE_DENSE: sparse_dense},
+    lowerings={
+        SPARSE_CONV2D: lower_sparse,
+        SPARSE_DENSE: lower_sparse,
+        MEAN_OF_PLANES: lower_mean_of_planes,
+    },
+    references={
+        SPARSE_CONV2D: sparse_conv2d,
+        SPARSE_DENSE: sparse_dense,
+        MEAN_OF_PLANES: mean_of_planes,
+    },
     parameters=PARAMETERS,
     prune=prune_layer,
     check=check,

@@ -2,7 +2,7 @@
 """Keep activations in planes, one per channel, where sparse layers hand them to one another.
 
     rewrite: y = kerf.sparse_conv2d(x, w1); z = relu(y + b); kerf.sparse_conv2d(z, w2)
-             ->  the same with y and z [N, C, H * W] instead of [N, H, W, C]
+             ->  the same with y and z [N, C, H * W], up to a whole cache line, instead of [N, H, W, C]
     requires: channels last
     ensures: what lies in planes is written and read by sparse layers, elementwise operators and means over pixels only
 
@@ -40,7 +40,13 @@ from passes.rewriting import (
     rewrite_module,
     variables,
 )
-from passes.sparse.operators import SPARSE_CONV2D, SPARSE_DENSE, in_planes, planes_shape
+from passes.sparse.operators import (
+    SPARSE_CONV2D,
+    SPARSE_DENSE,
+    in_planes,
+    mean_of_planes,
+    planes_shape,
+)
 
 # Pixels of an image, or rows of a matrix, below which a plane does not fill a vector of the widest target.
 _FEWEST_PIXELS = 16
@@ -70,6 +76,11 @@ def _is_matrix_product(call: relax.Call) -> bool:
     return len(shape_of(call.args[1])) == 2
 
 
+def _is_one_image(shape: tuple[int, ...]) -> bool:
+    """Whether the planes of a matrix product's rows are those of an image, or not of images at all."""
+    return len(shape) != 4 or shape[0] == 1
+
+
 def _is_elementwise(value) -> bool:
     if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
         return False
@@ -96,7 +107,7 @@ def _reads_planes(call: relax.Call) -> bool:
     if not _gains(call) or (_is_integer(call) and shape_of(call.args[1])[1] % QUAD):
         return False
     if _is_matrix_product(call):
-        return _pixels(shape) >= _FEWEST_PIXELS
+        return _pixels(shape) >= _FEWEST_PIXELS and _is_one_image(shape)
     strides = attrs_of(call)["strides"]
     return (
         _pixels(shape_of(call)) >= _FEWEST_PIXELS
@@ -107,6 +118,8 @@ def _reads_planes(call: relax.Call) -> bool:
 
 def _writes_planes(call: relax.Call) -> bool:
     """Whether a sparse layer may write planes."""
+    if _is_matrix_product(call) and not _is_one_image(shape_of(call)):
+        return False
     return _gains(call) and not (_is_integer(call) and shape_of(call)[-1] % QUAD)
 
 
@@ -214,9 +227,12 @@ class _Planner:
         if is_call(value, INT8_AVERAGE_POOL):
             attrs = attrs_of(value) | {"image": list(shape_of(value.args[0])[:3])}
             return operator_call(value.op.name, [graph.substitute(value.args[0])], **attrs)
-        mean = relax.op.mean(graph.substitute(value.args[0]), [2], bool(value.attrs.keepdims))
-        whole = not value.attrs.keepdims and self.together[value.args[0]] == 1
-        return mean if whole else relax.op.reshape(mean, shape_of(var))
+        x = graph.substitute(value.args[0])
+        if self.together[value.args[0]] == 1:
+            mean = mean_of_planes(x, _pixels(shape_of(value.args[0])))
+        else:
+            mean = relax.op.mean(x, [2], bool(value.attrs.keepdims))
+        return relax.op.reshape(mean, shape_of(var))
 
     def _operand(
         self, graph: Graph, expr: relax.Expr, shape: tuple[int, ...], together: int

@@ -16,7 +16,14 @@ from passes.layers import attrs_of, const_array, conv2d_output_hw, shape_of
 from passes.lower import call_te
 from passes.sparse.format import SparseFormat, block_of, block_pattern, pack
 from passes.sparse.operators import image_of
-from schedules import sparse_chain, sparse_groups, sparse_planes, sparse_vector, sparse_windows
+from schedules import (
+    row_sum,
+    sparse_chain,
+    sparse_groups,
+    sparse_planes,
+    sparse_vector,
+    sparse_windows,
+)
 from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.sparse_problem import Problem, parts_of
@@ -29,6 +36,10 @@ def problem_of(call: relax.Call) -> Problem:
     block = block_of(attrs["grain"])
     stored = int(block_pattern(const_array(call.args[1]), block).sum())
     planes = {side: bool(attrs.get(side, 0)) for side in ("planes_in", "planes_out")}
+    if planes["planes_in"]:
+        planes["input_plane"] = shape_of(call.args[0])[-1]
+    if planes["planes_out"]:
+        planes["output_plane"] = shape_of(call)[-1]
     if len(w) == 2:
         pixels = math.prod(image)
         return Problem(
@@ -46,6 +57,13 @@ def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     problem = problem_of(call)
     structure = structure_for(problem)
     return lower_at(bb, call, problem, structure, point_for(structure, problem, target))
+
+
+def lower_mean_of_planes(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
+    """The mean of the pixels of each plane."""
+    point = row_sum.Point(mean=True, keepdims=True, count=int(attrs_of(call)["pixels"]))
+    hint = "mean_{}x{}x{}".format(*shape_of(call.args[0])[:2], point.count)
+    return call_te(bb, lambda x: row_sum.define_row_sum(x, point), call.args[0], hint=hint)
 
 
 def structure_for(problem: Problem) -> ModuleType:
@@ -140,6 +158,8 @@ def definition(
         if not p.planes_out:
             return at[-1], at[:-1]
         pixel, channel = at[2], at[1] if len(at) == 3 else at[1] * out_shape[3] + at[3]
+        if p.plane_out != p.image_pixels:
+            pixel = tirx.min(pixel, p.image_pixels - 1)
         return channel, (at[0], pixel // p.out_width, pixel % p.out_width) if conv else (pixel,)
 
     def flat(pixel: tuple):

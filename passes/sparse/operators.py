@@ -8,8 +8,11 @@ The weight stays dense, zeros included, until it is lowered: it is the definitio
 
 Between such operators activations may lie in planes [N, C, H * W] ([1, C, rows] of a matrix product), one per channel
 (`passes/sparse/keep_planes.py`): attributes `planes_in` and `planes_out` say which of x and y do, `image` what x is
-channels last: [N, H, W], or the leading axes of a matrix. The planes of integer layers are of quads of channels:
-[N, C / 4, H * W, 4].
+channels last: [N, H, W], or the leading axes of a matrix. The plane of an image ends with a whole cache line, in which it
+repeats its last pixel, so that every vector of it is loaded from one line. The planes of integer layers are of quads of
+channels, [N, C / 4, H * W, 4], and end with the image.
+
+`kerf.mean_of_planes(x)`   the mean of the first `pixels` of each plane, [N, C, 1]
 """
 
 from __future__ import annotations
@@ -29,9 +32,14 @@ from passes.layers import (
     shape_of,
 )
 from passes.sparse.format import block_of
+from schedules.windows import LINE_BYTES
 
 SPARSE_CONV2D = "kerf.sparse_conv2d"
 SPARSE_DENSE = "kerf.sparse_dense"
+MEAN_OF_PLANES = "kerf.mean_of_planes"
+
+# Floats of a cache line, on every target.
+_LINE = LINE_BYTES // 4
 
 
 @functools.cache
@@ -39,6 +47,7 @@ def register() -> None:
     """Register the sparse operators; idempotent."""
     register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
+    register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
 
 
 def sparse_call(call: relax.Call, grain: str) -> relax.Call:
@@ -71,6 +80,12 @@ def planes_shape(images: int, channels: int, pixels: int, together: int = 1) -> 
     return (images, channels // together, pixels, together)
 
 
+def _plane_of(image: tuple[int, ...], together: int) -> int:
+    """Pixels of a plane of an image [N, H, W] or of the rows of a matrix, with what lies behind them."""
+    pixels = math.prod(image[1:]) if len(image) == 3 else math.prod(image)
+    return -(-pixels // _LINE) * _LINE if len(image) == 3 and together == 1 else pixels
+
+
 def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
     """`infer_conv2d`, of a call that may read or write planes of `together` channels."""
     attrs = attrs_of(call)
@@ -78,7 +93,7 @@ def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorT
         return infer_conv2d(call)
     w, (n, height, width) = shape_of(call.args[1]), attrs["image"]
     oh, ow = conv2d_output_hw(attrs, height, width, w[2:])
-    planes = planes_shape(n, w[0], oh * ow, together)
+    planes = planes_shape(n, w[0], _plane_of((n, oh, ow), together), together)
     shape = planes if attrs["planes_out"] else (n, oh, ow, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
 
@@ -89,6 +104,16 @@ def infer_dense_in_planes(call: relax.Call, together: int = 1) -> relax.TensorTy
     if "image" not in attrs:
         return infer_dense(call)
     rows = attrs["image"]
-    planes = planes_shape(1, w[0], math.prod(rows), together)
+    planes = planes_shape(1, w[0], _plane_of(tuple(rows), together), together)
     shape = planes if attrs["planes_out"] else (*rows, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
+
+
+def mean_of_planes(x: relax.Expr, pixels: int) -> relax.Call:
+    """The mean of the first `pixels` elements of each plane, [N, C, 1]."""
+    register()
+    return operator_call(MEAN_OF_PLANES, [x], pixels=pixels)
+
+
+def _infer_mean_of_planes(call: relax.Call) -> relax.TensorType:
+    return relax.TensorType((*shape_of(call.args[0])[:-1], 1), call.args[0].ty.dtype)

@@ -20,6 +20,11 @@ def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return convolve_packed(attrs, x, pack(w, attrs["grain"]))
 
 
+def mean_of_planes(attrs: dict, x: np.ndarray) -> np.ndarray:
+    """The mean of the first attrs["pixels"] elements of each plane of x [N, C, >= pixels]: [N, C, 1]."""
+    return x[..., : attrs["pixels"]].mean(axis=-1, keepdims=True)
+
+
 def multiply_packed(x: np.ndarray, packed: Packed) -> np.ndarray:
     """x [..., K] times a packed [O, K], transposed: [..., O]."""
     y = np.zeros((*x.shape[:-1], packed.shape[0]), dtype=x.dtype)

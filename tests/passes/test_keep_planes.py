@@ -101,6 +101,21 @@ def test_matrices_between_sparse_products_are_kept_in_planes(network, rng):
     np.testing.assert_allclose(_run(kept, x), want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("images, kept", [(1, True), (2, False)])
+def test_products_of_the_pixels_of_an_image_share_its_planes(network, rng, images, kept):
+    def body(net, x):
+        y = net.conv(x, "a", 16)
+        return net.dense(net.relu(net.add(y, net.dense(y, "b", 16))), "c", 12)
+
+    mod = network((images, 6, 7, 8), body)
+    planes = KeepPlanes()(mod)
+    wanted = {"a": (0, 1), "b": (1, 1), "c": (1, 0)} if kept else dict.fromkeys("abc", (0, 0))
+    assert sides(planes) == wanted
+    x = rng.standard_normal((images, 6, 7, 8)).astype("float32")
+    (want,) = evaluate(mod, [x], references=REFERENCES)
+    np.testing.assert_allclose(_run(planes, x), want, rtol=1e-4, atol=1e-3)
+
+
 def _run(mod, x):
     """The graph, compiled."""
     import tvm

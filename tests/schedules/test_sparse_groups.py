@@ -76,7 +76,7 @@ def test_special_values_stay_in_their_group(host_tiers, rng):
     x = rng.standard_normal(sample.x).astype(np.float32)
     x[0, 0, 6, 3], x[0, 3, 3, 21] = np.nan, np.inf
     got = run(build({"main": kernel}, host_tiers[0]), "main", to_planes(x, sample), arrays, shape)
-    got = got.reshape(24, 7, 7)
+    got = got[..., :49].reshape(24, 7, 7)
     assert np.isnan(got[:8, :2, 5:]).all() and np.isfinite(got[:8, 2:]).all()
     assert np.isfinite(got[8:16]).all() and np.isfinite(got[:8, :, :5]).all()
     assert np.isinf(got[16:, 2:5, 2:5]).all() and np.isfinite(got[16:, 5:]).all()

@@ -35,9 +35,11 @@ def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
 
 
 def to_planes(x: np.ndarray, sample: SampleProblem) -> np.ndarray:
-    """A channels-last tensor of a layer as planes, one per channel."""
+    """A channels-last tensor of a layer as planes, one per channel, that repeat their last pixel to the end of a line."""
     images = x.shape[0] if sample.attrs else 1
-    return np.ascontiguousarray(x.reshape(images, -1, x.shape[-1]).transpose(0, 2, 1))
+    planes = x.reshape(images, -1, x.shape[-1]).transpose(0, 2, 1)
+    behind = -planes.shape[-1] % 16 if x.ndim == 4 else 0
+    return np.pad(planes, ((0, 0), (0, 0), (0, behind)), mode="edge")
 
 
 def fused_kernel(
@@ -173,7 +175,7 @@ def test_planes_between_layers(host_tiers, rng):
         "images": conv((2, 7, 9, 12), (33, 12, 3, 3), "out:8", **around),
         "strided": conv((1, 14, 13, 8), (16, 8, 3, 3), "out:4", strides=(2, 2), **around),
         "shortcut": conv((1, 30, 29, 8), (16, 8, 1, 1), "out:4", strides=(2, 2)),
-        "elements": conv((1, 9, 9, 12), (20, 12, 1, 1), "element", strides=(2, 2)),
+        "elements": conv((2, 9, 9, 12), (20, 12, 1, 1), "element", strides=(2, 2)),
         "grouped": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", groups=4, padding=(1, 0, 2, 1)),
         "dilated": conv((1, 13, 14, 8), (16, 8, 5, 5), "element", dilation=(2, 1), padding=(2, 2, 2, 2)),
         "matrix": SampleProblem("kerf.sparse_dense", (2, 17, 40), (22, 40), "out:8", 0.2),
