@@ -245,9 +245,13 @@ def _template(reason: str) -> str:
 
 
 def _why(row: Row) -> str:
-    """Why a layer is not what was asked for, first or at all; empty if it is."""
-    passed = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
-    return "; ".join([*passed, *([row["declined"]] if row.get("declined") else [])])
+    """Why a layer is not what was asked for, first or at all, or where its signs come from; empty where nothing is to say."""
+    parts = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
+    if row.get("declined"):
+        parts.append(row["declined"])
+    elif signs := (row.get("found") or {}).get("signs"):
+        parts.append(f"signs {signs}")
+    return "; ".join(parts)
 
 
 def _reasons(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -259,7 +263,7 @@ def _reasons(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def why_not(rows: Sequence[Row]) -> list[Text]:
-    """The reasons why layers do not run as what was asked for, by number."""
+    """The reasons why layers do not run as what was asked for, and where their signs come from, by number."""
     lines = []
     for number, group in enumerate(_reasons(rows).values(), 1):
         distinct = dict.fromkeys(_why(r) for r in group)

@@ -153,11 +153,12 @@ def _decision(found, declined: str | None, treatment: Treatment, fold) -> Decisi
     if isinstance(found, SignWeights):
         shown["signs"] = f"weights only: {found.reason}"
     elif declined is None:
-        shown["signs"] = (
-            f"bits of {fold.source}, thresholds folded"
-            if isinstance(fold, Folded)
-            else f"packed from float32: {fold}"
-        )
+        if isinstance(fold, Folded):
+            shown["signs"] = f"bits of {fold.source}, thresholds folded"
+        elif _dequantized(found.input.chain) is not None:
+            shown["signs"] = "packed from bytes"
+        else:
+            shown["signs"] = f"packed from float32: {fold}"
         if len(found.input.steps.planes) > 1:
             shown["sign_of_zero"] = "exact, on two planes of bits"
     changed = bool(treatment.parameters.get("binarize")) and declined is None
@@ -332,7 +333,7 @@ class _Rewriter:
 
     def _pack(self, layer: BinaryLayer, plane: Plane, groups: int) -> relax.Var:
         given, x = layer.input, layer.input.chain.root
-        if is_call(stored := self.uses.definitions.get(x), DEQUANTIZE):
+        if (stored := _dequantized(given.chain)) is not None:
             plane, x = byte_plane(plane, _numbers_of_bytes(stored)), stored.args[0]
         thresholds, flips = plane.threshold, plane.flip
         x = self.graph.substitute(x)
@@ -372,6 +373,12 @@ def _scaled(value: relax.Expr, scale: np.ndarray, rank: int) -> relax.Expr:
     if (scale == 1).all():
         return value
     return relax.op.multiply(value, constant(scale.reshape((-1, 1, 1) if rank == 4 else (-1,))))
+
+
+def _dequantized(chain: Chain) -> relax.Call | None:
+    """What makes the numbers at a chain's root of bytes; None where they are no bytes."""
+    value = chain.uses.definitions.get(chain.root)
+    return value if is_call(value, DEQUANTIZE) else None
 
 
 def _numbers_of_bytes(dequantized: relax.Call) -> np.ndarray:

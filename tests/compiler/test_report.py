@@ -125,9 +125,11 @@ def test_reasons_that_differ_by_numbers_are_one_note(measurement):
 def test_a_layer_passed_on_says_what_it_is_not():
     passed = {"passed_on": {"binary": "real numbers"}, "kernel": "int8_contraction"}
     rows = [row("a", "int8", **passed), row("b", declined="no scale", **passed)]
+    rows += [row("c", "binary", found={"signs": "packed from float32: add lies between"})]
     text = " ".join(shown(report.why_not(rows)).split())
     assert "[1] 1 layer: not binary: real numbers [2]" in text
-    assert "[2] 1 layer: not binary: real numbers; no scale" in text
+    assert "[2] 1 layer: not binary: real numbers; no scale [3]" in text
+    assert "[3] 1 layer: signs packed from float32: add lies between" in text
     assert "int8 [1]" in shown([report.layer_table(rows)])
 
 

@@ -101,6 +101,7 @@ def test_signs_are_packed_from_bytes_and_the_rest_is_int8(build, rng, observe, r
         "real numbers" in decisions[n].passed_on["binary"] for n in ("stem", "around", "head")
     )
     assert not decisions["unit"].passed_on
+    assert decisions["unit"].found["signs"] == "packed from bytes"
     (pack,) = _calls(found.treated, BINARY_PACK)
     assert str(pack.args[0].ty.dtype) == str(pack.args[1].ty.dtype) == "uint8"
     assert (
@@ -138,6 +139,7 @@ def test_without_int8_before_it_signs_are_packed_from_floats(build, rng, observe
     found = treat_layers(mod, asked, Context(NAMED["avx512"], observe))
     (pack,) = _calls(found.treated, BINARY_PACK)
     assert str(pack.args[0].ty.dtype) == "float32"
+    assert found.decisions[1].found["signs"].startswith("packed from float32: ")
     assert [d.treatment for d in found.decisions] == ["dense", "binary", "int8", "int8"]
 
 
