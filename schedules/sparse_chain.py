@@ -4,7 +4,7 @@
 As `sparse_planes`, but sums go from registers through the epilogue into planes `y[n, o, pixel]`. A panel holds as many pixels
 as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
 reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
-before them.
+before them. Planes of whole cache lines, and long ones, are not copied: a panel is then part of each, where it lies.
 
 Where an element of the output holds several channels that are not computed at once, each tile walks all blocks instead, and its
 sums are kept until those of a plane's channels are complete.
@@ -37,8 +37,8 @@ _PANEL_SHARE, _PANEL_SHARE_EXPANDING = 0.35, 0.45
 # in one pass over all of them than in the order of the non-zeros, if that splits lines.
 _LONG_PLANE = 4096
 # Pixel vectors of a long plane that a block of output channels walks, where planes are read in place; the share of the
-# second-level cache that it may walk of short ones (measured on Cascade Lake).
-_LONGEST_RUN, _RUNS_SHARE = 98, 0.9
+# second-level cache that it may walk of short ones, and that one channel alone may (measured on Cascade Lake).
+_LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_ALONE = 98, 0.9, 0.5
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = 8, 48
 # What one more tile costs a block, in multiplications of one vector with one row of it.
@@ -102,7 +102,8 @@ def _runs(problem: Problem, target: CpuTarget) -> int:
     total = -(-problem.plane_out // target.lanes)
     if 4 * problem.plane_out >= _LONG_PLANE:
         return -(-total // _LONGEST_RUN)
-    fit = max(1, int(target.l2_bytes * _RUNS_SHARE) // (problem.channels * target.lanes * 4))
+    share = _RUNS_SHARE if problem.block > 1 else _RUNS_SHARE_ALONE
+    fit = max(1, int(target.l2_bytes * share) // (problem.channels * target.lanes * 4))
     return -(-total // fit)
 
 
