@@ -4,7 +4,7 @@
     y[m, o] = sum over n in the non-zeros of o's block of x[m, index[n]] * values[n, lane of o]
 
 With few rows there is nothing to transpose and no panel to reuse: a non-zero is one vector of its block's weights times
-one broadcast activation per row. Independent partial sums hide the latency of the additions.
+one broadcast activation per row, floats or quads of bytes. Independent partial sums hide the latency of the additions.
 Arrays as in `sparse_planes`, with every part one block, so that they are read from beginning to end.
 """
 
@@ -19,6 +19,7 @@ from schedules.annotated import Annotated
 from schedules.emission import ramp
 from schedules.fused import Fused
 from schedules.lanes import broadcast
+from schedules.sparse_elements import FloatElements, QuadElements, elements_of
 from schedules.sparse_panel import small
 from schedules.sparse_planes import arguments
 from schedules.sparse_problem import Problem, parts_of
@@ -26,6 +27,8 @@ from schedules.target import CpuTarget
 
 # More rows are better served by panels of pixels, even if these are not full.
 MOST_ROWS = 4
+# Output channels of a block of quads: a vector of them that every target's dot product takes.
+_BLOCK_OF_QUADS = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Point(Annotated):
 
 def suits(problem: Problem) -> bool:
     """Whether a problem has so few rows that this kernel is the one to use."""
-    return problem.pointwise and problem.groups == 1 and problem.pixels <= MOST_ROWS
+    few = problem.pointwise and problem.groups == 1 and problem.pixels <= MOST_ROWS
+    return few and (problem.together == 1 or problem.block == _BLOCK_OF_QUADS)
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
@@ -52,16 +56,24 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Point.from_dict(fused.point["point"]),
     )
     with fused.emit() as kernel:
-        _Vector(kernel, problem, point, target).emit()
+        _Vector(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func
 
 
 class _Vector:
-    def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget):
+    def __init__(
+        self,
+        kernel,
+        problem: Problem,
+        point: Point,
+        target: CpuTarget,
+        elements: FloatElements | QuadElements,
+    ):
         self.kernel, self.problem, self.point, self.threads = kernel, problem, point, target.threads
+        self.elements = elements
         buffers = arguments(kernel)
-        p = problem
-        self.x = T.decl_buffer((p.pixels * p.channels,), "float32", data=buffers["x"].data)
+        size = (problem.pixels * problem.channels,)
+        self.x = T.decl_buffer(size, elements.dtype, data=buffers["x"].data)
         self.pointer, self.index = buffers["pointer"], buffers["index"]
         self.values, self.order = buffers["values"], buffers["order"]
 
@@ -88,19 +100,20 @@ class _Vector:
     def _sum(self, b) -> list:
         """A buffer per row that holds the sums of the block at position b."""
         p, block, sums = self.problem, self.problem.block, self.point.sums
-        partial = [[small((block,)) for _ in range(sums)] for _ in range(p.pixels)]
-        whole = ramp(0, block)
+        dtype, whole = self.elements.dtype, ramp(0, block)
+        partial = [[small((block,), dtype) for _ in range(sums)] for _ in range(p.pixels)]
         for row in partial:
             for buffer in row:
-                T.buffer_store(buffer, broadcast(T.float32(0), block), [whole])
+                T.buffer_store(buffer, broadcast(tirx.const(0, dtype), block), [whole])
         begin, end = T.Bind(self.pointer[b]), T.Bind(self.pointer[b + 1])
 
         def add(n, slot: int) -> None:
             column = T.Bind(self.index[n].astype("int32"))
             weight = T.Bind(self.values[n, whole])
             for m, row in enumerate(partial):
-                value = broadcast(self.x[m * p.channels + column], block)
-                T.buffer_store(row[slot], row[slot][whole] + value * weight, [whole])
+                value = self.elements.pixels(self.x[m * p.channels + column])
+                held = self.elements.add(row[slot][whole], weight, broadcast(value, block), block)
+                T.buffer_store(row[slot], held, [whole])
 
         steps = T.Bind((end - begin) // sums)
         with T.serial(0, steps) as step:

@@ -16,7 +16,7 @@ from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
 from passes.quantized.operators import QUAD
 from passes.sparse.format import block_pattern
-from passes.sparse.lowering import definition, pack_at, panel_structure
+from passes.sparse.lowering import definition, pack_at, structure_for
 from passes.sparse.operators import image_of
 from schedules import sparse_windows
 from schedules.fused import annotations
@@ -91,7 +91,7 @@ def lower_sparse(
     grain, zero_point = attrs["grain"], attrs["zero_point"]
     problem = problem_of(call, windows, weight)
     dense = len(shape_of(call.args[1])) == 2
-    structure = panel_structure(problem)
+    structure = structure_for(problem)
     point = structure.default_point(problem, target)
     quads = quads[:, :, 0, 0] if dense else quads
     packed = pack_at(quads, _OF_QUADS[grain], problem, structure, point)

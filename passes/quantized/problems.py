@@ -68,7 +68,8 @@ def depthwise_problems() -> list[SampleProblem]:
 
 
 def sparse_problems() -> list[SampleProblem]:
-    """Both kernels for convolutions (panel rows and padded planes), products, groups, channels that are no multiple of 4."""
+    """Both kernels for convolutions (panel rows and padded planes), products of many and of few rows, groups, channels that are
+    no multiple of 4."""
     around = (1, 1, 1, 1)
     return [
         _conv((1, 7, 7, 32), (32, 32, 3, 3), 7, padding=around, grain="in:4", density=0.3),
@@ -89,4 +90,6 @@ def sparse_problems() -> list[SampleProblem]:
         ),
         SampleProblem((33, 40), (19, 40), 9, grain="in:4", density=0.2),
         SampleProblem((1, 17, 64), (24, 64), 0, grain="block:8x4", density=0.1),
+        SampleProblem((1, 130), (18, 130), 255, grain="block:4x4", density=0.4),
+        SampleProblem((1, 3, 64), (40, 64), 9, grain="block:4x4", density=0.1),
     ]
