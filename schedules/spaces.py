@@ -325,7 +325,7 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
         return matrices * (-(-every // point.block) * per_block + transforms)
 
     choices = {
-        "m": (2, 4),
+        "m": tuple(sorted(winograd.SIZES)),
         "tile": _with(tiles, (default.rows, default.vectors)),
         "share": (0.0, 0.2, 0.3, 0.4, 0.55, 0.7, 0.9),
     }

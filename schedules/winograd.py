@@ -4,57 +4,42 @@
     y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A       per (m+2)^2 input tile d and m^2 output tile
 
 The image is cut into tiles; a block of tiles is transformed into (m+2)^2 matrices [tiles, C], each multiplied by its
-[C, O] matrix of transformed weights, a panel of output channels at a time, and transformed back into the epilogue.
-A block's matrices stay in the second-level cache. Weights are packed transformed, or, where few tiles share them, plain:
-a row of their transform is then made in registers for each channel, and multiplied there.
+[C, O] matrix of transformed weights, in panels of output channels, and transformed back into the epilogue. A block's
+matrices stay in the second-level cache, or each is multiplied by all panels while it is near. Weights are packed
+transformed, or, where few tiles share them, plain: a row of their transform is then made in registers for each channel,
+and multiplied there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from tvm import te, tirx
-from tvm.tirx.script.builder import ir as T
 
-from schedules.emission import (
-    Row,
-    Tile,
-    covering,
-    emitting,
-    loop,
-    ramp,
-    runs_parallel,
-    splat,
-    unravel,
-    workspace,
-)
+from schedules.emission import emitting
 from schedules.fused import Fused, annotations
-from schedules.lanes import broadcast
 from schedules.preparation import Source
 from schedules.target import CpuTarget
-from schedules.windows import prefetch
+from schedules.winograd_emitter import Emitter
 from schedules.winograd_matrices import matrices
 from schedules.winograd_points import (
+    SIZES,
     Point,
     Problem,
     cost,
     default_point,
     direct_cost,
-    strides,
     transformed_point,
     transforming_point,
 )
-from schedules.winograd_transforms import linear, transform
 
 __all__ = [
-    "LOOPS", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point", "weight_source",
+    "LOOPS", "SIZES", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point", "weight_source",
 ]  # fmt: skip
 
 LOOPS = "winograd"
-_LINE = 16  # floats in a cache line
 
 
 def stages(point: Point) -> int:
@@ -180,254 +165,3 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     with emitting(fused, stages(point)) as (kernel, _):
         Emitter(kernel, problem, point, target, *kernel.inputs).emit()
     return kernel.func
-
-
-@dataclass
-class Emitter:
-    """State of one emission.
-
-    A subclass may sum several products for each output, its branches, to be combined where it is stored. `groups` has
-    the branches of each source that is transformed, in order; branches are numbered as their weights lie.
-    """
-
-    groups = ((0,),)
-
-    kernel: object
-    problem: Problem
-    point: Point
-    target: CpuTarget
-    x: object
-    u: object
-
-    def __post_init__(self):
-        self.size = self.point.m + 2
-        self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
-        self.strides = strides(self.size, self.problem.c)
-        self.product_strides = strides(self.size, self.point.panel)
-        self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk))
-        # Else the last vectors of a pixel's outputs overlap, and the second would read what the first has stored.
-        if self.problem.o % self.point.lanes == 0:
-            self.kernel.write_over_residual()
-
-    def emit(self) -> None:
-        point = self.point
-        blocks = -(-self.tiles // point.block)
-        parallel = runs_parallel(self.target, 2, 2 * self.tiles * self.problem.c * self.problem.o)
-        by_tiles = parallel and point.divide == "tiles" and blocks > 1
-        by_channels = parallel and not by_tiles
-        with loop(blocks, parallel=by_tiles) as block:
-            base = tirx.min(block * point.block, self.tiles - point.block)
-            self.fresh = block * point.block  # the first tile that no block before has computed
-            v = workspace(point.block * self.strides[1])
-            whole, rest = divmod(self.problem.o, point.panel)
-            kept: dict = {}
-            for source, branches in enumerate(self.groups):
-                with loop(point.block, parallel=by_channels) as tile:
-                    self._transform_input(v, base, tile, source)
-                if source + 1 < len(self.groups):
-                    kept |= {b: self._keep(whole + bool(rest)) for b in branches}
-                with loop(whole, parallel=by_channels) as panel:
-                    self._emit_panel(v, base, panel, point.panel, branches, kept)
-                if rest:
-                    at = tirx.const(whole, "int32")
-                    self._emit_panel(v, base, at, rest, branches, kept)
-
-    def _keep(self, panels: int):
-        """A buffer for a branch's results, for a block of tiles and so many panels, until the last branch is there."""
-        return workspace(self.point.block, self.point.m**2, panels * self.point.panel)
-
-    def source(self, value, index: int):
-        """What source `index` is made of, from a vector of x."""
-        return value
-
-    def combine(self, values: list, channel):
-        """The outputs at `channel`, a vector of indices, from those of the branches."""
-        return values[0]
-
-    def _transform_input(self, v, base, tile, source: int) -> None:
-        """v[tile, e, c] = (B^T d B)[e] of tile `base + tile` of a source."""
-        p, size = self.problem, self.size
-        n, i, j = unravel(base + tile, p.tiles(self.point.m))
-        top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
-        row = Row(p.c, self.target.lanes)
-
-        def emit(pixel: Callable) -> None:
-            def body(channel, _slot, _fresh):
-                lane = ramp(channel, row.lanes)
-
-                def load(q, t):
-                    return self.source(pixel(q, t, lane), source)
-
-                for q, t, value in transform(self.bt, load, row.lanes):
-                    at = tile * self.strides[1] + (q * size + t) * self.strides[0] + channel
-                    T.buffer_store(v, value, [ramp(at, row.lanes)])
-
-            row.each(body, 1)
-
-        inside = tirx.all(top >= 0, left >= 0, top + size <= p.h, left + size <= p.w)
-        with T.If(inside):
-            with T.Then():
-                emit(lambda q, t, lane: self.x[n, top + q, left + t, lane])
-            with T.Else():
-                patch = self._padded_tile(n, top, left, row)
-                emit(lambda q, t, lane: patch[q, t, lane])
-
-    def _padded_tile(self, n, top, left, row: Row):
-        """A buffer with the input tile at (top, left), zeros where it reaches beyond the image."""
-        p, size = self.problem, self.size
-        patch = workspace(size, size, p.c)
-        with T.serial(0, size) as q:
-            with T.serial(0, size) as t:
-                y, x = top + q, left + t
-
-                def fill(value: Callable) -> None:
-                    def body(channel, _slot, _fresh):
-                        lane = ramp(channel, row.lanes)
-                        T.buffer_store(patch, value(lane), [q, t, lane])
-
-                    row.each(body, 1)
-
-                with T.If(tirx.all(y >= 0, x >= 0, y < p.h, x < p.w)):
-                    with T.Then():
-                        fill(lambda lane: self.x[n, y, x, lane])
-                    with T.Else():
-                        fill(lambda lane: splat(0.0, row.lanes))
-        return patch
-
-    def _emit_panel(
-        self, v, base, panel, channels: int, branches: tuple[int, ...], kept: dict
-    ) -> None:
-        """The output channels of one panel (its first `channels`) for a block of tiles: branches of one source."""
-        point, lanes = self.point, self.point.lanes
-        vectors = -(-channels // lanes)
-        product = workspace(point.block * self.product_strides[1])
-        multiply = self._multiply_plain if point.chunk else self._multiply
-        tile = Tile(point.rows, self.size if point.chunk else vectors, lanes)
-        acc = tile.allocate()
-        # Of another source: for all panels. Of this one: for this panel.
-        kept = {b: (buffer, panel * point.panel) for b, buffer in kept.items()}
-        for branch in branches:
-            if branch not in kept and branch != self.last:
-                kept[branch] = (self._keep(1), 0)
-            multiply(tile, acc, v, product, panel, branch)
-            with T.serial(0, point.block) as t:
-
-                def store(offset, width, t=t, branch=branch):
-                    self._transform_output(product, base, t, panel, offset, width, branch, kept)
-
-                if channels == point.panel:
-                    with T.serial(0, vectors) as vector:
-                        store(vector * lanes, lanes)
-                else:
-                    for offset, width in covering(channels, lanes):
-                        store(offset, width)
-
-    @property
-    def last(self) -> int:
-        """The branch with which the others are combined."""
-        return self.groups[-1][-1]
-
-    def _multiply(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
-        """product[tile, e, o] = sum over c of v[tile, e, c] * u[panel, e, c, o], u being the branch's."""
-        point, size, lanes = self.point, self.size, self.point.lanes
-        steps = -(-point.block // point.rows)
-        with T.serial(0, size**2) as e:
-            at_u = e + branch * size**2 if branch else e
-            with T.serial(0, steps) as step:
-                first = tirx.min(step * point.rows, point.block - point.rows)
-
-                def left(r, k):
-                    return v[(first + r) * self.strides[1] + e * self.strides[0] + k]
-
-                tile.multiply(
-                    acc, self.problem.c, left, lambda k, t: self.u[panel, at_u, k, ramp(t * lanes, lanes)],
-                    lambda k: self._prefetch(panel, at_u, step * self.problem.c + k, steps),
-                )  # fmt: skip
-                for r, t in tile.cells():
-                    at = (first + r) * self.product_strides[1] + e * self.product_strides[0]
-                    T.buffer_store(product, acc[r][tile.at(t)], [ramp(at + t * lanes, lanes)])
-
-    def _prefetch(self, panel, e, iteration, steps: int) -> None:
-        """Ask for the matrix of weights after (panel, e), spread over the iterations that use this one."""
-        each = -(-self.point.panel // (_LINE * steps))
-        for line in range(each):
-            # Past the end of axis 2 lies the next matrix.
-            prefetch(self.u[panel, e, self.problem.c, (iteration * each + line) * _LINE])
-
-    def _multiply_plain(self, tile: Tile, acc: list, v, product, panel, branch: int) -> None:
-        """The products of `_multiply` from plain weights: acc holds a row of the matrices for some tiles, to which
-        channel after channel adds its part, its weights transformed for that row. A chunk of channels at a time."""
-        inputs, chunk, size, rows = self.problem.c, self.point.chunk, self.size, self.point.rows
-        with T.serial(0, -(-inputs // chunk)) as c:
-            start = c * chunk
-            extent = chunk if inputs % chunk == 0 else tirx.min(chunk, inputs - start)
-            for i in range(size):
-                with T.serial(0, self.point.block // rows) as step:
-
-                    def at(r, j, strides, step=step, i=i):
-                        return (step * rows + r) * strides[1] + (i * size + j) * strides[0]
-
-                    def sums(r, j, at=at):
-                        return product[ramp(at(r, j, self.product_strides), tile.lanes)]
-
-                    with T.If(c == 0):
-                        with T.Then():
-                            for r, j in tile.cells():
-                                T.buffer_store(acc[r], splat(0.0, tile.lanes), [tile.at(j)])
-                        with T.Else():
-                            for r, j in tile.cells():
-                                T.buffer_store(acc[r], sums(r, j), [tile.at(j)])
-                    with T.serial(0, extent) as k:
-                        channel = start + k + branch * inputs
-                        weights = self._transform_weights(panel, channel, i, tile.lanes)
-                        for r, j in tile.cells():
-                            left = v[at(r, j, self.strides) + start + k]
-                            total = acc[r][tile.at(j)] + broadcast(left, tile.lanes) * weights[j]
-                            T.buffer_store(acc[r], total, [tile.at(j)])
-                    for r, j in tile.cells():
-                        where = ramp(at(r, j, self.product_strides), tile.lanes)
-                        T.buffer_store(product, acc[r][tile.at(j)], [where])
-
-    def _transform_weights(self, panel, channel, i: int, lanes: int) -> list:
-        """Row i of G g G^T for a vector of output channels; and the prefetch of the next chunk, a part for each row."""
-        half = []
-        for t in range(3):
-            column = [self.u[panel, channel, q * 3 + t, ramp(0, lanes)] for q in range(3)]
-            half.append(T.bind(linear(self.g[i : i + 1], column, lanes)[0]))
-        lines = -(-9 * lanes // _LINE)
-        for line in range(i * lines // self.size, (i + 1) * lines // self.size):
-            # Past the end of axis 1 lies the next panel.
-            prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE], near=True)
-        return [T.bind(value) for value in linear(self.g, half, lanes)]
-
-    def _transform_output(
-        self, product, base, tile, panel, offset, lanes: int, branch: int, kept: dict
-    ) -> None:
-        """A^T M A of one tile for `lanes` channels of a panel: kept, or combined with what was kept and stored."""
-        p, m, size = self.problem, self.point.m, self.size
-        height, width = p.output_hw
-        n, i, j = unravel(base + tile, p.tiles(m))
-        start = tile * self.product_strides[1] + offset
-
-        def load(q, t):
-            return product[ramp(start + (q * size + t) * self.product_strides[0], lanes)]
-
-        channel = ramp(panel * self.point.panel + offset, lanes)
-        for r, s, value in transform(self.at, load, lanes):
-            found = T.bind(value)
-            at = {b: (tile, r * m + s, ramp(c + offset, lanes)) for b, (_, c) in kept.items()}
-            if branch != self.last:
-                T.buffer_store(kept[branch][0], found, list(at[branch]))
-                continue
-            values = {b: buffer[at[b]] for b, (buffer, _) in kept.items()} | {branch: found}
-            result = self.combine([values[b] for b in sorted(values)], channel)
-            y, x = i * m + r, j * m + s
-            checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
-            if self.kernel.in_place and self.tiles % self.point.block:
-                checks.append(base + tile >= self.fresh)  # as above
-            if not checks:
-                self.kernel.store(result, [n, y, x, channel])
-                continue
-            with T.If(tirx.all(*checks)):
-                with T.Then():
-                    self.kernel.store(result, [n, y, x, channel])

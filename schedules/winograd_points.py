@@ -15,6 +15,7 @@ import numpy as np
 from schedules.annotated import Annotated
 from schedules.target import CpuTarget
 
+SIZES = (4, 3, 2)  # of output tiles, m of F(m x m, 3 x 3)
 _LINE = 16  # floats in a cache line
 
 
@@ -47,7 +48,10 @@ class Point(Annotated):
 
     `chunk` 0: weights are packed transformed. Otherwise they are packed plain, and the register tile is `rows` tiles by
     the m+2 entries of a row of matrices, of one vector of channels; `chunk` input channels at a time pass through it
-    for all rows, so that their weights stay in the first-level cache. `rows` divides `block` then."""
+    for all rows, so that their weights stay in the first-level cache. `rows` divides `block` then.
+
+    `order`: whether the (m+2)^2 matrices of the input pass through one "panels" of weights after another, which suits
+    weights that stay near, or the panels through one of the "entries" after another, which reads each matrix once."""
 
     m: int
     block: int
@@ -56,6 +60,7 @@ class Point(Annotated):
     lanes: int
     divide: str = "tiles"
     chunk: int = 0
+    order: str = "panels"
 
     @property
     def panel(self) -> int:
@@ -110,7 +115,8 @@ def transformed_point(problem: Problem, m: int, target: CpuTarget, branches: int
         for r in range(1, min(most_rows, b) + 1)
     ]
     block, rows = min(candidates, key=padded_rows)
-    return Point(m, block, rows, vectors, lanes, _divide(tiles, block, target))
+    order = "panels" if resident else "entries"
+    return Point(m, block, rows, vectors, lanes, _divide(tiles, block, target), 0, order)
 
 
 def transforming_point(problem: Problem, m: int, target: CpuTarget) -> Point:
@@ -156,12 +162,12 @@ def _transform_steps(m: int) -> float:
     return 6 * m / (m + 2) + 1.5 * m
 
 
-# Cycles per vector and matrix entry of an input or output transform; bytes of weights per cycle from memory; share of
-# the multiply-add peak that the products and the direct kernel reach. Fitted to ratios measured with AVX-512, weights not
-# in cache: transformed weights on 12 layers of 7 to 56 pixels and 32 to 512 channels, plain ones on 8 of 4 to 28 pixels;
-# within 20 %, and 10 % where the choice is close.
+# Cycles per vector and matrix entry of an input or output transform; bytes of weights per cycle from memory, half of whose
+# time prefetching hides; share of the multiply-add peak that the products and the direct kernel reach. Fitted to layers of
+# a ResNet-18, timed inside the network with AVX-512, and to products alone at 14 pixels (F(2x2) 0.97 ms, F(3x3) 0.81,
+# F(4x4) 1.0); within 25 %.
 _TRANSFORM_CYCLES = 5.0
-_WEIGHT_BYTES_PER_CYCLE = 4.0
+_WEIGHT_BYTES_PER_CYCLE = 8.0
 _TRANSFORMED_EFFICIENCY, _DIRECT_EFFICIENCY = 0.9, 0.95
 _PLAIN_EFFICIENCY, _PLAIN_EFFICIENCY_OF_MORE = 0.65, 0.5  # of one register tile, of several
 

@@ -48,7 +48,7 @@ def problem_of(call: relax.Call) -> winograd.Problem | Declined:
 def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
     """The output tile m of F(m x m, 3 x 3) that the cost rule expects to be fastest, or why the direct kernel is."""
     direct = winograd.direct_cost(problem, target)
-    points = {m: winograd.default_point(problem, m, target) for m in (4, 2)}
+    points = {m: winograd.default_point(problem, m, target) for m in winograd.SIZES}
     costs = {m: winograd.cost(problem, point, target) for m, point in points.items()}
     return cheapest(costs, direct)
 

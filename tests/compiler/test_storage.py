@@ -78,7 +78,7 @@ def test_what_gains_too_little_is_stored_as_it_is(array):
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", [2, 3, 4])
 def test_transformed_weights_are_stored_as_taps(rng, m, density):
     taps = _mostly_zeros(rng, (3, 2 * 9, 33, 16), density=density)
     source = Source(taps, "winograd", {"m": m})
@@ -108,7 +108,7 @@ def test_weights_are_transformed_in_float64_and_rounded_once(rng, m):
         ({"preparation": "running_sum"}, {"": np.zeros((2, 3), "int8")}, "no bytes"),
         ({"preparation": "running_sum"}, {"": np.zeros((3, 3), "uint8")}, "no bytes"),
         ({"preparation": "running_sum"}, {"": np.zeros(4, "uint8")}, "no bytes"),
-        ({"preparation": "winograd", "parameters": {"m": 3}}, {"": 9}, "F\\(3x3"),
+        ({"preparation": "winograd", "parameters": {"m": 5}}, {"": 9}, "F\\(5x5"),
         ({"preparation": "winograd", "parameters": {"m": 10**9}}, {"": 9}, "no weights"),
         ({"preparation": "winograd", "parameters": {"n": 4}}, {"": 9}, "unexpected keyword"),
         ({"preparation": "winograd", "parameters": {"m": 4}}, {"": 8}, "no weights"),

@@ -80,7 +80,7 @@ def test_a_definition_with_other_blocks_is_refused():
             pass
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", [2, 3, 4])
 def test_shared_sums_are_fewer_operations_with_the_same_result(monkeypatch, rng, m):
     """`linear` on plain numbers: right, and cheaper than row by row."""
     monkeypatch.setattr(winograd_transforms.T, "bind", lambda value: value)
