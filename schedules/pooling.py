@@ -53,7 +53,8 @@ def larger(held, value):
     """The larger of two scalars or vectors; NaN if either is."""
     if "float" not in str(value.ty.dtype):
         return tirx.max(held, value)
-    return tirx.Select(tirx.Or(value > held, tirx.isnan(value)), value, held)
+    # A maximum is its second operand if either is NaN.
+    return tirx.Select(tirx.isnan(value), value, tirx.max(value, held))
 
 
 class _Max(ChannelTiles):
