@@ -53,7 +53,7 @@ def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> Lowere
 
 def default_point(problem: Problem, m: int, target: CpuTarget, tuned: bool = False) -> Point:
     """The default parameters of F(m x m), or what tuning recorded."""
-    point = winograd.default_point(problem, m, target, len(problem.form))
+    point = quadratic_winograd.default_point(problem, m, target)
     return point_for(quadratic_winograd, problem, target, point) if tuned else point
 
 

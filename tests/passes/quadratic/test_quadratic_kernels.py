@@ -17,7 +17,7 @@ from passes.quadratic.operators import quadratic_call
 from schedules.dispatch import loop_structure
 from schedules.errors import Declined
 from schedules.fused import Fused
-from schedules.quadratic_winograd import Problem
+from schedules.quadratic_winograd import Point, Problem, default_point
 from schedules.target import NAMED
 
 
@@ -223,6 +223,32 @@ def test_winograd(m, host_tiers, rng):
     if m == 2:
         target = host_tiers[0].with_threads(2)
         check({"edges": (WINOGRAD["edges"], None)}, target, rng, lower, slack=4)
+
+
+@pytest.mark.parametrize("m, block, rows, threads", [(4, 5, 2, 1), (2, 7, 3, 2), (4, 1000, 14, 2)])
+def test_winograd_with_rows_of_matrices_outside(m, block, rows, threads, host_tiers, rng):
+    """Blocks and register tiles with a rest, a panel with a rest, threads that share out tiles or panels."""
+
+    def lower(bb, call, target):
+        problem = winograd.problem_of(call)
+        size = min(block, int(np.prod(problem.tiles(m))))
+        point = Point(m, size, min(rows, size), 2, target.lanes, order="rows")
+        return winograd.lower_at(bb, call, problem, point)
+
+    target = host_tiers[0].with_threads(threads)
+    names = ("edges", "no padding") if m == 2 else ("edges", "square", "one tile")
+    check({n: (WINOGRAD[n], None) for n in names}, target, rng, lower, slack=4)
+
+
+def test_rows_are_outside_where_weights_exceed_the_cache():
+    target, padding = NAMED["avx512"], (1, 1, 1, 1)
+    point = default_point(Problem(1, 28, 28, 128, 128, padding, "rgb"), 4, target)
+    assert (point.order, point.block, point.rows) == ("rows", 49, 14)
+    for fits in (
+        Problem(1, 28, 28, 32, 32, padding, "rgb"),
+        Problem(1, 7, 7, 512, 512, padding, "rgb"),
+    ):
+        assert default_point(fits, 4, target).order != "rows"
 
 
 def test_winograd_is_chosen_where_it_pays(host_tiers):

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Winograd's convolution a row of matrices after the other: for weights too large for the second-level cache.
+
+For each of the m+2 rows of transformed tiles all that it takes lies in cache: its part of the input, made from the pixels
+when its turn comes, and of one panel's products, whose rows are transformed back at once. So weights are read once, in
+order, whatever the number of tiles, and nothing else passes through memory but the products' half-transformed rows:
+
+    y = A^T [ sum over rows i of  e_i (sum over c of (G g G^T)_i * (B^T d B)_i) A ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.emission import (
+    Row,
+    Tile,
+    covering,
+    loop,
+    ramp,
+    runs_parallel,
+    splat,
+    unravel,
+    workspace,
+)
+from schedules.windows import prefetch
+from schedules.winograd import Emitter
+from schedules.winograd_transforms import linear
+
+__all__ = ["RowEmitter"]
+
+_LINE = 16  # floats in a cache line
+_AHEAD = 2  # matrices of weights between the one in use and the one asked for
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One pass over a row's weights: row `i`, a branch and a panel, and the first matrices of the pass that follows."""
+
+    i: object
+    branch: object
+    panel: object
+    next_panel: object
+    next_matrix: object
+
+
+class RowEmitter(Emitter):
+    """The emitter of `winograd` with the rows of the matrices outside, panels within."""
+
+    def emit(self) -> None:
+        p, point, size = self.problem, self.point, self.size
+        lines = -(-p.c // _LINE)
+        # Tiles side by side, for a register tile reads a column of them; an odd number of lines between matrices.
+        self.between = (_LINE * (point.block * lines | 1), _LINE * lines)
+        self.panels, self.rest = divmod(p.o, point.panel)
+        blocks = -(-self.tiles // point.block)
+        parallel = runs_parallel(self.target, 2, 2 * self.tiles * p.c * p.o)
+        by_tiles = parallel and point.divide == "tiles" and blocks > 1
+        self.by_channels = parallel and not by_tiles
+        self.image = self._padded_image(parallel)
+        with loop(blocks, parallel=by_tiles) as block:
+            self.base = tirx.min(block * point.block, self.tiles - point.block)
+            self.fresh = block * point.block  # the first tile that no block before has computed
+            v = workspace(size * self.between[0])
+            every = self.panels + bool(self.rest)
+            branches = sum(len(group) for group in self.groups)
+            half = workspace(size, branches, every, point.block * point.m * point.panel)
+            with T.serial(0, size) as i:
+                for source in range(len(self.groups)):
+                    self._transform_row(v, i, source)
+                    self._multiply_row(v, half, i, source)
+            self._each_panel(lambda panel, channels: self._finish(half, panel, channels))
+
+    def _each_panel(self, body: Callable) -> None:
+        """`body(panel, channels)` for all panels, the last one's rest apart."""
+        if self.panels:
+            with loop(self.panels, parallel=self.by_channels) as panel:
+                body(panel, self.point.panel)
+        if self.rest:
+            body(tirx.const(self.panels, "int32"), self.rest)
+
+    def _padded_image(self, parallel: bool):
+        """x with zeros around it, as far as tiles reach; x itself if they stay within."""
+        p = self.problem
+        n, rows, columns = p.tiles(self.point.m)
+        height, width = rows * self.point.m + 2, columns * self.point.m + 2
+        if not any(p.padding) and (height, width) == (p.h, p.w):
+            return self.x
+        image = workspace(n, height, width, p.c)
+        row = Row(p.c, self.target.lanes)
+        with loop(n * height, parallel=parallel) as line:
+            b, y = unravel(line, (n, height))
+            with T.serial(0, width) as x:
+                at = (y - p.padding[0], x - p.padding[1])
+
+                def fill(value: Callable, b=b, y=y, x=x) -> None:
+                    def body(channel, _slot, _fresh):
+                        lane = ramp(channel, row.lanes)
+                        T.buffer_store(image, value(lane), [b, y, x, lane])
+
+                    row.each(body, 8)
+
+                with T.If(tirx.all(at[0] >= 0, at[1] >= 0, at[0] < p.h, at[1] < p.w)):
+                    with T.Then():
+                        fill(lambda lane, b=b, at=at: self.x[b, at[0], at[1], lane])
+                    with T.Else():
+                        fill(lambda lane: splat(0.0, row.lanes))
+        return image
+
+    def _transform_row(self, v, i, source: int) -> None:
+        """v[j, tile, c] = (B^T d B)[i, j] of the block's tiles of a source."""
+        p, m, size = self.problem, self.point.m, self.size
+        row = Row(p.c, self.target.lanes)
+        with loop(self.point.block, parallel=self.by_channels) as tile:
+            n, r, s = unravel(self.base + tile, p.tiles(m))
+
+            def emit(number: int, tile=tile, n=n, r=r, s=s) -> None:
+                taken = [q for q in range(size) if self.bt[number][q]]
+
+                def body(channel, _slot, _fresh):
+                    lane = ramp(channel, row.lanes)
+
+                    def pixel(q: int, t: int):
+                        value = T.bind(self.image[n, r * m + q, s * m + t, lane])
+                        return T.bind(self.source(value, source))
+
+                    columns = [[pixel(q, t) for q in taken] for t in range(size)]
+                    matrix = self.bt[number : number + 1, taken]
+                    sums = [T.bind(linear(matrix, column, row.lanes)[0]) for column in columns]
+                    for j, value in enumerate(linear(self.bt, sums, row.lanes)):
+                        at = j * self.between[0] + tile * self.between[1] + channel
+                        T.buffer_store(v, value, [ramp(at, row.lanes)])
+
+                row.each(body, 1)
+
+            for number in range(size):
+                with T.If(i == number):
+                    with T.Then():
+                        emit(number)
+
+    def _multiply_row(self, v, half, i, source: int) -> None:
+        """Row i of the products of every branch of a source, transformed back on one side."""
+        group, size = self.groups[source], self.size
+        following = self.groups[(source + 1) % len(self.groups)][0]
+        later = i + 1 if source + 1 == len(self.groups) else i
+        last = self.panels + bool(self.rest) - 1
+        with T.serial(0, len(group)) as number:
+            branch = group[0] + number
+
+            def body(panel, channels: int) -> None:
+                matrix = (branch * size + i) * size
+                same = panel < last
+                other = tirx.Select(
+                    number + 1 < len(group), matrix + size**2, (following * size + later) * size
+                )
+                step = _Step(
+                    i, branch, panel, tirx.Select(same, panel + 1, 0), tirx.Select(same, matrix, other)
+                )  # fmt: skip
+                self._multiply_panel(v, half, step, channels)
+
+            self._each_panel(body)
+
+    def _multiply_panel(self, v, half, step: _Step, channels: int) -> None:
+        """half[i, branch, panel][tile, s] = sum over j of A[s, j] * products of matrix j, for one panel."""
+        point, size, lanes = self.point, self.size, self.point.lanes
+        vectors = -(-channels // lanes)
+        product = workspace(size, point.block * point.panel)
+        whole, rest = divmod(point.block, point.rows)
+        tile = Tile(point.rows, vectors, lanes)
+        acc = tile.allocate()
+        with T.serial(0, size) as j:
+            with T.serial(0, whole) as number:
+                self._tile(v, product, tile, acc, step, j, number * point.rows, (number, whole))
+            if rest:
+                last = Tile(rest, vectors, lanes)
+                self._tile(v, product, last, last.allocate(), step, j, whole * point.rows)
+        with T.serial(0, point.block) as t:
+
+            def store(offset, width, t=t) -> None:
+                at = ramp(t * point.panel + offset, width)
+                values = [T.bind(product[j, at]) for j in range(size)]
+                for s, value in enumerate(linear(self.at, values, width)):
+                    where = ramp((t * point.m + s) * point.panel + offset, width)
+                    T.buffer_store(half, value, [step.i, step.branch, step.panel, where])
+
+            self._each_vector(channels, store)
+
+    def _tile(self, v, product, tile: Tile, acc, step: _Step, j, first, share=None) -> None:
+        """Products of matrix j for the tiles from `first`, asking for a `share` (number, count) of later weights."""
+        p, size, panel = self.problem, self.size, self.point.panel
+        matrix = (step.branch * size + step.i) * size + j
+        stays = j + _AHEAD < size
+        ahead = (
+            tirx.Select(stays, step.panel, step.next_panel),
+            tirx.Select(stays, matrix + _AHEAD, step.next_matrix + (j + _AHEAD - size)),
+        )
+
+        def left(r, k):
+            return v[j * self.between[0] + (first + r) * self.between[1] + k]
+
+        def right(k, t):
+            return self.u[step.panel, matrix, k, ramp(t * tile.lanes, tile.lanes)]
+
+        def fetch(k) -> None:
+            number, count = share
+            each = -(-panel // (_LINE * count))
+            for line in range(each):
+                at = ((number * p.c + k) * each + line) * _LINE
+                prefetch(self.u[(*ahead, 0, at)])
+
+        tile.multiply(acc, p.c, left, right, fetch if share else None)
+        for r, t in tile.cells():
+            at = ramp((first + r) * panel + t * tile.lanes, tile.lanes)
+            T.buffer_store(product, acc[r][tile.at(t)], [j, at])
+
+    def _each_vector(self, channels: int, body: Callable) -> None:
+        """`body(offset, width)` for the vectors of a panel's first `channels`."""
+        if channels == self.point.panel:
+            with T.serial(0, self.point.vectors) as vector:
+                body(vector * self.point.lanes, self.point.lanes)
+        else:
+            for offset, width in covering(channels, self.point.lanes):
+                body(offset, width)
+
+    def _finish(self, half, panel, channels: int) -> None:
+        """The outputs of one panel for the block's tiles."""
+        p, m, size = self.problem, self.point.m, self.size
+        height, width = p.output_hw
+        branches = sum(len(group) for group in self.groups)
+        with T.serial(0, self.point.block) as t:
+            n, i, j = unravel(self.base + t, p.tiles(m))
+
+            def store(offset, lanes: int, t=t, n=n, i=i, j=j) -> None:
+                channel = ramp(panel * self.point.panel + offset, lanes)
+                with T.serial(0, m) as s:
+                    at = ramp((t * m + s) * self.point.panel + offset, lanes)
+                    columns = []
+                    for b in range(branches):
+                        values = [T.bind(half[row, b, panel, at]) for row in range(size)]
+                        columns.append([T.bind(y) for y in linear(self.at, values, lanes)])
+                    for r in range(m):
+                        result = self.combine([column[r] for column in columns], channel)
+                        y, x = i * m + r, j * m + s
+                        checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
+                        if self.kernel.in_place and self.tiles % self.point.block:
+                            checks.append(self.base + t >= self.fresh)
+                        self._store(result, [n, y, x, channel], checks)
+
+            self._each_vector(channels, store)
+
+    def _store(self, result, at: list, checks: list) -> None:
+        """Store where all of `checks` hold."""
+        if not checks:
+            self.kernel.store(result, at)
+            return
+        with T.If(tirx.all(*checks)):
+            with T.Then():
+                self.kernel.store(result, at)
