@@ -100,10 +100,12 @@ def _tile(problem: Problem, target: CpuTarget) -> tuple[int, int, int]:
     return best[1:]
 
 
-def _chunk(problem: Problem, panel: int, target: CpuTarget) -> int:
-    """Input channels of a chunk, 0 if the weights of a panel of `panel` channels stay near all the same."""
+def _chunk(problem: Problem, mr: int, panel: int, target: CpuTarget) -> int:
+    """Input channels of a chunk, 0 if the weights of a panel of `panel` channels stay near all the same, or are used
+    once only, by one tile of `mr` pixels."""
     size = 4 * problem.steps * panel
-    if problem.groups > 1 or problem.row <= 2 or size <= _LONG_PANEL * target.l2_bytes:
+    once = problem.rows == 1 and problem.row <= max(2, mr)
+    if problem.groups > 1 or once or size <= _LONG_PANEL * target.l2_bytes:
         return 0
     parts = max(2, round(size / (_CHUNK_PANEL * target.l2_bytes)))
     chunk = -(-problem.c // parts // 16) * 16
@@ -136,7 +138,7 @@ def point_of_tile(problem: Problem, tile: tuple[int, int, int], target: CpuTarge
     """The point of a tile (mr, nv, sums): the order that moves the least memory, unrolling, prefetching."""
     mr, nv, sums = tile
     panels = problem.groups * -(-len(vectors(problem.group_outputs, target.lanes)) // nv)
-    chunk = _chunk(problem, nv * target.lanes, target)
+    chunk = _chunk(problem, mr, nv * target.lanes, target)
     order, block = _order(problem, panels, chunk, target)
     tiles = -(-problem.row // mr)
     if target.threads > 1:

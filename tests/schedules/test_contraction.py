@@ -46,6 +46,12 @@ def test_small_weights_stay_and_large_ones_are_read_once():
     assert default_point(Problem(1, 1, 128, 3072, 768), target).order == "chunks"
 
 
+def test_chunks_are_for_weights_that_several_tiles_read():
+    several, one = (default_point(Problem(1, 1, m, 2048, 512), NAMED["avx512"]) for m in (33, 8))
+    assert several.chunk > 0
+    assert one.chunk == 0
+
+
 def test_a_small_tile_sums_in_several_registers():
     point = default_point(Problem(1, 1, 1, 96, 4), NAMED["avx512"])
     assert point.mr * point.nv * point.sums >= 8
