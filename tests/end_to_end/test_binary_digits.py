@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import compiler
+from compiler.recipe import Recipe, Rule
 
 torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("sklearn.datasets")
@@ -39,7 +40,7 @@ class Digits(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained():
-    """(network, test images [360, 1, 8, 8], labels)."""
+    """(network, test images [360, 1, 8, 8], labels, as many images of those it was trained on)."""
     torch.manual_seed(0)
     digits = datasets.load_digits()
     images = torch.from_numpy(digits.images.astype("float32") / 8 - 1)[:, None]
@@ -53,12 +54,12 @@ def trained():
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-    return model.eval(), images[test], labels[test]
+    return model.eval(), images[test], labels[test], images[rest[:_TEST_DIGITS]]
 
 
 @pytest.mark.parametrize("export", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_every_digit_gets_the_prediction_of_torch(export, trained, tmp_path):
-    model, images, labels = trained
+    model, images, labels, _ = trained
     path = tmp_path / ("digits.pt2" if export == "torch" else "digits.onnx")
     with torch.no_grad():
         wanted = model(images).numpy()
@@ -72,7 +73,35 @@ def test_every_digit_gets_the_prediction_of_torch(export, trained, tmp_path):
     # torch's ONNX exporter computes the block's weight and names it after the operator.
     assert len(binary) == 3 and binary[1:] == ["first", "second"]
     assert rows["second"]["found"]["signs"] == "bits of first, thresholds folded"
-    found = compiler.load(built.path)(images.numpy())
-    found = np.asarray(found[0] if isinstance(found, (list, tuple)) else found)
+    found = _outputs(built, images)
     np.testing.assert_array_equal(found.argmax(1), wanted.argmax(1))
     assert (found.argmax(1) == labels.numpy()).mean() > 0.8  # it has learned something to compare
+
+
+def test_what_is_not_binary_becomes_int8_and_loses_little(trained, tmp_path):
+    model, images, labels, seen = (
+        part[:120] if part is not trained[0] else part for part in trained
+    )
+    path = tmp_path / "digits.pt2"
+    torch.export.save(torch.export.export(model, (images,)), path)
+    # Without what int8 can do for accuracy, each of which observes the network once more.
+    plain = {"equalize": False, "bias_correction": False}
+    recipe = Recipe("both", (Rule("*", "binary", pass_on=True), Rule("*", "int8", plain)))
+    built = compiler.compile_model(path, recipe=recipe, calibration=[seen.numpy()], choose="asked")
+    treatments = {row["name"]: row["treatment"] for row in built.layers}
+    assert treatments["stem.0"] == treatments["head"] == "int8"
+    assert [t for n, t in treatments.items() if n not in ("stem.0", "head")] == ["binary"] * 3
+    passed = {row["name"]: row["passed_on"] for row in built.layers}
+    assert "real numbers" in passed["head"]["binary"] and not passed["first"]
+    steps = built.manifest["verify"]["kernels"]["compressed"]["steps"]
+    assert steps["tensors"] >= 5 and not steps["wrong"]
+    with torch.no_grad():
+        wanted = model(images).argmax(1).numpy()
+    found = _outputs(built, images).argmax(1)
+    assert (found == wanted).mean() > 0.95
+    assert (found == labels.numpy()).mean() > (wanted == labels.numpy()).mean() - 0.02
+
+
+def _outputs(built, images) -> np.ndarray:
+    found = compiler.load(built.path)(images.numpy())
+    return np.asarray(found[0] if isinstance(found, (list, tuple)) else found)
