@@ -238,6 +238,7 @@ class _Chain(Planes):
             span, first = self._block(first_channel, b)
             with T.serial(0, p.block // rows) as half, self._tiles() as (vectors, most):
                 channel = T.Bind(first + half * rows)
+                self._fetch_planes(channel, self.first + self.tile, most)
 
                 def multiply(count: int, half=half, channel=channel, span=span) -> None:
                     self._begin(self.first + self.tile, count)

@@ -4,7 +4,7 @@
 As `sparse_windows`, but a panel holds a band of the planes of one group only, which stay in the nearest cache, and every
 group finds the borders that the first one's zeros left. Its blocks of output channels walk their non-zeros for one tile of
 the band after the other; then the sums of each line go through the epilogue into the planes.
-Indices are places in a panel, counted from the group's first channel.
+Indices are places in a panel, counted from the group's first channel. An image's few channels are a group of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from schedules.sparse_problem import Problem, tiles_of
 from schedules.sparse_windows import bands, offsets, window_of
 from schedules.target import CpuTarget
 
+# Channels of an image, which is taken for one group: red, green and blue.
+_FEW_CHANNELS = 4
 # Share of the second-level cache that a group's planes may take.
 _PANEL_SHARE = 0.2
 # Pixel vectors of a tile of one output channel: loads come from the nearest cache, so what counts is how many loops start.
@@ -52,7 +54,12 @@ class Point(Annotated):
 def suits(problem: Problem) -> bool:
     """Whether this is the kernel to use."""
     in_planes = problem.planes_in and problem.planes_out and problem.together == 1
-    return in_planes and problem.groups > 1 and problem.taps > 1
+    return in_planes and problem.taps > 1 and few_channels(problem.groups, problem.channels)
+
+
+def few_channels(groups: int, channels: int) -> bool:
+    """Whether sums are over so few channels that their planes stay near: those of a group, or of an image."""
+    return groups > 1 or channels < _FEW_CHANNELS
 
 
 def group_offsets(problem: Problem, lines: int) -> np.ndarray:
@@ -124,36 +131,36 @@ class _Groups(Planes):
         return self.group_inputs * self.window.channel
 
     def _copy_group(self, panel, group) -> None:
-        """Copy the lines of a group's planes that a band needs to within the panel's borders."""
-        p, window = self.problem, self.window
+        """Copy the lines of a group's planes that a band needs to within the panel's borders, in the order they lie in."""
+        p, window, (stride, _) = self.problem, self.window, self.problem.strides
         asides = [columns_of(p, window.line, a, self.lanes)[0] for a in range(window.phases[1])]
+        above = self.first_line * stride - p.padding[0]  # the row of the panel's first line
+        needed = (window.lines - 1) * stride + window.phases[0]
+        first = T.Bind(tirx.max(above, 0))
+        count = T.Bind(tirx.max(tirx.min(above + needed, p.height) - first, 0))
         with T.serial(0, self.group_inputs) as c:
             plane = self.image * p.channels + group * self.group_inputs + c
             plane = T.Bind(plane * p.plane_in)
-            for up in range(window.phases[0]):
-                first, last = self._lines_inside(up - p.padding[0])
-                start = T.Bind(c * window.channel + up * window.phases[1] * window.plane)
-                with T.serial(0, last - first) as i:
-                    line = T.Bind(first + i)
-                    h = T.Bind((self.first_line + line) * p.strides[0] + (up - p.padding[0]))
-                    row = T.Bind(plane + h * p.width)
-                    to = T.Bind(start + line * window.line)
+            with T.serial(0, count) as i:
+                h = T.Bind(first + i)
+                line, up = T.Bind((h - above) // stride), T.Bind((h - above) % stride)
+                to = T.Bind(
+                    c * window.channel + up * (window.phases[1] * window.plane) + line * window.line
+                )
+                row = T.Bind(plane + h * p.width)
+
+                def copy(row=row, to=to) -> None:
                     for aside, pieces in enumerate(asides):
                         for column, x, lanes in pieces:
                             value = self.panel.every(row, x, lanes)
                             at = ramp(to + (aside * window.plane + column), lanes)
                             T.buffer_store(panel, value, [at])
 
-    def _lines_inside(self, offset: int) -> tuple:
-        """The first line of a panel whose row of the image, `offset` from a stride's multiple, exists, and the one behind
-        the last."""
-        stride, height = self.problem.strides[0], self.problem.height
-        first = -(offset // stride) - self.first_line
-        last = -((offset - height) // stride) - self.first_line
-        if isinstance(self.first_line, int):
-            return max(first, 0), min(last, self.window.lines)
-        first, last = tirx.max(first, 0), tirx.min(last, self.window.lines)
-        return T.Bind(first), T.Bind(tirx.max(last, first))
+                if window.phases[0] == stride:
+                    copy()
+                else:
+                    with T.If(up < window.phases[0]), T.Then():
+                        copy()
 
     def _multiply_group(self, panel, sums, group, tiles: tuple[int, int, int]) -> None:
         """The output channels of a group, `rows` at a time, for all tiles of a band."""
@@ -174,6 +181,8 @@ class _Groups(Planes):
                         )
                         first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
                     self.first = first
+                    lead = (self.first_line + first // self.window.line) * p.out_width
+                    self._fetch_planes(channel, lead + first % self.window.line, most)
 
                     def multiply(
                         n: int, first=first, half=half, channel=channel, span=span

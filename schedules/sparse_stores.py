@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from tvm.tirx.script.builder import ir as T
 from schedules.byte_stores import Cell, store_cells, store_quads
 from schedules.emission import pieces, ramp
 from schedules.sparse_panel import joined_quads, scratch, transpose
-from schedules.windows import splat
+from schedules.windows import prefetch, splat
+
+# Share of the second-level cache up to which planes are still there when they are written again.
+_NEAR = 0.5
 
 
 class Stores:
@@ -36,6 +40,17 @@ class Stores:
             else:
                 with T.If(o < self.problem.outputs), T.Then():
                     store(acc[r : r + together], o)
+
+    def _fetch_planes(self, channel, pixel, vectors: int) -> None:
+        """Before `rows` channels from `channel` on are multiplied for a tile from `pixel` on, ask for the lines they will be
+        stored in, where the output is large: so many planes are more streams than a hardware prefetcher follows."""
+        p = self.problem
+        if p.together > 1 or 4 * p.pixels * p.outputs <= _NEAR * self.target.l2_bytes:
+            return
+        pixel = T.Bind(pixel)
+        for r, j in itertools.product(range(self.point.rows), range(vectors)):
+            at = pixel + j * self.lanes
+            prefetch(self.kernel.output[self.image, channel + r, at], write=True)
 
     def _store_plane(self, values: list, channel, pixel, lanes: int) -> None:
         """Store the vectors of the channels of one plane, from `channel` on, through the epilogue."""

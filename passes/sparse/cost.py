@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schedules import sparse_vector
+from schedules import sparse_groups, sparse_vector
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 
@@ -18,14 +18,15 @@ _DENSE_EFFICIENCY = 0.73
 _SPARSE_EFFICIENCY = {1: 0.20, 4: 0.51, 8: 0.51, 16: 0.51}
 # Winograd's gain over the direct kernel: 1.25 at 7x7 pixels, 1.7 at 14x14, 3.1 at 56x56.
 _WINOGRAD_GAIN, _WINOGRAD_PIXELS, _WINOGRAD_GROWTH, _WINOGRAD_MOST = 1.25, 49, 0.22, 3.1
-# Walking one block's non-zeros for one tile: mispredicted branches, sums in and out, lines of the output fetched.
-_LOOP_START = {1: 150.0, 4: 600.0, 8: 600.0, 16: 1200.0}
+# Walking one block's non-zeros for one tile: mispredicted branches, sums in and out, what is left of waiting for the output's
+# lines (with the next two, those of blocks fitted to the large images of a RegNet-Y, in planes).
+_LOOP_START = {1: 150.0, 4: 300.0, 8: 300.0, 16: 600.0}
 # Moving one vector in or out through a transposition, waiting for memory included.
-_TRANSPOSE = {1: 11.5, 4: 20.0, 8: 20.0, 16: 20.0}
+_TRANSPOSE = {1: 11.5, 4: 15.0, 8: 15.0, 16: 15.0}
 _TILE = {1: 4, 4: 6, 8: 3, 16: 3}
 # The same where activations stay in the second-level cache, of which they may take this share.
 _NEAR_START, _NEAR_TRANSPOSE, _NEAR = 25.0, 6.0, 0.25
-# Groups (fitted to a RegNet-Y): the dense kernel's share of the peak, and moving a vector of a group's planes.
+# Few channels (fitted to a RegNet-Y): the dense kernel's share of the peak in groups, and moving a vector of their planes.
 _DENSE_GROUPS_EFFICIENCY, _GROUPS_MOVE = 0.36, 15.0
 # Bytes of weights from beyond the caches, and activations looked up, in the time of one vector multiply-add.
 _STREAMED = 2.1
@@ -71,10 +72,11 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
     start, move = (
         (_NEAR_START, _NEAR_TRANSPOSE) if near else (_LOOP_START[p.block], _TRANSPOSE[p.block])
     )
-    if p.groups > 1 and p.taps > 1:
+    few = p.taps > 1 and sparse_groups.few_channels(p.groups, p.channels)
+    if few:
         start, move = _NEAR_START, _NEAR_TRANSPOSE if near else _GROUPS_MOVE
     starts = -(-vectors // _TILE[p.block]) * p.blocks * start
-    windows = p.taps > 1 and (p.block > 1 or p.groups > 1)
+    windows = few or (p.block > 1 and p.taps > 1)
     rows = 1.5 * p.channels * min(p.taps, p.strides[0] * p.strides[1]) if windows else p.panel_rows
     moves = vectors * (rows + p.outputs) * move
     return Estimate(dense, multiply + starts + moves)

@@ -4,7 +4,8 @@
     rewrite: y = kerf.sparse_conv2d(x, w1); z = relu(y + b); kerf.sparse_conv2d(z, w2)
              ->  the same with y and z [N, C, H * W], up to a whole cache line, instead of [N, H, W, C]
     requires: channels last
-    ensures: what lies in planes is written and read by sparse layers, elementwise operators and means over pixels only
+    ensures: what lies in planes is written and read by sparse layers, elementwise operators and means over pixels only; a
+      network's image, which comes in planes, is read there by a sparse layer
 
 Integer layers whose zeros are left out do the same with planes of quads, [N, C / 4, H * W, 4]: four neighbouring channels of
 a pixel are one element of their kernels.
@@ -21,7 +22,7 @@ import math
 import tvm
 from tvm import relax
 
-from passes.channels_last import ELEMENTWISE
+from passes.channels_last import ELEMENTWISE, TO_LAST
 from passes.layers import (
     attrs_of,
     const_array,
@@ -37,6 +38,7 @@ from passes.rewriting import (
     axes_of,
     bindings_of,
     constant,
+    permutation,
     rewrite_module,
     variables,
 )
@@ -47,11 +49,12 @@ from passes.sparse.operators import (
     mean_of_planes,
     planes_shape,
 )
+from schedules import sparse_groups
 
 # Pixels of an image, or rows of a matrix, below which a plane does not fill a vector of the widest target.
 _FEWEST_PIXELS = 16
 # One output channel alone uses each line of a panel too little for long panels: beyond this many pixels, and for kernels
-# larger than 1x1, it is faster channels last (measured on Cascade Lake).
+# larger than 1x1 over many channels, it is faster channels last (measured on Cascade Lake).
 _MOST_PIXELS_OF_ELEMENTS = 1024
 # Kernels copy planes line by line where a kernel or a stride is larger than one.
 _SHORTEST_LINE, _LARGEST_STRIDE = 4, 2
@@ -98,7 +101,9 @@ def _gains(call: relax.Call) -> bool:
     if attrs_of(call)["grain"] != "element":
         return True
     taps = math.prod(shape_of(call.args[1])[2:])
-    return taps == 1 and _pixels(shape_of(call)) <= _MOST_PIXELS_OF_ELEMENTS
+    if taps > 1:
+        return sparse_groups.few_channels(attrs_of(call)["groups"], shape_of(call.args[0])[-1])
+    return _pixels(shape_of(call)) <= _MOST_PIXELS_OF_ELEMENTS
 
 
 def _reads_planes(call: relax.Call) -> bool:
@@ -216,6 +221,10 @@ class _Planner:
         if not isinstance(value, relax.Call):
             return graph.substitute(value)
         reads = any(isinstance(a, relax.Var) and a in self.planes for a in value.args)
+        if (image := self._image_in_planes(value)) is not None:
+            shape = planes_shape(*shape_of(image)[:2], math.prod(shape_of(image)[2:]))
+            x = relax.op.reshape(graph.substitute(image), shape)
+            return in_planes(value, x, True, var in self.planes)
         if not reads and var not in self.planes:
             return graph.substitute(value)
         if _is_sparse(value):
@@ -233,6 +242,17 @@ class _Planner:
         else:
             mean = relax.op.mean(x, [2], bool(value.attrs.keepdims))
         return relax.op.reshape(mean, shape_of(var))
+
+    def _image_in_planes(self, value: relax.Call) -> relax.Var | None:
+        """The tensor [N, C, H, W] that a sparse layer's few channels were made channels last from, if it is to read that."""
+        if not _is_sparse(value) or _is_integer(value) or _is_matrix_product(value):
+            return None
+        moved = self.values.get(value.args[0])
+        if not is_call(moved, "relax.permute_dims") or tuple(permutation(moved)) != TO_LAST:
+            return None
+        few = sparse_groups.few_channels(1, shape_of(value.args[0])[-1])
+        image = moved.args[0]
+        return image if few and _reads_planes(value) and isinstance(image, relax.Var) else None
 
     def _operand(
         self, graph: Graph, expr: relax.Expr, shape: tuple[int, ...], together: int

@@ -160,3 +160,39 @@ def test_images_of_less_than_a_vector_stay_channels_last(network):
     body = lambda n, x: _after(n, x, lambda n, y: n.relu(y))  # noqa: E731
     assert sides(KeepPlanes()(network((1, 4, 4, 8), body)))["a"] == (0, 1)
     assert sides(KeepPlanes()(network((1, 3, 5, 8), body)))["a"] == (0, 0)
+
+
+@pytest.fixture
+def image(build, rng):
+    """`image(shape, body)`: a module of `body(Network, x)`, x channels last of an image [N, C, H, W]."""
+
+    def made(shape, body, axes=(0, 2, 3, 1)):
+        def moved(builder, x):
+            return body(Network(builder, rng), builder.emit(relax.op.permute_dims(x, axes)))
+
+        return build([shape], moved)
+
+    return made
+
+
+@pytest.mark.parametrize("grain", ["out:4", "element"])
+def test_an_image_is_read_in_the_planes_it_comes_in(image, rng, grain):
+    def body(net, x):
+        y = net.relu(net.conv(x, "stem", 16, kernel=3, stride=2, grain=grain))
+        return net.relu(net.conv(y, "next", 8))
+
+    mod = image((2, 3, 17, 23), body)
+    kept = KeepPlanes()(mod)
+    assert sides(kept) == {"stem": (1, 1), "next": (1, 0)}
+    x = rng.standard_normal((2, 3, 17, 23)).astype("float32")
+    (want,) = evaluate(mod, [x], references=REFERENCES)
+    np.testing.assert_allclose(_run(kept, x), want, rtol=1e-4, atol=1e-3)
+
+
+def test_an_image_of_many_channels_or_moved_otherwise_is_not(image):
+    body = lambda net, x: net.relu(net.conv(x, "stem", 16, kernel=3))  # noqa: E731
+    assert sides(KeepPlanes()(image((1, 3, 17, 17), body))) == {"stem": (1, 0)}
+    assert sides(KeepPlanes()(image((1, 4, 17, 17), body))) == {"stem": (0, 0)}
+    assert sides(KeepPlanes()(image((1, 17, 3, 17), body, (0, 3, 1, 2)))) == {"stem": (0, 0)}
+    strided = lambda net, x: net.relu(net.conv(x, "stem", 16, kernel=7, stride=4))  # noqa: E731
+    assert sides(KeepPlanes()(image((1, 3, 67, 67), strided))) == {"stem": (0, 0)}

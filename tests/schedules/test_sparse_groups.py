@@ -46,6 +46,7 @@ SAMPLES = {
     "elements": conv((1, 17, 15, 12), (6, 4, 3, 3), "element", 3),
     "dilated": conv((1, 13, 14, 8), (16, 4, 5, 5), "element", 2, dilation=(2, 1), padding=(2, 2, 2, 2)),
     "uneven_padding": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", 4, padding=(1, 0, 2, 1)),
+    "image": conv((2, 20, 37, 3), (20, 3, 7, 7), "out:4", 1, strides=(2, 2), padding=(3, 3, 3, 3)),
     "beyond_the_image": conv((1, 5, 6, 8), (8, 4, 3, 3), "out:4", 2, padding=(4, 3, 4, 3)),
 }  # fmt: skip
 
@@ -65,6 +66,17 @@ def test_other_tiers_and_threads(host_tiers, rng):
     check_planes(few, host_tiers[-1], rng)
     few["shared"] = (SAMPLES["plain"], sparse_groups.Point(4, 4, 7, splits=2), BETWEEN_PLANES)
     check_planes(few, host_tiers[0].with_threads(2), rng)
+
+
+def test_lines_of_large_outputs_are_fetched(host_tiers, rng):
+    """Bands of lines, whose tiles ask for the lines they are stored in; of what stays near none is asked for."""
+    far = conv((1, 230, 45, 3), (16, 3, 3, 3), "out:4", 1, density=0.2)
+    weight = sparse_weight(rng, far.w, far.grain, far.density)
+    assert "prefetch" in fused_kernel(far, weight, host_tiers[0], planes=BETWEEN_PLANES)[1].script()
+    near = sparse_weight(rng, SAMPLES["plain"].w, "out:4", 0.3)
+    kernel = fused_kernel(SAMPLES["plain"], near, host_tiers[0], planes=BETWEEN_PLANES)[1]
+    assert "prefetch" not in kernel.script()
+    check_planes({"far": (far, None, BETWEEN_PLANES)}, host_tiers[0], rng)
 
 
 def test_special_values_stay_in_their_group(host_tiers, rng):
@@ -89,6 +101,8 @@ def test_only_groups_between_planes_of_floats_are_taken():
     assert chosen() is sparse_groups
     assert chosen(block=1) is sparse_groups
     assert chosen(groups=1) is sparse_windows
+    assert chosen(groups=1, channels=3) is sparse_groups
+    assert chosen(groups=1, channels=4) is sparse_windows
     assert chosen(planes_in=False) is sparse_windows
     assert chosen(planes_out=False) is sparse_windows
     assert chosen(together=4) is sparse_windows
