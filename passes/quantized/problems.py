@@ -92,4 +92,6 @@ def sparse_problems() -> list[SampleProblem]:
         SampleProblem((1, 17, 64), (24, 64), 0, grain="block:8x4", density=0.1),
         SampleProblem((1, 130), (18, 130), 255, grain="block:4x4", density=0.4),
         SampleProblem((1, 3, 64), (40, 64), 9, grain="block:4x4", density=0.1),
+        SampleProblem((1, 330), (19, 330), 255, grain="in:4", density=0.6),
+        SampleProblem((3, 64), (21, 64), 7, grain="in:4", density=0.2),
     ]

@@ -153,7 +153,7 @@ def test_sums_are_exact(target, rng):
 @pytest.mark.parametrize("target", each_tier())
 def test_sparse_sums_are_exact(target, rng):
     samples = sparse_problems()
-    samples = samples if target is tiers()[0] else [samples[i] for i in (1, 6, 8)]
+    samples = samples if target is tiers()[0] else [samples[i] for i in (1, 6, 8, 10)]
     inputs = [np.zeros(s.x, "uint8") for s in samples]
     weights = [weight_of(s, rng) for s in samples]
     body = lambda bb, *xs: [layer(*of) for of in zip(samples, xs, weights)]  # noqa: E731
@@ -260,7 +260,7 @@ def test_pixels_read_as_signed_bytes(rng, monkeypatch):
     for module in (terms, int8_depthwise, sparse_elements, lowering, lowering_sparse):
         monkeypatch.setattr(module, "reads_signed_pixels", lambda target: True)
     samples = [dense_problems()[i] for i in (2, 10)] + depthwise_problems()[2:3]
-    samples += [sparse_problems()[i] for i in (2, 3, 8)]
+    samples += [sparse_problems()[i] for i in (2, 3, 8, 10)]
     check_samples(samples, tiers()[0], rng)
 
 
