@@ -72,11 +72,16 @@ def suits(problem: Problem) -> bool:
 
 
 def _lies_in_place(problem: Problem) -> bool:
-    """Whether planes are read where they lie, not from a panel: those of whole lines, long ones, and those of integers, which
-    are few."""
-    lines = 4 * problem.plane_in % LINE_BYTES == 0
-    long = problem.together > 1 or 4 * problem.plane_in >= _LONG_PLANE
-    return problem.between_alike and (lines or long)
+    """Whether planes are read where they lie, not from a panel: those of whole lines, and long ones.
+
+    Quads are few. Where one output channel alone uses what a load brings, loads should not straddle lines.
+    """
+    fits = 4 * problem.plane_in % LINE_BYTES == 0
+    if problem.together > 1:
+        fits = fits or problem.block > 1
+    else:
+        fits = fits or 4 * problem.plane_in >= _LONG_PLANE
+    return problem.between_alike and fits
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
