@@ -12,7 +12,7 @@ Where a branch's weights exceed the second-level cache and many tiles share them
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tvm import te, tirx
 
@@ -21,6 +21,7 @@ from schedules.errors import ScheduleError
 from schedules.fused import Fused, annotations
 from schedules.quadratic_contraction import SQUARED, combine
 from schedules.target import CpuTarget
+from schedules.winograd import Point
 from schedules.winograd_rows import RowEmitter
 
 __all__ = ["LOOPS", "Point", "Problem", "default_point", "define", "schedule", "sources_of"]
@@ -39,20 +40,13 @@ class Problem(winograd.Problem):
     form: str = "rgb"
 
 
-@dataclass(frozen=True)
-class Point(winograd.Point):
-    """With `order` "rows" it is the rows of the matrices that are outside, see `winograd_rows`."""
-
-    order: str = "panels"
-
-
 def default_point(problem: Problem, m: int, target: CpuTarget) -> Point:
     """The point that is expected to be fastest for F(m x m, 3 x 3)."""
     by_tiles = winograd.default_point(problem, m, target, len(problem.form))
     weights = 4 * (m + 2) ** 2 * problem.c * problem.o  # of one branch
     tiles = math.prod(problem.tiles(m))
     if by_tiles.chunk or weights <= target.l2_bytes or tiles < _LEAST_TILES:
-        return Point(**asdict(by_tiles))
+        return by_tiles
     # A row of a block's matrices stays in cache, beside the weights that pass through.
     lanes, vectors = target.lanes, by_tiles.vectors
     row_bytes = 4 * (m + 2) * (winograd_points.strides(1, problem.c)[0] + vectors * lanes)

@@ -51,7 +51,8 @@ class Point(Annotated):
     for all rows, so that their weights stay in the first-level cache. `rows` divides `block` then.
 
     `order`: whether the (m+2)^2 matrices of the input pass through one "panels" of weights after another, which suits
-    weights that stay near, or the panels through one of the "entries" after another, which reads each matrix once."""
+    weights that stay near, or the panels through one of the "entries" after another, which reads each matrix once.
+    `quadratic_winograd` has a third, "rows" of entries (`winograd_rows`)."""
 
     m: int
     block: int
