@@ -12,6 +12,7 @@ A row whose scores are all -inf (fully masked) gives zeros, as `torch.nn.functio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import te, tirx
@@ -38,7 +39,7 @@ from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 
 LOOPS = "attention"
-_STAGES = 7  # blocks of the definition
+STAGES = 7  # blocks of the definition
 # Cycles besides the sums: to fill, empty and store a tile; per block of rows.
 _TILE_CYCLES, _BLOCK_CYCLES = 30, 200
 
@@ -125,6 +126,14 @@ def _tile_of(block: int, columns: int, steps: int, target: CpuTarget) -> tuple[f
 def define_attention(q, k, v, bias, problem: Problem, point: Point):
     """te: the output [B, Sq, H, Dv]; `bias` is a tensor of shape `problem.bias`, or None."""
     p = problem
+    notes = annotations(LOOPS, problem=p.to_dict(), point=point.to_dict(), flops=p.flops)
+    shape = (p.batch, p.q_len, p.heads, p.value_depth)
+    return te.compute(shape, attend(q, k, v, bias, p), name="attention", attrs=notes)
+
+
+def attend(q: Callable, k: Callable, v: Callable, bias, problem: Problem) -> Callable:
+    """te: the output's element at (b, i, h, e), of what reads q, k and v at (b, i, h, d): tensors, or functions."""
+    p = problem
     scores_shape = (p.batch, p.heads, p.q_len, p.k_len)
     d, j, s, t = (
         te.reduce_axis((0, n), name=x)
@@ -157,9 +166,8 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
     total = te.compute(
         scores_shape[:3], lambda b, h, i: te.sum(weights(b, h, i, s), axis=s), name="total"
     )
-    shape = (p.batch, p.q_len, p.heads, p.value_depth)
     weighted = te.compute(
-        shape,
+        (p.batch, p.q_len, p.heads, p.value_depth),
         lambda b, i, h, e: te.sum(weights(b, h, i, t) * v(b, t, h, e), axis=t),
         name="weighted",
     )
@@ -168,8 +176,7 @@ def define_attention(q, k, v, bias, problem: Problem, point: Point):
         divisor = total(b, h, i)
         return weighted(b, i, h, e) * tirx.Select(divisor == zero, zero, one / divisor)
 
-    notes = annotations(LOOPS, problem=p.to_dict(), point=point.to_dict(), flops=p.flops)
-    return te.compute(shape, normalized, name="attention", attrs=notes)
+    return normalized
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -178,7 +185,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         Problem.from_dict(fused.point["problem"]),
         Point.from_dict(fused.point["point"]),
     )
-    with emitting(fused, _STAGES) as (kernel, (q, k, *bias, v)):
+    with emitting(fused, STAGES) as (kernel, (q, k, *bias, v)):
         _Emitter(kernel, problem, point, target, q, k, v, bias[0] if bias else None).emit()
     return kernel.func
 

@@ -9,6 +9,7 @@ Sums are kept for every column of a padded line; those beyond the output's width
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class Point(Annotated):
 _AHEAD = 2
 # Vectors that begin in the last columns of a plane end within this many elements of it.
 _SLACK = 16
+# Of a stride, each with code of its own to fill its part of a panel.
+_MOST_PHASES = 16
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,11 @@ def suits(problem: Problem) -> bool:
     """Whether this is the kernel to use: more than one tap and blocks of output channels.
 
     Their multiplications hide the unaligned loads, while one channel alone is bound by its loads and does better with
-    aligned panel rows, unless the image has so few channels that packing a row for each tap would take longer.
+    aligned panel rows, unless the image has so few channels that packing a row for each tap would take longer. Windows that
+    lie far apart share few pixels, or none, and each phase of a stride is code of its own.
     """
-    blocks = problem.taps > 1 and (problem.block > 1 or problem.channels < 4)
+    few_phases = math.prod(problem.strides) <= _MOST_PHASES
+    blocks = problem.taps > 1 and few_phases and (problem.block > 1 or problem.channels < 4)
     # Planes are copied into padded planes, whatever the kernel and stride, and written line by line.
     between_planes = problem.planes_out and problem.taps > 1
     return blocks or between_planes or (problem.planes_in and not problem.pointwise)

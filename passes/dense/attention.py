@@ -20,7 +20,7 @@ from passes.lower import call_te
 from schedules import attention
 from schedules.target import CpuTarget
 
-_CAUSAL = {"": "", "TopLeft": "top_left", "BottomRight": "bottom_right"}
+CAUSAL = {"": "", "TopLeft": "top_left", "BottomRight": "bottom_right"}
 
 
 def problem_of(call: relax.Call) -> attention.Problem | None:
@@ -38,7 +38,7 @@ def problem_of(call: relax.Call) -> attention.Problem | None:
     full = (batch, heads, q_len, k_len)
     if bias and (bias_shape[3] != k_len or any(b not in (1, f) for b, f in zip(bias_shape, full))):
         return None
-    causal = _CAUSAL[str(call.attrs.causal_mask or "")]
+    causal = CAUSAL[str(call.attrs.causal_mask or "")]
     return attention.Problem(
         batch, q_len, k_len, heads, depth, shape_of(v)[3], _scale(call, depth), causal, bias_shape
     )

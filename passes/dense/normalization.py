@@ -3,7 +3,7 @@
 
     rewrite: y = relax.nn.layer_norm(x, gamma, beta)  ->  y = call_tir(layer_norm, (x, gamma, beta))
 
-float32; a normalisation over anything but the last axis is left to TVM.
+float32; a normalisation over anything but the last axis, or the channels of planes [N, C, P], is left to TVM.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ def _is_float32(*exprs) -> bool:
     return all(str(e.ty.dtype) == "float32" for e in exprs)
 
 
-def _over_last_axis(call: relax.Call) -> bool:
+def _axis(call: relax.Call) -> int | None:
+    """The axis of a normalisation that the kernel covers: -1, or 1 of three; else None."""
     rank = len(shape_of(call.args[0]))
-    return [int(a) % rank for a in call.attrs.axes] == [rank - 1]
+    axes = [int(a) % rank for a in call.attrs.axes]
+    if axes == [rank - 1]:
+        return -1
+    return 1 if rank == 3 and axes == [1] else None
 
 
 def lower_layer_norm(
     bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
 ) -> relax.Expr | None:
-    """relax.nn.layer_norm over the last axis."""
+    """relax.nn.layer_norm over the last axis, or over planes."""
     x, gamma, beta = call.args
-    if not (_is_float32(x, gamma, beta) and _over_last_axis(call)):
+    axis = _axis(call)
+    if axis is None or not _is_float32(x, gamma, beta):
         return None
     if not (bool(call.attrs.center) and bool(call.attrs.scale)):
         return None
-    point = layer_norm.Point(epsilon=float(call.attrs.epsilon))
+    point = layer_norm.Point(epsilon=float(call.attrs.epsilon), axis=axis)
     return call_te(
         bb, lambda *t: layer_norm.define_layer_norm(*t, point), x, gamma, beta, hint="layer_norm"
     )
@@ -46,11 +51,12 @@ def lower_layer_norm(
 def lower_rms_norm(
     bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget
 ) -> relax.Expr | None:
-    """relax.nn.rms_norm over the last axis."""
+    """relax.nn.rms_norm over the last axis, or over planes."""
     x, weight = call.args
-    if not (_is_float32(x, weight) and _over_last_axis(call)):
+    axis = _axis(call)
+    if axis is None or not _is_float32(x, weight):
         return None
-    point = layer_norm.Point(epsilon=float(call.attrs.epsilon), centered=False)
+    point = layer_norm.Point(epsilon=float(call.attrs.epsilon), centered=False, axis=axis)
     return call_te(bb, lambda *t: layer_norm.define_rms_norm(*t, point), x, weight, hint="rms_norm")
 
 

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from passes.family import Family
+from passes.sparse.attention_planes import (
+    ATTENTION_PLANES,
+    attention_of_planes,
+    lower_attention_planes,
+)
 from passes.sparse.detect import found
-from passes.sparse.lowering import lower_mean_of_planes, lower_sparse
-from passes.sparse.operators import MEAN_OF_PLANES, SPARSE_CONV2D, SPARSE_DENSE, register
+from passes.sparse.lowering import lower_mean_of_planes, lower_sparse, lower_transpose
+from passes.sparse.operators import MEAN_OF_PLANES, SPARSE_CONV2D, SPARSE_DENSE, TRANSPOSE, register
 from passes.sparse.prune import check, prune_layer
-from passes.sparse.reference import mean_of_planes, sparse_conv2d, sparse_dense
+from passes.sparse.reference import mean_of_planes, sparse_conv2d, sparse_dense, transpose
 from passes.sparse.rewrite import rewrite
 from passes.sparse.samples import samples
 from passes.sparse.treat import PARAMETERS
@@ -19,12 +24,16 @@ FAMILY = Family(
     lowerings={
         SPARSE_CONV2D: lower_sparse,
         SPARSE_DENSE: lower_sparse,
+        ATTENTION_PLANES: lower_attention_planes,
         MEAN_OF_PLANES: lower_mean_of_planes,
+        TRANSPOSE: lower_transpose,
     },
     references={
         SPARSE_CONV2D: sparse_conv2d,
         SPARSE_DENSE: sparse_dense,
+        ATTENTION_PLANES: attention_of_planes,
         MEAN_OF_PLANES: mean_of_planes,
+        TRANSPOSE: transpose,
     },
     parameters=PARAMETERS,
     prune=prune_layer,

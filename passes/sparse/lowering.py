@@ -23,6 +23,7 @@ from schedules import (
     sparse_planes,
     sparse_vector,
     sparse_windows,
+    transposition,
 )
 from schedules.fused import annotations
 from schedules.spaces import point_for
@@ -57,6 +58,16 @@ def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     problem = problem_of(call)
     structure = structure_for(problem)
     return lower_at(bb, call, problem, structure, point_for(structure, problem, target))
+
+
+def lower_transpose(bb: relax.BlockBuilder, call: relax.Call, _target: CpuTarget) -> relax.Expr:
+    """`kerf.transpose`."""
+    attrs = attrs_of(call)
+
+    def define(x):
+        return transposition.define_transposition(x, attrs["rows"], attrs["columns"])
+
+    return call_te(bb, define, call.args[0], hint="transpose")
 
 
 def lower_mean_of_planes(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:

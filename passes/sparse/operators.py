@@ -8,10 +8,11 @@ The weight stays dense, zeros included, until it is lowered: it is the definitio
 
 Between such operators activations may lie in planes [N, C, H * W] ([1, C, rows] of a matrix product), one per channel
 (`passes/sparse/keep_planes.py`): attributes `planes_in` and `planes_out` say which of x and y do, `image` what x is
-channels last: [N, H, W], or the leading axes of a matrix. The plane of an image ends with a whole cache line, in which it
-repeats its last pixel, so that every vector of it is loaded from one line. The planes of integer layers are of quads of
+channels last: [N, H, W], or the leading axes of a matrix. A plane ends with a whole cache line, in which it repeats
+its last pixel, so that every vector of it is loaded from one line. The planes of integer layers are of quads of
 channels, [N, C / 4, H * W, 4], and end with the image.
 
+`kerf.transpose(x)`        y[0, j, i] = x[min(i, I - 1), j], [1, `rows`, `columns`]: rows made planes, or planes rows
 `kerf.mean_of_planes(x)`   the mean of the first `pixels` of each plane, [N, C, 1]
 """
 
@@ -37,6 +38,7 @@ from schedules.windows import LINE_BYTES
 SPARSE_CONV2D = "kerf.sparse_conv2d"
 SPARSE_DENSE = "kerf.sparse_dense"
 MEAN_OF_PLANES = "kerf.mean_of_planes"
+TRANSPOSE = "kerf.transpose"
 
 # Floats of a cache line, on every target.
 _LINE = LINE_BYTES // 4
@@ -48,6 +50,7 @@ def register() -> None:
     register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
     register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
+    register_operator(TRANSPOSE, _infer_transpose)
 
 
 def sparse_call(call: relax.Call, grain: str) -> relax.Call:
@@ -83,7 +86,7 @@ def planes_shape(images: int, channels: int, pixels: int, together: int = 1) -> 
 def _plane_of(image: tuple[int, ...], together: int) -> int:
     """Pixels of a plane of an image [N, H, W] or of the rows of a matrix, with what lies behind them."""
     pixels = math.prod(image[1:]) if len(image) == 3 else math.prod(image)
-    return -(-pixels // _LINE) * _LINE if len(image) == 3 and together == 1 else pixels
+    return -(-pixels // _LINE) * _LINE if together == 1 else pixels
 
 
 def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
@@ -113,6 +116,25 @@ def mean_of_planes(x: relax.Expr, pixels: int) -> relax.Call:
     """The mean of the first `pixels` elements of each plane, [N, C, 1]."""
     register()
     return operator_call(MEAN_OF_PLANES, [x], pixels=pixels)
+
+
+def rows_to_planes(x: relax.Expr) -> relax.Call:
+    """Rows [..., C] as planes [1, C, plane]."""
+    register()
+    *image, channels = shape_of(x)
+    return operator_call(TRANSPOSE, [x], rows=channels, columns=_plane_of((math.prod(image),), 1))
+
+
+def planes_to_rows(x: relax.Expr, shape: tuple[int, ...]) -> relax.Call:
+    """Planes [1, C, plane] as rows of that shape."""
+    register()
+    rows = operator_call(TRANSPOSE, [x], rows=math.prod(shape[:-1]), columns=shape[-1])
+    return relax.op.reshape(rows, shape)
+
+
+def _infer_transpose(call: relax.Call) -> relax.TensorType:
+    attrs = attrs_of(call)
+    return relax.TensorType((1, attrs["rows"], attrs["columns"]), call.args[0].ty.dtype)
 
 
 def _infer_mean_of_planes(call: relax.Call) -> relax.TensorType:

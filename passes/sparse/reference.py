@@ -20,6 +20,13 @@ def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return convolve_packed(attrs, x, pack(w, attrs["grain"]))
 
 
+def transpose(attrs: dict, x: np.ndarray) -> np.ndarray:
+    """`kerf.transpose`: the columns of a matrix, its last row repeated where there are more."""
+    rows = x.reshape(-1, x.shape[-1])
+    last = np.minimum(np.arange(int(attrs["columns"])), len(rows) - 1)
+    return rows[last, : int(attrs["rows"])].T[None]
+
+
 def mean_of_planes(attrs: dict, x: np.ndarray) -> np.ndarray:
     """The mean of the first attrs["pixels"] elements of each plane of x [N, C, >= pixels]: [N, C, 1]."""
     return x[..., : attrs["pixels"]].mean(axis=-1, keepdims=True)

@@ -40,6 +40,27 @@ def test_layer_norm_equals_float64(run, rng, host_tiers, shape):
         np.testing.assert_allclose(ran.output, _layer_norm(x, gamma, beta, 1e-5), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1, 33, 17), (2, 7, 5), (3, 16, 1), (1, 1, 40), (1, 130, 65)])
+@pytest.mark.parametrize("centered", [True, False])
+def test_norms_of_planes_equal_float64(run, rng, host_tiers, shape, centered):
+    x = (rng.standard_normal(shape) + 10).astype(np.float32)
+    gamma, beta = rng.standard_normal((2, shape[1])).astype(np.float32)
+    build = {
+        True: lambda bb, x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1], epsilon=1e-5),
+        False: lambda bb, x, g: relax.op.nn.rms_norm(x, g, axes=[1], epsilon=1e-5),
+    }[centered]
+    rows = x.transpose(0, 2, 1).astype(np.float64)
+    want = (
+        _layer_norm(rows, gamma, beta, 1e-5)
+        if centered
+        else rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * gamma
+    )
+    for target in host_tiers:
+        ran = run(build, [x, gamma, beta][: 3 if centered else 2], LOWERINGS, target)
+        assert list(ran.loops.values()) == ["layer_norm"]
+        np.testing.assert_allclose(ran.output, want.transpose(0, 2, 1), rtol=0, atol=1e-4)
+
+
 def test_layer_norm_of_small_numbers_is_accurate(run, rng, host_tiers):
     x = rng.standard_normal((9, 50)).astype(np.float32)
     gamma, beta = rng.standard_normal((2, 50)).astype(np.float32)
