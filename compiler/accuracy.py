@@ -289,7 +289,7 @@ def hold(
 
     `first` is the build of `treatments`; `build(treatments)` makes another and `measure(build)` its accuracy. The family's
     parameter `keep_float` says how many of the most sensitive layers stay float32: doubled until the limit holds, then the
-    fewest that do are found by halving. With none left in bytes the build is dense and the drop zero.
+    fewest that do are found by halving. With none left in bytes, what is lost is lost by other families.
     """
     found = measure(first)
     able = [n for n, t in treatments.items() if t.family == "int8"]
