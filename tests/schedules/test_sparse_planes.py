@@ -38,7 +38,7 @@ def to_planes(x: np.ndarray, sample: SampleProblem) -> np.ndarray:
     """A channels-last tensor of a layer as planes, one per channel, that repeat their last pixel to the end of a line."""
     images = x.shape[0] if sample.attrs else 1
     planes = x.reshape(images, -1, x.shape[-1]).transpose(0, 2, 1)
-    behind = -planes.shape[-1] % 16 if x.ndim == 4 else 0
+    behind = -planes.shape[-1] % 16
     return np.pad(planes, ((0, 0), (0, 0), (0, behind)), mode="edge")
 
 
