@@ -386,3 +386,15 @@ def test_an_anchor_with_other_arguments_is_refused(host_tiers):
     y = tvm.te.compute((4, 4), lambda i, j: x[i, j] * 2.0, attrs=notes)
     with pytest.raises(ScheduleError, match="arguments"):
         sparse_planes.schedule(Fused.read(tvm.te.create_prim_func([x, y])), host_tiers[0])
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, structure", [(16, 16, sparse_planes), (7, 4, sparse_windows)]
+)
+def test_windows_far_apart_are_packed_tap_by_tap(kernel, stride, structure):
+    """The patches of a vision transformer: code of its own for each of 256 phases took minutes to compile."""
+    out = (64 - kernel) // stride + 1
+    problem = Problem(
+        1, 64, 64, 3, 16, out, out, (kernel, kernel), (stride, stride), block=4, stored=4
+    )
+    assert lowering.structure_for(problem) is structure
