@@ -21,9 +21,8 @@ from tvm.tirx.script.builder import ir as T
 from schedules.annotated import Annotated
 from schedules.emission import ramp
 from schedules.fused import Fused
-from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import columns_of, scratch
-from schedules.sparse_planes import Planes
+from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, tiles_of
@@ -129,13 +128,7 @@ def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_chain`."""
-    problem, point = (
-        Problem.from_dict(fused.point["problem"]),
-        Point.from_dict(fused.point["point"]),
-    )
-    with fused.emit() as kernel:
-        _Chain(kernel, problem, point, target, elements_of(fused.point, target)).emit()
-    return kernel.func
+    return emitted(fused, target, Point, _Chain)
 
 
 class _Chain(Planes):
@@ -287,13 +280,10 @@ class _Chain(Planes):
     @contextmanager
     def _tiles(self):
         """A loop over the tiles of a panel; (vectors of one, the most it has)."""
-        tiles, most, large = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
-        with T.serial(0, tiles) as tile:
-            vectors, self.tile = most, T.Bind(tile * (most * self.lanes))
-            if large < tiles:
-                vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
-                self.tile = T.Bind(self.tile - tirx.max(tile - large, 0) * self.lanes)
-            yield vectors, most
+        division = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
+        with T.serial(0, division[0]) as tile:
+            self.tile, vectors = self._tile(tile, division)
+            yield vectors, division[1]
 
     def _fetch_ahead(self, panel, n, width: int) -> None:
         p = self.problem

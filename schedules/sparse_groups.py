@@ -18,9 +18,8 @@ from tvm.tirx.script.builder import ir as T
 from schedules.annotated import Annotated
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
-from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import columns_of, scratch
-from schedules.sparse_planes import Planes
+from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, tiles_of
@@ -89,13 +88,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_groups`."""
-    problem, point = (
-        Problem.from_dict(fused.point["problem"]),
-        Point.from_dict(fused.point["point"]),
-    )
-    with fused.emit() as kernel:
-        _Groups(kernel, problem, point, target, elements_of(fused.point, target)).emit()
-    return kernel.func
+    return emitted(fused, target, Point, _Groups)
 
 
 class _Groups(Planes):
@@ -166,7 +159,7 @@ class _Groups(Planes):
         """The output channels of a group, `rows` at a time, for all tiles of a band."""
         p, rows = self.problem, self.point.rows
         blocks = p.outputs // p.groups // p.block
-        count, most, large = tiles
+        count, most, _ = tiles
         with T.serial(0, blocks) as b:
             at = T.Bind(group * blocks + b)
             span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
@@ -174,12 +167,7 @@ class _Groups(Planes):
             with T.serial(0, p.block // rows) as half:
                 channel = T.Bind(block * p.block + half * rows)
                 with T.serial(0, count) as tile:
-                    first, vectors = T.Bind(tile * (most * self.lanes)), most
-                    if large < count:
-                        vectors = T.Bind(
-                            tirx.Select(tile < large, T.int32(most), T.int32(most - 1))
-                        )
-                        first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
+                    first, vectors = self._tile(tile, tiles)
                     self.first = first
                     lead = (self.first_line + first // self.window.line) * p.out_width
                     self._fetch_planes(channel, lead + first % self.window.line, most)

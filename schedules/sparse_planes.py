@@ -88,12 +88,15 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_planes`."""
-    problem, point = (
-        Problem.from_dict(fused.point["problem"]),
-        Point.from_dict(fused.point["point"]),
-    )
+    return emitted(fused, target, Point, Planes)
+
+
+def emitted(fused: Fused, target: CpuTarget, points: type, kernels: type) -> tirx.PrimFunc:
+    """The kernel of a fused function, whose anchor holds one of `points`, by an emitter of the class `kernels`."""
+    problem = Problem.from_dict(fused.point["problem"])
+    point = points.from_dict(fused.point["point"])
     with fused.emit() as kernel:
-        Planes(kernel, problem, point, target, elements_of(fused.point, target)).emit()
+        kernels(kernel, problem, point, target, elements_of(fused.point, target)).emit()
     return kernel.func
 
 
@@ -168,16 +171,13 @@ class Planes(Stores):
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
         images, pixels = (p.batch, p.image_pixels) if self.by_image else (1, p.pixels)
-        tiles, most, large = tiles_of(pixels, lanes, self.point.vectors)
+        division = tiles, most, _ = tiles_of(pixels, lanes, self.point.vectors)
         tasks = images * tiles * splits
         loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
         with loop(0, tasks) as task:
             tile, share = T.Bind(task // splits % tiles), task % splits
             self.image = T.Bind(task // splits // tiles)
-            vectors, first = most, T.Bind(tile * (most * lanes))
-            if large < tiles:
-                vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
-                first = T.Bind(first - tirx.max(tile - large, 0) * lanes)
+            first, vectors = self._tile(tile, division)
             panel = scratch(p.panel_rows * most * lanes, self.elements.dtype)
             sums = scratch(self._sums_size(most), self.elements.dtype)
             width = T.Bind(vectors * lanes) if vectors is not most else most * lanes
@@ -200,6 +200,15 @@ class Planes(Stores):
         if not self.by_image:
             return first + vector * self.lanes
         return self.image * self.problem.image_pixels + self._start(first, vector)
+
+    def _tile(self, tile, division: tuple[int, int, int]) -> tuple:
+        """Where tile number `tile` of a `division` (`tiles_of`) begins, and how many vectors it has."""
+        tiles, most, large = division
+        first, vectors = T.Bind(tile * (most * self.lanes)), most
+        if large < tiles:
+            vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
+            first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
+        return first, vectors
 
     def _either(self, vectors, most: int, body) -> None:
         """`body(number of vectors)` for a tile of `most` of them, or one less."""

@@ -21,9 +21,8 @@ from schedules.annotated import Annotated
 from schedules.byte_stores import quads_of
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
-from schedules.sparse_elements import elements_of
 from schedules.sparse_panel import columns_of, scratch, small
-from schedules.sparse_planes import Planes
+from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
@@ -132,13 +131,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_windows`."""
-    problem, point = (
-        Problem.from_dict(fused.point["problem"]),
-        Point.from_dict(fused.point["point"]),
-    )
-    with fused.emit() as kernel:
-        _Windows(kernel, problem, point, target, elements_of(fused.point, target)).emit()
-    return kernel.func
+    return emitted(fused, target, Point, _Windows)
 
 
 class _Windows(Planes):
@@ -158,7 +151,7 @@ class _Windows(Planes):
         count = bands(p, self.lines)
         loop = T.parallel if self.threads > 1 and p.batch * count * splits > 1 else T.serial
         flat = (self.lines - 1) * window.line + p.out_width
-        tiles, most, large = tiles_of(flat, lanes, self.point.vectors)
+        division = tiles, most, _ = tiles_of(flat, lanes, self.point.vectors)
         self.band = -(-flat // lanes) * lanes
         with loop(0, p.batch * count * splits) as task:
             share = task % splits
@@ -177,30 +170,23 @@ class _Windows(Planes):
             else:
                 self._pack_band(panel)
             if p.planes_out:
-                self._compute_band(panel, sums, tiles, most, large, share)
+                self._compute_band(panel, sums, division, share)
             else:
                 with T.serial(0, tiles) as tile:
-                    first, vectors = self._tile(tile, tiles, most, large)
+                    first, vectors = self._tile(tile, division)
                     self.first = first
                     self._compute(panel, sums, first, vectors, most, share)
 
     def _stores_once(self) -> bool:
         return super()._stores_once() if self.problem.planes_out else self._stores_channels_once()
 
-    def _tile(self, tile, tiles: int, most: int, large: int):
-        """Where a tile of a band begins, and how many vectors it has."""
-        vectors, first = most, T.Bind(tile * (most * self.lanes))
-        if large < tiles:
-            vectors = T.Bind(tirx.Select(tile < large, T.int32(most), T.int32(most - 1)))
-            first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
-        return first, vectors
-
-    def _compute_band(self, panel, sums, tiles: int, most: int, large: int, share) -> None:
+    def _compute_band(self, panel, sums, division: tuple[int, int, int], share) -> None:
         """The share-th part of the output channels of a whole band, stored line by line into their planes."""
+        tiles, most, _ = division
         with T.serial(*self._share_of_parts(share)) as part:
             first_channel, channels = self._part(part)
             with T.serial(0, tiles) as tile:
-                first, vectors = self._tile(tile, tiles, most, large)
+                first, vectors = self._tile(tile, division)
                 self.first = first
 
                 def multiply(count: int, first=first) -> None:
