@@ -63,6 +63,16 @@ def _typed(dtype: str, infer=None):
     return typed
 
 
+def _infer_floats_of_bytes(call: relax.Call) -> relax.TensorType:
+    """float32, of uint8 (the last argument) only: who looks at a call may count on 256 values. Raises KerfError."""
+    x = call.args[-1].ty
+    if str(x.dtype) != "uint8":
+        raise KerfError(
+            "reads bytes", where=call.op.name, found=f"a tensor of {x.dtype}", wanted="uint8"
+        )
+    return relax.TensorType(x.shape, "float32")
+
+
 def _infer_average_pool(call: relax.Call) -> relax.TensorType:
     attrs, x = attrs_of(call), shape_of(call.args[0])
     if "image" in attrs:  # the mean of whole planes
@@ -83,10 +93,10 @@ def register() -> None:
         register_operator(name, _typed("int32", functools.partial(infer, together=QUAD)))
     register_operator(INT8_AVERAGE_POOL, _infer_average_pool)
     register_operator(QUANTIZE, _typed("uint8"), elementwise=True)
-    register_operator(DEQUANTIZE, _typed("float32"), elementwise=True)
+    register_operator(DEQUANTIZE, _infer_floats_of_bytes, elementwise=True)
     register_operator(QUANTIZE_DYNAMIC, _typed("uint8"), elementwise=True)
     register_operator(STEPS, _typed("float32"), elementwise=True)
-    register_operator(DEQUANTIZE_ADD, _typed("float32"), elementwise=True)
+    register_operator(DEQUANTIZE_ADD, _infer_floats_of_bytes, elementwise=True)
 
 
 def largest_sum(weight: np.ndarray, zero_point: int) -> int:

@@ -465,6 +465,17 @@ def test_operands_that_are_refused(rng):
         int8.quantize(w, scale=0.0, zero_point=0)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float32"])
+def test_only_bytes_are_dequantized(rng, dtype):
+    x = np.ones((2, 3), dtype)
+    for made in (
+        lambda bb, x: [int8.dequantize(x, scale=0.1, zero_point=0)],
+        lambda bb, x: [int8.dequantize_add(bb.emit(op.astype(x, "float32")), x, scale=0.1, zero_point=0)],
+    ):  # fmt: skip
+        with pytest.raises(KerfError, match=f"reads bytes.*{dtype}.*uint8"):
+            graph(made, [x])
+
+
 def test_largest_sum_is_reached(rng):
     w = rng.integers(-128, 128, (3, 50)).astype("int8")
     for zero_point in (0, 77, 255):
