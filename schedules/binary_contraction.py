@@ -42,7 +42,7 @@ from schedules.bit_words import WORD_BITS, BitCounter, lane_mask
 from schedules.emission import pieces
 from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
-from schedules.windows import RowTiles, loop, span, splat, unravel, vectors
+from schedules.windows import LINE_WORDS, RowTiles, loop, span, splat, unravel, vectors
 
 __all__ = [
     "Point",
@@ -50,8 +50,6 @@ __all__ = [
     "default_point",
     "schedule",
 ]  # what `spaces.point_for` takes from a loop structure
-
-_LINE = 16  # words of a cache line
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -129,7 +127,7 @@ class BinaryContraction:
             self._add_up_parities()
         if not self.parallel:
             size = math.prod(int(d) for d in self.w.shape[1:])
-            self.kept = T.sblock_alloc_buffer((size + _LINE,), "uint32")
+            self.kept = T.sblock_alloc_buffer((size + LINE_WORDS,), "uint32")
             T.buffer_store(self.kept, T.uint32(0), [size])  # out here, so that it is allocated once
         units, _ = row_units(self.problem, self.point.mr)
         rows = self.point.rows or units
@@ -197,7 +195,7 @@ class BinaryContraction:
 
         def add_up(at: list, group, first, count: int) -> None:
             before = None
-            for offset, width in pieces(count - count % 2, _LINE):
+            for offset, width in pieces(count - count % 2, LINE_WORDS):
                 parities = _parities(T.bind(words(at, group, first + offset, width)), width)
                 if before is not None:
                     parities = T.bind(parities ^ splat(before, width // 2))
@@ -223,7 +221,7 @@ class BinaryContraction:
         shape, lanes = tuple(int(d) for d in self.w.shape)[1:], self.point.lanes
         size = math.prod(shape)
         if self.parallel:
-            self.kept = T.alloc_buffer((size + _LINE,), "uint32")
+            self.kept = T.alloc_buffer((size + LINE_WORDS,), "uint32")
         with T.serial(0, size // lanes) as i:
             at = [panel.index, *unravel(i * lanes, shape)]
             at[-1] = span(at[-1], lanes)
@@ -245,7 +243,7 @@ class BinaryContraction:
 
     def _tile(self, pixels: _Pixels, panel: _Panel) -> None:
         lanes, mr = self.point.lanes, self.point.mr
-        behind = int(self.kept.shape[0]) - _LINE + tirx.floormod(pixels.base, _LINE)
+        behind = int(self.kept.shape[0]) - LINE_WORDS + tirx.floormod(pixels.base, LINE_WORDS)
         T.buffer_store(self.kept, T.uint32(0), [behind])
         if not self.packs:
             for v, (_, stored) in enumerate(vectors(panel.channels, lanes)):

@@ -9,9 +9,7 @@ import tvm
 
 from schedules.contraction_point import OUTPUT, Point, panels_per_group
 from schedules.fused import Emission
-from schedules.windows import LINE_BYTES, Problem, prefetch, unravel
-
-_LINE = LINE_BYTES // 4  # elements in a cache line
+from schedules.windows import LINE_BYTES, LINE_WORDS, Problem, prefetch, unravel
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,16 @@ class FetchesAhead:
             at = (panel.index, *w_index(steps))
         share = -(-steps * self.panel_weights // self.tiles)
         per_step = -(-self.panel_weights // self.tiles)
-        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            offset = pixels.tile * share + k * per_step + line * _LINE
+        for line in range(-(-per_step * min(self.point.unroll, steps) // LINE_WORDS)):
+            offset = pixels.tile * share + k * per_step + line * LINE_WORDS
             prefetch(self.terms.weight_byte((*at, offset)))
 
     def _prefetch_pixels(self, panel: Panel, pixels: Pixels, steps: int, k) -> None:
         """This iteration's share of the next tile's pixels, which lie one after the other."""
         panels = panels_per_group(self.problem, self.point)
         per_step = -(-self.point.mr * self.problem.c // (panels * steps))
-        for line in range(-(-per_step * min(self.point.unroll, steps) // _LINE)):
-            offset = (panel.number * steps + k) * per_step + line * _LINE
+        for line in range(-(-per_step * min(self.point.unroll, steps) // LINE_WORDS)):
+            offset = (panel.number * steps + k) * per_step + line * LINE_WORDS
             ahead = unravel(pixels.base + self.point.mr, self.x_lead)
             prefetch(self.terms.pixel_byte((*ahead, offset)))
 

@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from schedules.annotated import Annotated
 
 LINE_BYTES = 64  # of a cache line
+LINE_WORDS = LINE_BYTES // 4  # floats of one, or other numbers of 32 bits
 
 
 @dataclass(frozen=True)

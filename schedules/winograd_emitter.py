@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +24,10 @@ from schedules.emission import (
 )
 from schedules.lanes import broadcast
 from schedules.target import CpuTarget
-from schedules.windows import prefetch
+from schedules.windows import LINE_WORDS, prefetch
 from schedules.winograd_matrices import matrices
 from schedules.winograd_points import Point, Problem, strides
 from schedules.winograd_transforms import linear, transform
-
-__all__ = ["Emitter"]
-
-_LINE = 16  # floats in a cache line
 
 
 @dataclass(frozen=True)
@@ -64,39 +61,50 @@ class Emitter:
         self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
         self.strides = strides(self.size, self.problem.c)
         self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk))
+        self.blocks = -(-self.tiles // self.point.block)
+        self.parallel = runs_parallel(
+            self.target, 2, 2 * self.tiles * self.problem.c * self.problem.o
+        )
+        # Threads share out blocks, or the panels of each.
+        by_blocks = self.point.divide == "tiles" and self.blocks > 1
+        self.by_channels = self.parallel and not by_blocks
         # Else the last vectors of a pixel's outputs overlap, and the second would read what the first has stored.
         if self.problem.o % self.point.lanes == 0:
             self.kernel.write_over_residual()
 
     def emit(self) -> None:
-        problem, point = self.problem, self.point
-        blocks = -(-self.tiles // point.block)
-        parallel = runs_parallel(self.target, 2, 2 * self.tiles * problem.c * problem.o)
-        by_tiles = parallel and point.divide == "tiles" and blocks > 1
-        by_channels = parallel and not by_tiles
-        whole, rest = divmod(problem.o, point.panel)
-        span = self._span(whole, by_channels)
-        with loop(blocks, parallel=by_tiles) as block:
-            base = tirx.min(block * point.block, self.tiles - point.block)
-            self.fresh = block * point.block  # the first tile that no block before has computed
+        point = self.point
+        whole, rest = divmod(self.problem.o, point.panel)
+        with self._blocks():
+            span = self._span(whole)
             v = workspace(point.block * self.strides[1])
             kept: dict = {}
             for source, branches in enumerate(self.groups):
-                with loop(point.block, parallel=by_channels) as tile:
-                    self._transform_input(v, base, tile, source)
+                with loop(point.block, parallel=self.by_channels) as tile:
+                    self._transform_input(v, tile, source)
                 if source + 1 < len(self.groups):
                     kept |= {b: self._keep(whole + bool(rest)) for b in branches}
                 if whole:
-                    with loop(whole // span, parallel=by_channels) as part:
+                    with loop(whole // span, parallel=self.by_channels) as part:
                         panels = Span(part * span, span, span * point.panel)
-                        self._emit_span(v, base, panels, branches, kept)
+                        self._emit_span(v, panels, branches, kept)
                 if rest:
                     panels = Span(tirx.const(whole, "int32"), 1, rest)
-                    self._emit_span(v, base, panels, branches, kept)
+                    self._emit_span(v, panels, branches, kept)
 
-    def _span(self, panels: int, by_channels: bool) -> int:
+    @contextmanager
+    def _blocks(self):
+        """A loop over blocks of tiles, from tile `base` each, of which `fresh` is the first that no block before has
+        computed."""
+        size = self.point.block
+        with loop(self.blocks, parallel=self.parallel and not self.by_channels) as block:
+            self.base = tirx.min(block * size, self.tiles - size)
+            self.fresh = block * size
+            yield
+
+    def _span(self, panels: int) -> int:
         """Panels that pass through a matrix of the input together; threads that share out panels take one at a time."""
-        entries = self.point.order == "entries" and not self.point.chunk and not by_channels
+        entries = self.point.order == "entries" and not self.point.chunk and not self.by_channels
         return max(1, panels) if entries else 1
 
     def _keep(self, panels: int):
@@ -111,10 +119,10 @@ class Emitter:
         """The outputs at `channel`, a vector of indices, from those of the branches."""
         return values[0]
 
-    def _transform_input(self, v, base, tile, source: int) -> None:
-        """v[tile, e, c] = (B^T d B)[e] of tile `base + tile` of a source."""
+    def _transform_input(self, v, tile, source: int) -> None:
+        """v[tile, e, c] = (B^T d B)[e] of the block's tile number `tile`, of a source."""
         p, size = self.problem, self.size
-        n, i, j = unravel(base + tile, p.tiles(self.point.m))
+        n, i, j = unravel(self.base + tile, p.tiles(self.point.m))
         top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
         row = Row(p.c, self.target.lanes)
 
@@ -161,7 +169,7 @@ class Emitter:
                         fill(lambda lane: splat(0.0, row.lanes))
         return patch
 
-    def _emit_span(self, v, base, span: Span, branches: tuple[int, ...], kept: dict) -> None:
+    def _emit_span(self, v, span: Span, branches: tuple[int, ...], kept: dict) -> None:
         """The output channels of some panels for a block of tiles: branches of one source."""
         point, lanes = self.point, self.point.lanes
         vectors = -(-min(span.channels, point.panel) // lanes)
@@ -179,14 +187,19 @@ class Emitter:
             with T.serial(0, point.block) as t:
 
                 def store(offset, width, t=t, branch=branch):
-                    self._transform_output(product, base, t, span, offset, width, branch, kept)
+                    self._transform_output(product, t, span, offset, width, branch, kept)
 
-                if span.channels % lanes == 0:
-                    with T.serial(0, span.channels // lanes) as vector:
-                        store(vector * lanes, lanes)
-                else:
-                    for offset, width in covering(span.channels, lanes):
-                        store(offset, width)
+                self._each_vector(span.channels, store)
+
+    def _each_vector(self, channels: int, body: Callable) -> None:
+        """`body(offset, width)` for the vectors of `channels` output channels."""
+        lanes = self.point.lanes
+        if channels % lanes == 0:
+            with T.serial(0, channels // lanes) as vector:
+                body(vector * lanes, lanes)
+        else:
+            for offset, width in covering(channels, lanes):
+                body(offset, width)
 
     @property
     def last(self) -> int:
@@ -218,9 +231,9 @@ class Emitter:
 
     def _prefetch(self, span: Span, within, e, iteration, steps: int) -> None:
         """Ask for the matrix of weights after (panel, e), spread over the iterations that use this one."""
-        each = -(-self.point.panel // (_LINE * steps))
+        each = -(-self.point.panel // (LINE_WORDS * steps))
         for line in range(each):
-            at = (iteration * each + line) * _LINE
+            at = (iteration * each + line) * LINE_WORDS
             if span.panels == 1:  # past the end of axis 2 lies the next matrix
                 prefetch(self.u[span.first, e, self.problem.c, at])
                 continue
@@ -268,19 +281,18 @@ class Emitter:
         for t in range(3):
             column = [self.u[panel, channel, q * 3 + t, ramp(0, lanes)] for q in range(3)]
             half.append(T.bind(linear(self.g[i : i + 1], column, lanes)[0]))
-        lines = -(-9 * lanes // _LINE)
+        lines = -(-9 * lanes // LINE_WORDS)
         for line in range(i * lines // self.size, (i + 1) * lines // self.size):
             # Past the end of axis 1 lies the next panel.
-            prefetch(self.u[panel, channel + self.point.chunk, 0, line * _LINE], near=True)
+            prefetch(self.u[panel, channel + self.point.chunk, 0, line * LINE_WORDS], near=True)
         return [T.bind(value) for value in linear(self.g, half, lanes)]
 
     def _transform_output(
-        self, product, base, tile, span: Span, offset, lanes: int, branch: int, kept: dict
+        self, product, tile, span: Span, offset, lanes: int, branch: int, kept: dict
     ) -> None:
         """A^T M A of one tile for `lanes` channels of a span: kept, or combined with what was kept and stored."""
-        p, m, size = self.problem, self.point.m, self.size
-        height, width = p.output_hw
-        n, i, j = unravel(base + tile, p.tiles(m))
+        m, size = self.point.m, self.size
+        tile_at = unravel(self.base + tile, self.problem.tiles(m))
         start = tile * self.product_strides[1] + offset
 
         def load(q, t):
@@ -295,13 +307,19 @@ class Emitter:
                 continue
             values = {b: buffer[at[b]] for b, (buffer, _) in kept.items()} | {branch: found}
             result = self.combine([values[b] for b in sorted(values)], channel)
-            y, x = i * m + r, j * m + s
-            checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
-            if self.kernel.in_place and self.tiles % self.point.block:
-                checks.append(base + tile >= self.fresh)  # as above
-            if not checks:
-                self.kernel.store(result, [n, y, x, channel])
-                continue
-            with T.If(tirx.all(*checks)):
-                with T.Then():
-                    self.kernel.store(result, [n, y, x, channel])
+            self._store(result, tile, tile_at, (r, s), channel)
+
+    def _store(self, result, tile, tile_at: tuple, pixel: tuple, channel) -> None:
+        """Store one pixel of the outputs of the block's tile number `tile`, at `tile_at` (image, row, column), where it
+        lies within the image, and, over residuals, where no block before has stored it."""
+        m, (height, width) = self.point.m, self.problem.output_hw
+        n, i, j = tile_at
+        y, x = i * m + pixel[0], j * m + pixel[1]
+        checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
+        if self.kernel.in_place and self.tiles % self.point.block:
+            checks.append(self.base + tile >= self.fresh)
+        if not checks:
+            self.kernel.store(result, [n, y, x, channel])
+            return
+        with T.If(tirx.all(*checks)), T.Then():
+            self.kernel.store(result, [n, y, x, channel])

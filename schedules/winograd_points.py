@@ -14,9 +14,9 @@ import numpy as np
 
 from schedules.annotated import Annotated
 from schedules.target import CpuTarget
+from schedules.windows import LINE_WORDS
 
 SIZES = (4, 3, 2)  # of output tiles, m of F(m x m, 3 x 3)
-_LINE = 16  # floats in a cache line
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Point(Annotated):
 def strides(size: int, channels: int) -> tuple[int, int]:
     """Floats between a tile's (m+2)^2 vectors of channels, in whole lines, and between tiles: an odd number of lines,
     for the rows of a register tile must not share a few cache sets."""
-    lines = -(-channels // _LINE)
-    return _LINE * lines, _LINE * (size * size * lines | 1)
+    lines = -(-channels // LINE_WORDS)
+    return LINE_WORDS * lines, LINE_WORDS * (size * size * lines | 1)
 
 
 def default_point(problem: Problem, m: int, target: CpuTarget, branches: int = 1) -> Point:

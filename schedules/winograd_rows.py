@@ -19,21 +19,16 @@ from tvm.tirx.script.builder import ir as T
 from schedules.emission import (
     Row,
     Tile,
-    covering,
     loop,
     ramp,
-    runs_parallel,
     splat,
     unravel,
     workspace,
 )
-from schedules.windows import prefetch
-from schedules.winograd import Emitter
+from schedules.windows import LINE_WORDS, prefetch
+from schedules.winograd_emitter import Emitter
 from schedules.winograd_transforms import linear
 
-__all__ = ["RowEmitter"]
-
-_LINE = 16  # floats in a cache line
 _AHEAD = 2  # matrices of weights between the one in use and the one asked for
 
 
@@ -53,18 +48,12 @@ class RowEmitter(Emitter):
 
     def emit(self) -> None:
         p, point, size = self.problem, self.point, self.size
-        lines = -(-p.c // _LINE)
+        lines = -(-p.c // LINE_WORDS)
         # Tiles side by side, for a register tile reads a column of them; an odd number of lines between matrices.
-        self.between = (_LINE * (point.block * lines | 1), _LINE * lines)
+        self.between = (LINE_WORDS * (point.block * lines | 1), LINE_WORDS * lines)
         self.panels, self.rest = divmod(p.o, point.panel)
-        blocks = -(-self.tiles // point.block)
-        parallel = runs_parallel(self.target, 2, 2 * self.tiles * p.c * p.o)
-        by_tiles = parallel and point.divide == "tiles" and blocks > 1
-        self.by_channels = parallel and not by_tiles
-        self.image = self._padded_image(parallel)
-        with loop(blocks, parallel=by_tiles) as block:
-            self.base = tirx.min(block * point.block, self.tiles - point.block)
-            self.fresh = block * point.block  # the first tile that no block before has computed
+        self.image = self._padded_image()
+        with self._blocks():
             v = workspace(size * self.between[0])
             every = self.panels + bool(self.rest)
             branches = sum(len(group) for group in self.groups)
@@ -83,7 +72,7 @@ class RowEmitter(Emitter):
         if self.rest:
             body(tirx.const(self.panels, "int32"), self.rest)
 
-    def _padded_image(self, parallel: bool):
+    def _padded_image(self):
         """x with zeros around it, as far as tiles reach; x itself if they stay within."""
         p = self.problem
         n, rows, columns = p.tiles(self.point.m)
@@ -92,7 +81,7 @@ class RowEmitter(Emitter):
             return self.x
         image = workspace(n, height, width, p.c)
         row = Row(p.c, self.target.lanes)
-        with loop(n * height, parallel=parallel) as line:
+        with loop(n * height, parallel=self.parallel) as line:
             b, y = unravel(line, (n, height))
             with T.serial(0, width) as x:
                 at = (y - p.padding[0], x - p.padding[1])
@@ -207,9 +196,9 @@ class RowEmitter(Emitter):
 
         def fetch(k) -> None:
             number, count = share
-            each = -(-panel // (_LINE * count))
+            each = -(-panel // (LINE_WORDS * count))
             for line in range(each):
-                at = ((number * p.c + k) * each + line) * _LINE
+                at = ((number * p.c + k) * each + line) * LINE_WORDS
                 prefetch(self.u[(*ahead, 0, at)])
 
         tile.multiply(acc, p.c, left, right, fetch if share else None)
@@ -217,24 +206,14 @@ class RowEmitter(Emitter):
             at = ramp((first + r) * panel + t * tile.lanes, tile.lanes)
             T.buffer_store(product, acc[r][tile.at(t)], [j, at])
 
-    def _each_vector(self, channels: int, body: Callable) -> None:
-        """`body(offset, width)` for the vectors of a panel's first `channels`."""
-        if channels == self.point.panel:
-            with T.serial(0, self.point.vectors) as vector:
-                body(vector * self.point.lanes, self.point.lanes)
-        else:
-            for offset, width in covering(channels, self.point.lanes):
-                body(offset, width)
-
     def _finish(self, half, panel, channels: int) -> None:
         """The outputs of one panel for the block's tiles."""
         p, m, size = self.problem, self.point.m, self.size
-        height, width = p.output_hw
         branches = sum(len(group) for group in self.groups)
         with T.serial(0, self.point.block) as t:
-            n, i, j = unravel(self.base + t, p.tiles(m))
+            tile_at = unravel(self.base + t, p.tiles(m))
 
-            def store(offset, lanes: int, t=t, n=n, i=i, j=j) -> None:
+            def store(offset, lanes: int, t=t, tile_at=tile_at) -> None:
                 channel = ramp(panel * self.point.panel + offset, lanes)
                 with T.serial(0, m) as s:
                     at = ramp((t * m + s) * self.point.panel + offset, lanes)
@@ -244,19 +223,6 @@ class RowEmitter(Emitter):
                         columns.append([T.bind(y) for y in linear(self.at, values, lanes)])
                     for r in range(m):
                         result = self.combine([column[r] for column in columns], channel)
-                        y, x = i * m + r, j * m + s
-                        checks = [y < height] * bool(height % m) + [x < width] * bool(width % m)
-                        if self.kernel.in_place and self.tiles % self.point.block:
-                            checks.append(self.base + t >= self.fresh)
-                        self._store(result, [n, y, x, channel], checks)
+                        self._store(result, t, tile_at, (r, s), channel)
 
             self._each_vector(channels, store)
-
-    def _store(self, result, at: list, checks: list) -> None:
-        """Store where all of `checks` hold."""
-        if not checks:
-            self.kernel.store(result, at)
-            return
-        with T.If(tirx.all(*checks)):
-            with T.Then():
-                self.kernel.store(result, at)

@@ -33,7 +33,7 @@ from passes.layers import (
     shape_of,
 )
 from passes.sparse.format import block_of
-from schedules.windows import LINE_BYTES
+from schedules.windows import LINE_WORDS
 
 SPARSE_CONV2D = "kerf.sparse_conv2d"
 SPARSE_DENSE = "kerf.sparse_dense"
@@ -41,7 +41,6 @@ MEAN_OF_PLANES = "kerf.mean_of_planes"
 TRANSPOSE = "kerf.transpose"
 
 # Floats of a cache line, on every target.
-_LINE = LINE_BYTES // 4
 
 
 @functools.cache
@@ -86,7 +85,7 @@ def planes_shape(images: int, channels: int, pixels: int, together: int = 1) -> 
 def _plane_of(image: tuple[int, ...], together: int) -> int:
     """Pixels of a plane of an image [N, H, W] or of the rows of a matrix, with what lies behind them."""
     pixels = math.prod(image[1:]) if len(image) == 3 else math.prod(image)
-    return -(-pixels // _LINE) * _LINE if together == 1 else pixels
+    return -(-pixels // LINE_WORDS) * LINE_WORDS if together == 1 else pixels
 
 
 def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
