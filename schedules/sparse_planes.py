@@ -74,7 +74,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
         passes = -(-chunk * row_bytes // (target.l2_bytes // 3))
         chunk = -(-chunk // passes)
     part = 128 if chunk < problem.panel_rows else 64
-    if problem.outputs * 4 >= _FAR_APART:
+    if problem.outputs * 4 >= _FAR_APART and not problem.planes_out:
         part = 256
         if problem.block == 4 and problem.pixels >= 8 * lanes:
             vectors = min(vectors, 3)
