@@ -106,11 +106,12 @@ def canonical_passes() -> list[tvm.transform.Pass]:
 
 
 def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
-    """Channels last for the whole graph, planes where sparse layers hand them to one another."""
+    """Channels last for the whole graph, planes where sparse layers hand them to one another; pooling in convolutions."""
     from passes.channels_last import ChannelsLast
+    from passes.pool_convolutions import PoolConvolutions
     from passes.sparse.keep_planes import KeepPlanes
 
-    return tvm.transform.Sequential([ChannelsLast(), KeepPlanes()])(mod)
+    return tvm.transform.Sequential([PoolConvolutions(), ChannelsLast(), KeepPlanes()])(mod)
 
 
 def forbid_winograd(mod: tvm.IRModule) -> tvm.IRModule:

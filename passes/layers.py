@@ -28,7 +28,8 @@ CONV2D = "kerf.conv2d"
 DENSE = "kerf.dense"
 DEPTH_TO_SPACE = "kerf.depth_to_space"
 
-ELEMENTWISE = "kerf.elementwise"  # attribute of operators, see `register_operator`
+ELEMENTWISE = "kerf.elementwise"  # attributes of operators, see `register_operator`
+POOLED = "kerf.pooled"
 
 
 def shape_of(expr) -> tuple[int, ...]:
@@ -46,15 +47,21 @@ def const_array(expr):
 
 
 def register_operator(
-    name: str, infer: Callable[[relax.Call], relax.TensorType], *, elementwise: bool = False
+    name: str,
+    infer: Callable[[relax.Call], relax.TensorType],
+    *,
+    elementwise: bool = False,
+    pooled: str = "",
 ) -> None:
     """Make `name` a pure Relax operator whose type is `infer(call)`. Call once per process and name.
 
     An `elementwise` operator computes each element from those at the same place: it takes its operands in any layout.
+    `pooled` names the operator that computes the same and the maximum over windows of it (`passes/max_pooling.py`).
     """
     tvm.ir.register_op_attr(name, "FInferType", lambda call, _ctx: infer(call))
     tvm.ir.register_op_attr(name, "FPurity", True)
     tvm.ir.register_op_attr(name, ELEMENTWISE, elementwise)
+    tvm.ir.register_op_attr(name, POOLED, pooled)
 
 
 def is_elementwise(call: relax.Call) -> bool:
@@ -169,12 +176,21 @@ def conv2d_output_hw(
     )
 
 
+def result_hw(attrs: dict, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
+    """As `conv2d_output_hw`, of an operator that may take the maximum over windows (`passes/max_pooling.py`) as well."""
+    sizes = conv2d_output_hw(attrs, height, width, kernel)
+    if "pool_size" not in attrs:
+        return sizes
+    pool = {key: attrs[f"pool_{key}"] for key in ("strides", "padding", "dilation")}
+    return conv2d_output_hw(pool, *sizes, attrs["pool_size"])
+
+
 def infer_conv2d(call: relax.Call) -> relax.TensorType:
     """Result type of any convolution operator whose first two arguments are x and w [O, C/groups, R, S]."""
     attrs = attrs_of(call)
     x, w = shape_of(call.args[0]), shape_of(call.args[1])
     n, h, width = (x[0], x[1], x[2]) if attrs["layout"] == "NHWC" else (x[0], x[2], x[3])
-    oh, ow = conv2d_output_hw(attrs, h, width, w[2:])
+    oh, ow = result_hw(attrs, h, width, w[2:])
     shape = (n, oh, ow, w[0]) if attrs["layout"] == "NHWC" else (n, w[0], oh, ow)
     return relax.TensorType(shape, call.args[0].ty.dtype)
 

@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from schedules.annotated import Annotated
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
+from schedules.sparse_bands import Bands
 from schedules.sparse_panel import columns_of, scratch
 from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
@@ -91,7 +92,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     return emitted(fused, target, Point, _Groups)
 
 
-class _Groups(Planes):
+class _Groups(Bands, Planes):
     """Emits one kernel: a part of the output channels is a group."""
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
@@ -118,7 +119,7 @@ class _Groups(Planes):
                 T.buffer_store(panel, self._zeros(), [T.ramp(i * lanes, 1, lanes)])
             with T.serial(*self._share_of_parts(share)) as group:
                 self._copy_group(panel, group)
-                self._multiply_group(panel, sums, group, tiles)
+                self._multiply_band(panel, sums, group, tiles)
 
     def _panel_size(self) -> int:
         return self.group_inputs * self.window.channel
@@ -155,49 +156,20 @@ class _Groups(Planes):
                     with T.If(up < window.phases[0]), T.Then():
                         copy()
 
-    def _multiply_group(self, panel, sums, group, tiles: tuple[int, int, int]) -> None:
-        """The output channels of a group, `rows` at a time, for all tiles of a band."""
-        p, rows = self.problem, self.point.rows
-        blocks = p.outputs // p.groups // p.block
-        count, most, _ = tiles
-        with T.serial(0, blocks) as b:
-            at = T.Bind(group * blocks + b)
-            span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
-            block = T.Bind(group * blocks + self.order[at].astype("int32"))
-            with T.serial(0, p.block // rows) as half:
-                channel = T.Bind(block * p.block + half * rows)
-                with T.serial(0, count) as tile:
-                    first, vectors = self._tile(tile, tiles)
-                    self.first = first
-                    lead = (self.first_line + first // self.window.line) * p.out_width
-                    self._fetch_planes(channel, lead + first % self.window.line, most)
+    def _fetch_stores(self, channel, first, vectors: int) -> None:
+        lead = (self.first_line + first // self.window.line) * self.problem.out_width
+        self._fetch_planes(channel, lead + first % self.window.line, vectors)
 
-                    def multiply(
-                        n: int, first=first, half=half, channel=channel, span=span
-                    ) -> None:
-                        acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, n, channel)
-                        self._keep(acc, sums, first, n, channel)
-
-                    self._either(vectors, most, multiply)
-                self._store_lines(sums, channel)
-
-    def _stride(self, width: int):
-        return self.band
-
-    def _panel_start(self, position, width: int):
-        return self.first + position
-
-    def _store_lines(self, sums, channel) -> None:
+    def _store_band(self, sums, channel) -> None:
         """Store the sums of a band through the epilogue, without what lies beyond the lines of the output."""
         p, window = self.problem, self.window
         count = p.out_height - self.first_line
         lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
-        with T.serial(0, self.point.rows) as r:
-            begin = T.Bind(r * self.band)
+        with self._each_output(channel) as (begin, o):
             with T.serial(0, lines) as line:
                 start = T.Bind(begin + line * window.line)
                 pixel = T.Bind((self.first_line + line) * p.out_width)
                 for column, lanes in covering(p.out_width, self.lanes):
                     value = sums[ramp(start + column, lanes)]
-                    self._store_plane([value], channel + r, T.Bind(pixel + column), lanes)
-            self._store_behind(sums, begin, channel + r)
+                    self._store_plane([value], o, T.Bind(pixel + column), lanes)
+            self._store_behind(sums, begin, o)

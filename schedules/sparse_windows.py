@@ -43,7 +43,7 @@ class Point(Annotated):
 # Non-zeros between fetching a panel row into the first-level cache and using it.
 _AHEAD = 2
 # Vectors that begin in the last columns of a plane end within this many elements of it.
-_SLACK = 16
+SLACK = 16
 # Of a stride, each with code of its own to fill its part of a panel.
 _MOST_PHASES = 16
 
@@ -58,7 +58,7 @@ class Window:
 
     @property
     def plane(self) -> int:
-        return self.line * self.lines + _SLACK
+        return self.line * self.lines + SLACK
 
     @property
     def channel(self) -> int:
@@ -131,10 +131,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_windows`."""
-    return emitted(fused, target, Point, _Windows)
+    return emitted(fused, target, Point, WindowsKernel)
 
 
-class _Windows(Planes):
+class WindowsKernel(Planes):
     """Emits one kernel: the planes kernel with another panel and other tiles."""
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
@@ -157,7 +157,7 @@ class _Windows(Planes):
             share = task % splits
             self.image = T.Bind(task // splits // count)
             self.first_line = T.Bind(task // splits % count * self.lines)
-            panel = scratch(p.channels * window.channel + _SLACK, self.elements.dtype)
+            panel = scratch(p.channels * window.channel + SLACK, self.elements.dtype)
             size = self._sums_size(most)
             if p.planes_out and not self.staging:
                 size = size // (most * lanes) * self.band

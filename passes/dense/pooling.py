@@ -8,6 +8,7 @@ from tvm import relax, te, tirx
 from passes.family import Lowering
 from passes.layers import shape_of
 from passes.lower import call_te
+from passes.max_pooling import largest_of, windowed
 from schedules import pooling
 from schedules.fused import annotations
 from schedules.target import CpuTarget
@@ -33,44 +34,10 @@ def problem_of(call: relax.Call) -> Problem | None:
     return problem if (problem.oh, problem.ow) == (oh, ow) else None
 
 
-def _inside(problem: Problem, i, j):
-    top, left, _, _ = problem.padding
-    return tirx.all(i >= top, i < problem.h + top, j >= left, j < problem.w + left)
-
-
-def windows(problem: Problem, x, outside):
-    """x with `outside` around it, and the value a reduction over (r, s) sees at output (n, i, j, c)."""
-    (sh, sw), (dh, dw), (top, left, bottom, right) = (
-        problem.stride,
-        problem.dilation,
-        problem.padding,
-    )
-    shape = (problem.n, problem.h + top + bottom, problem.w + left + right, problem.c)
-    padded = te.compute(
-        shape,
-        lambda n, i, j, c: te.if_then_else(
-            _inside(problem, i, j), x[n, i - top, j - left, c], outside
-        ),
-        name="pad",
-    )
-    return lambda n, i, j, c, r, s: padded[n, i * sh + r * dh, j * sw + s * dw, c]
-
-
 def define_max_pool(problem: Problem, point: pooling.Point):
     """te function x [N, H, W, C] -> [N, OH, OW, C]."""
     notes = annotations("pooling", problem=problem.to_dict(), point=point.to_dict(), kind="max")
-    largest = te.comm_reducer(pooling.larger, pooling.lowest, name="max")
-
-    def max_pool(x):
-        value = windows(problem, x, pooling.lowest(str(x.dtype)))
-        r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
-        return te.compute(
-            (problem.n, problem.oh, problem.ow, problem.c),
-            lambda n, i, j, c: largest(value(n, i, j, c, r, s), axis=[r, s]),
-            name="max_pool", attrs=notes,
-        )  # fmt: skip
-
-    return max_pool
+    return lambda x: largest_of(problem, x, notes)
 
 
 def define_average_pool(problem: Problem, point: pooling.Point, counting: str):
@@ -86,7 +53,7 @@ def define_average_pool(problem: Problem, point: pooling.Point, counting: str):
     (sh, sw), (dh, dw) = problem.stride, problem.dilation
 
     def average_pool(x):
-        value = windows(problem, x, tirx.const(0.0, "float32"))
+        value = windowed(problem, x, tirx.const(0.0, "float32"))
         r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
         total = te.compute(
             shape, lambda n, i, j, c: te.sum(value(n, i, j, c, r, s), axis=[r, s]), name="total"

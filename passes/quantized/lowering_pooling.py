@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from tvm import relax, te, tirx
 
-from passes.dense.pooling import windows
 from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
+from passes.max_pooling import windowed
 from schedules import pooling
 from schedules.errors import ScheduleError
 from schedules.fused import annotations
@@ -32,7 +32,7 @@ def define(problem: Problem, point: pooling.Point, counting: str, zero_point: in
     shape = (problem.n, problem.oh, problem.ow, problem.c)
 
     def average_pool(x):
-        value = windows(problem, x, tirx.const(0, "uint8"))
+        value = windowed(problem, x, tirx.const(0, "uint8"))
         r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
         total = te.compute(
             shape,

@@ -11,9 +11,23 @@ from passes.sparse.attention_planes import (
 )
 from passes.sparse.detect import found
 from passes.sparse.lowering import lower_mean_of_planes, lower_sparse, lower_transpose
-from passes.sparse.operators import MEAN_OF_PLANES, SPARSE_CONV2D, SPARSE_DENSE, TRANSPOSE, register
+from passes.sparse.lowering_pooled import lower_sparse_pooled
+from passes.sparse.operators import (
+    MEAN_OF_PLANES,
+    SPARSE_CONV2D,
+    SPARSE_DENSE,
+    SPARSE_POOLED_CONV2D,
+    TRANSPOSE,
+    register,
+)
 from passes.sparse.prune import check, prune_layer
-from passes.sparse.reference import mean_of_planes, sparse_conv2d, sparse_dense, transpose
+from passes.sparse.reference import (
+    mean_of_planes,
+    sparse_conv2d,
+    sparse_dense,
+    sparse_pooled_conv2d,
+    transpose,
+)
 from passes.sparse.rewrite import rewrite
 from passes.sparse.samples import samples
 from passes.sparse.treat import PARAMETERS
@@ -24,6 +38,7 @@ FAMILY = Family(
     lowerings={
         SPARSE_CONV2D: lower_sparse,
         SPARSE_DENSE: lower_sparse,
+        SPARSE_POOLED_CONV2D: lower_sparse_pooled,
         ATTENTION_PLANES: lower_attention_planes,
         MEAN_OF_PLANES: lower_mean_of_planes,
         TRANSPOSE: lower_transpose,
@@ -31,6 +46,7 @@ FAMILY = Family(
     references={
         SPARSE_CONV2D: sparse_conv2d,
         SPARSE_DENSE: sparse_dense,
+        SPARSE_POOLED_CONV2D: sparse_pooled_conv2d,
         ATTENTION_PLANES: attention_of_planes,
         MEAN_OF_PLANES: mean_of_planes,
         TRANSPOSE: transpose,

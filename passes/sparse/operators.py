@@ -3,6 +3,7 @@
 
 `kerf.sparse_conv2d(x, w)`   as `kerf.conv2d`, attribute `grain` more
 `kerf.sparse_dense(x, w)`    as `kerf.dense`, attribute `grain` more
+`kerf.sparse_pooled_conv2d(x, w)`   the first and a maximum over windows of it (`passes/max_pooling.py`)
 
 The weight stays dense, zeros included, until it is lowered: it is the definition, and packing depends on the kernel.
 
@@ -25,11 +26,11 @@ from tvm import relax
 
 from passes.layers import (
     attrs_of,
-    conv2d_output_hw,
     infer_conv2d,
     infer_dense,
     operator_call,
     register_operator,
+    result_hw,
     shape_of,
 )
 from passes.sparse.format import block_of
@@ -37,6 +38,7 @@ from schedules.windows import LINE_WORDS
 
 SPARSE_CONV2D = "kerf.sparse_conv2d"
 SPARSE_DENSE = "kerf.sparse_dense"
+SPARSE_POOLED_CONV2D = "kerf.sparse_pooled_conv2d"
 MEAN_OF_PLANES = "kerf.mean_of_planes"
 TRANSPOSE = "kerf.transpose"
 
@@ -46,7 +48,8 @@ TRANSPOSE = "kerf.transpose"
 @functools.cache
 def register() -> None:
     """Register the sparse operators; idempotent."""
-    register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
+    register_operator(SPARSE_CONV2D, infer_conv2d_in_planes, pooled=SPARSE_POOLED_CONV2D)
+    register_operator(SPARSE_POOLED_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
     register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
     register_operator(TRANSPOSE, _infer_transpose)
@@ -94,7 +97,7 @@ def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorT
     if "image" not in attrs:
         return infer_conv2d(call)
     w, (n, height, width) = shape_of(call.args[1]), attrs["image"]
-    oh, ow = conv2d_output_hw(attrs, height, width, w[2:])
+    oh, ow = result_hw(attrs, height, width, w[2:])
     planes = planes_shape(n, w[0], _plane_of((n, oh, ow), together), together)
     shape = planes if attrs["planes_out"] else (n, oh, ow, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from passes.max_pooling import largest_reference
 from passes.sparse.storage import Packed, pack, positions, unpack
 
 
@@ -18,6 +19,11 @@ def sparse_dense(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """The convolution of x (attrs["layout"]) with w [O, C/groups, R, S], over its stored weights at attrs["grain"]."""
     return convolve_packed(attrs, x, pack(w, attrs["grain"]))
+
+
+def sparse_pooled_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The maxima over windows of `sparse_conv2d`."""
+    return largest_reference(attrs, sparse_conv2d(attrs, x, w))
 
 
 def transpose(attrs: dict, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take the maximum over windows where a convolution is made, so that its whole result never exists.
+
+    rewrite: y = kerf.sparse_conv2d(x, w); z = relu(y + b); max_pool2d(z)
+             ->  y = kerf.sparse_pooled_conv2d(x, w); relu(y + b)
+    requires: NCHW, as canonicalized; operators with the attribute `kerf.pooled`
+    ensures: the same values, bit for bit but for the sign of zeros
+
+What never falls commutes with a maximum: rounding does not fall, so adding a finite number to a channel, multiplying it by a
+positive one, bounding it and ReLU may come after the maximum as well as before it. All of them leave NaN what it is, and
+so does the maximum. A window that holds nothing of the image would become what follows of minus infinity, and stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from passes.layers import (
+    POOLED,
+    attrs_of,
+    const_array,
+    is_call,
+    is_const,
+    multiply_accumulates,
+    operator_call,
+    shape_of,
+)
+from passes.rewriting import Graph, ints, rewrite_function, rewrite_module
+from schedules.errors import Declined
+
+# Bytes of the convolution's result up to which it stays near until it is read again.
+_NEAR = 512 * 1024
+
+
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array).all())
+
+
+def _positive(array: np.ndarray) -> bool:
+    return _finite(array) and bool((array > 0).all())
+
+
+def _number(array: np.ndarray) -> bool:
+    return not np.isnan(array).any()
+
+
+# Operators of one tensor and one constant, by what makes them rise with the tensor: a condition on the constant.
+_RISING: dict[str, Callable[[np.ndarray], bool]] = {
+    "relax.add": _finite,
+    "relax.subtract": _finite,
+    "relax.multiply": _positive,
+    "relax.divide": _positive,
+    "relax.maximum": _number,
+    "relax.minimum": _number,
+}
+_FIRST_ONLY = ("relax.subtract", "relax.divide")  # a constant less the tensor falls with it
+
+
+def rising_operand(call: relax.Expr) -> int | None:
+    """Which operand of a float32 operator its result rises with, element by element, and is as large as; None if unknown."""
+    if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.Op):
+        return None
+    name = call.op.name
+    if name in ("relax.nn.relu", "relax.nn.relu6"):
+        return 0
+    if name == "relax.nn.leakyrelu":
+        return 0 if 0 < float(call.attrs.alpha) < math.inf else None
+    if name not in _RISING:
+        return None
+    for position, other in ((0, call.args[1]), (1, call.args[0])):
+        if not is_const(other) or (position == 1 and name in _FIRST_ONLY):
+            continue
+        own = (1,) * (4 - len(shape_of(other))) + shape_of(other)
+        same = shape_of(call.args[position]) == shape_of(call)
+        if same and own[2:] == (1, 1) and _RISING[name](const_array(other)):
+            return position
+    return None
+
+
+def _attributes(pool: relax.Call) -> dict | Declined:
+    """The attributes `pool_...` of a max_pool2d."""
+    a = pool.attrs
+    size, strides, dilation = (ints(v) for v in (a.pool_size, a.strides, a.dilation))
+    before = ints(a.padding)[:2]
+    behind = []
+    for i, (taken, given) in enumerate(zip(shape_of(pool)[2:], shape_of(pool.args[0])[2:])):
+        reach = (size[i] - 1) * dilation[i]
+        for o in range(taken):
+            first = o * strides[i] - before[i]
+            if not any(0 <= first + t * dilation[i] < given for t in range(size[i])):
+                return Declined("a window holds nothing of the image")
+        behind.append(max(0, (taken - 1) * strides[i] - before[i] + reach + 1 - given))
+    return {
+        "pool_size": size, "pool_strides": strides, "pool_dilation": dilation, "pool_padding": before + behind,
+    }  # fmt: skip
+
+
+def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
+    """What computes a max_pool2d with the convolution behind it in one operator, or why not; None if there is none."""
+    if not is_call(pool, "relax.nn.max_pool2d"):
+        return None
+    chain: list[tuple[relax.Call, int]] = []
+    x = pool.args[0]
+    while True:
+        value, once = graph.definition(x), graph.is_read_once(x)
+        if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
+            return None
+        name = value.op.get_attr(POOLED) if value.op.has_attr(POOLED) else ""
+        if name:
+            break
+        position = rising_operand(value)
+        if position is None or not once:
+            return None
+        chain.append((value, position))
+        x = value.args[position]
+    layer = attrs_of(value)["name"]
+    if not once:
+        return Declined(f"{layer}: others read its result before it is pooled")
+    if str(pool.attrs.layout) != "NCHW" or str(value.ty.dtype) != "float32":
+        return None
+    attributes = _attributes(pool)
+    if isinstance(attributes, Declined):
+        return Declined(f"{layer}: {attributes.reason}")
+    if 4 * math.prod(shape_of(value)) <= _NEAR:
+        return Declined(f"{layer}: its result stays near until it is pooled")
+    flops = 2 * multiply_accumulates(value)
+    new = operator_call(name, list(value.args), **attrs_of(value), **attributes, flops=flops)
+    for call, position in reversed(chain):
+        args = list(call.args)
+        args[position] = new
+        new = relax.Call(call.op, args, call.attrs, call.ty_args)
+    return new
+
+
+def _rule(value: relax.Expr, graph: Graph) -> relax.Expr | None:
+    found = pooled(value, graph)
+    return None if isinstance(found, Declined) else found
+
+
+@tvm.transform.module_pass(opt_level=0, name="kerf.PoolConvolutions")
+class PoolConvolutions:
+    """See the module's docstring."""
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        return rewrite_module(mod, lambda func: rewrite_function(func, (_rule,)))
