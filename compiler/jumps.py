@@ -22,19 +22,24 @@ step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import tvm
+from tvm import relax
 
 from compiler.comparison import Steps, magnitude, rounding_tolerance
 from compiler.runtime import LoadedModel
+from passes.channel_flow import Uses
 from passes.layers import is_call, shape_of
+from passes.numpy_operators import OPERATORS, Numeric
 from passes.rewriting import bindings_of
 
 Reference = Callable[..., np.ndarray]
 _TO_FIRST = (0, 3, 1, 2)
+# What only moves values: a kernel may round and move at once, and what it rounds then lies in memory only as moved.
+_MOVES = ("relax.reshape", "relax.permute_dims", "relax.concat", "relax.squeeze", "relax.expand_dims")  # fmt: skip
 _WIDEST_BORDER = 24  # rows or columns, both sides together, that a kernel may put around an image
 
 
@@ -47,6 +52,47 @@ def jumping_operators() -> frozenset[str]:
 
 def jumps_in(mod: tvm.IRModule, names: frozenset[str]) -> bool:
     return any(is_call(b.value, name) for b in bindings_of(mod["main"]) for name in names)
+
+
+def moved_steps(mod: tvm.IRModule, names: frozenset[str]) -> list[Iterable[np.ndarray]]:
+    """For each jump of a graph in program order, what is made of its tensor by moving it: for every such value an array of
+    its shape, of positions in the jump's tensor, -1 for elements of other tensors."""
+    uses = Uses(mod)
+    jumps = [b.var for b in uses.bindings if any(is_call(b.value, n) for n in names)]
+    return [_Moved(uses, var) for var in jumps]
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Made anew each time it is gone through: most tensors are found as they are."""
+
+    uses: Uses
+    var: relax.Var
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        shape = shape_of(self.var)
+        yield from self._behind(self.var, np.arange(math.prod(shape)).reshape(shape))
+
+    def _behind(self, var: relax.Var, at: np.ndarray) -> Iterator[np.ndarray]:
+        for reader in self.uses.readers.get(var, ()):
+            if any(is_call(reader.value, name) for name in _MOVES):
+                there = _positions(reader.value, var, at)
+                yield there
+                yield from self._behind(reader.var, there)
+
+
+def _positions(call: relax.Call, var: relax.Var, at: np.ndarray) -> np.ndarray:
+    """A moving operator of positions: `at` for `var`, -1 for its other operands."""
+
+    def operand(expr):
+        if isinstance(expr, relax.Tuple):
+            return tuple(operand(f) for f in expr.fields)
+        if isinstance(expr, relax.ShapeExpr):
+            return tuple(int(v) for v in expr.values)
+        return at if expr.same_as(var) else np.full(shape_of(expr), -1)
+
+    numeric = Numeric("float64")
+    return OPERATORS[call.op.name](numeric, call.attrs, *(operand(a) for a in call.args))
 
 
 def float_jump_sizes(mod: tvm.IRModule, names: frozenset[str]) -> frozenset[int]:
@@ -84,11 +130,12 @@ class Replay:
     """References of jumping operators that continue with the kernels' tensors, for two evaluations of one graph: in
     float64 first, which finds the tensor of each jump, then in float32, which shows how far rounding may move a value.
 
-    `terms` as in `compiler.comparison.rounding_terms`, of what is still summed in floats.
+    `terms` as in `compiler.comparison.rounding_terms`, of what is still summed in floats; `moved` is what `moved_steps` gives.
     """
 
     written: Sequence[np.ndarray]
     terms: float
+    moved: Sequence[Iterable[np.ndarray]] = ()
     _taken: list[np.ndarray | None] = field(default_factory=list)
     _exact: list[tuple[Reference, dict, np.ndarray]] = field(default_factory=list)
     _next: int = 0
@@ -99,7 +146,9 @@ class Replay:
 
         def step(attrs: dict, x: np.ndarray, *rest: np.ndarray) -> np.ndarray:
             wanted = reference(attrs, x, *rest)
-            found = closest(self.written, wanted)
+            number = len(self._taken)
+            moved = self.moved[number] if number < len(self.moved) else ()
+            found = closest(self.written, wanted, moved)
             self._taken.append(found)
             self._exact.append((lambda at: reference(attrs, at, *rest), attrs, x))
             return wanted if found is None else found
@@ -160,20 +209,39 @@ def _bits(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(np.ascontiguousarray(words).view(np.uint8))
 
 
-def closest(written: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray | None:
+def closest(
+    written: Sequence[np.ndarray], wanted: np.ndarray, moved: Iterable[np.ndarray] = ()
+) -> np.ndarray | None:
     """The tensor, in `wanted`'s layout, that differs from it in the fewest elements; None if none is of its kind.
 
     Kernels hold images channels last, and their names say nothing about the graph's variables; what a tensor holds does.
+    Where none holds all of it, it is looked for among what is made of it, see `moved_steps`.
     """
     best, fewest = None, wanted.size + 1
-    for tensor in written:
-        if tensor.dtype != wanted.dtype and {tensor.dtype.kind, wanted.dtype.kind} != {"f"}:
-            continue
-        for candidate in _layouts(tensor, wanted.shape):
+
+    def look(candidates: Iterable[np.ndarray]) -> None:
+        nonlocal best, fewest
+        for candidate in candidates:
             differing = int(np.count_nonzero(_differ(candidate, wanted)))
             if differing < fewest:
                 best, fewest = candidate, differing
+
+    def alike(tensor: np.ndarray) -> bool:
+        return tensor.dtype == wanted.dtype or tensor.dtype.kind == wanted.dtype.kind == "f"
+
+    written = [t for t in written if alike(t)]
+    look(c for t in written for c in _layouts(t, wanted.shape))
+    for at in moved if fewest else ():
+        look(_moved_back(c, at, wanted.shape) for t in written for c in _layouts(t, at.shape))
     return best
+
+
+def _moved_back(moved: np.ndarray, at: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor whose elements lie in `moved` where `at` holds their positions."""
+    own = at >= 0
+    found = np.empty(math.prod(shape), moved.dtype)
+    found[at[own]] = moved[own]
+    return found.reshape(shape)
 
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:

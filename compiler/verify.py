@@ -36,6 +36,7 @@ from compiler.jumps import (
     float_jump_sizes,
     jumping_operators,
     jumps_in,
+    moved_steps,
     replayed,
     written_tensors,
 )
@@ -197,7 +198,7 @@ def _evaluate_jumping(
     from passes.evaluate import evaluate
 
     written = written_tensors(model, arrays, float_jump_sizes(graph, jumping))
-    replay = Replay(written, _float_terms(graph))
+    replay = Replay(written, _float_terms(graph), moved_steps(graph, jumping))
     results = {}
     for dtype, wrap in (("float64", replay.exact), ("float32", replay.plain)):
         own = replayed(_references(), jumping, wrap)

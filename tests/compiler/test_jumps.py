@@ -10,7 +10,14 @@ from tvm import relax
 from compiler import pipeline, verify
 from compiler.comparison import Steps, check_kernels, require_passed
 from compiler.frontend import TensorSpec
-from compiler.jumps import Replay, closest, jumping_operators, jumps_in, written_tensors
+from compiler.jumps import (
+    Replay,
+    closest,
+    jumping_operators,
+    jumps_in,
+    moved_steps,
+    written_tensors,
+)
 from compiler.runtime import from_variant
 from passes.family import Context
 from passes.layers import attrs_of, const_array, conv2d, dense, is_call, operator_call, register
@@ -222,3 +229,57 @@ def test_an_image_is_found_without_the_spare_channels_of_its_groups(rng, groups)
     noise = rng.integers(0, 256, padded.shape).astype("uint8")
     np.testing.assert_array_equal(closest([noise, padded], wanted), wanted)
     assert closest([padded[..., :5]], wanted) is None
+
+
+@pytest.fixture(scope="module")
+def joined():
+    """Two tensors of steps that are joined, one of them moved first: as a kernel may write them."""
+    bb = relax.BlockBuilder()
+    a, b = (relax.Var(n, relax.TensorType(s, "float32")) for n, s in (("a", (1, 3, 4, 5)), ("b", (1, 20, 6))))  # fmt: skip
+    with bb.function("main", [a, b]):
+        with bb.dataflow():
+            q, r = (bb.emit(int8.quantize(v, scale=1.0, zero_point=10)) for v in (a, b))
+            r = bb.emit(op.reshape(bb.emit(op.permute_dims(r, [0, 2, 1])), (1, 6, 4, 5)))
+            out = bb.emit_output(bb.emit(op.concat([q, r], 1)))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+def test_tensors_are_found_in_what_is_made_of_them_by_moving(rng, joined):
+    q, r = (rng.integers(0, 256, s).astype("uint8") for s in ((1, 3, 4, 5), (1, 20, 6)))
+    moved = r.transpose(0, 2, 1).reshape(1, 6, 4, 5)
+    written = np.concatenate([q, moved], 1)
+    noise = rng.integers(0, 256, (1, 20, 6)).astype("uint8")
+    first, second = moved_steps(joined, jumping_operators())
+    for held in (written, written.transpose(0, 2, 3, 1).copy()):
+        np.testing.assert_array_equal(closest([noise, held], q, first), q)
+        np.testing.assert_array_equal(closest([noise, held], r, second), r)
+    # A wrong element is still wrong, and what no kernel wrote is not found.
+    wrong = written.copy()
+    wrong[0, 4, 2, 1] ^= 64
+    assert np.count_nonzero(closest([wrong], r, second) != r) == 1
+    assert closest([moved], q, first) is None
+    assert np.count_nonzero(closest([noise], r, second) != r) > 90
+
+
+def test_a_kernel_that_rounds_and_joins_is_verified(rng):
+    """Resized images that are joined for an int8 layer: the graph rounds each, one kernel rounds and joins them."""
+    register()
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(SHAPE, "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            parts = []
+            for i, size in enumerate(((3, 4), (5, 2))):
+                y = bb.emit(op.image.resize2d(x, relax.ShapeExpr(size), layout="NCHW", method="linear"))  # fmt: skip
+                y = bb.emit(op.image.resize2d(y, relax.ShapeExpr((6, 6)), layout="NCHW", method="linear"))  # fmt: skip
+                parts.append(bb.emit(int8.quantize(y, scale=0.03, zero_point=100 + i)))
+            y = bb.emit(op.concat(parts, 1))
+            w = rng.integers(-99, 99, (5, 12, 6, 6)).astype("int8")
+            y = bb.emit(int8.int8_conv2d(y, constant(w), name="l", zero_point=100))
+            y = bb.emit(op.multiply(op.astype(y, "float32"), constant(np.float32(1e-4))))
+            out = bb.emit_output(op.reshape(y, (1, 5)))
+        bb.emit_func_output(out)
+    mod, inputs = bb.get(), [floats(rng, *SHAPE)]
+    check = judged(mod, compiled(mod), inputs)
+    assert (check.steps.tensors, check.steps.wrong) == (2, 0)
