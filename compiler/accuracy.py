@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compiler.arrays import read_npz
-from compiler.calibration import LABELS, Calibration, Sample, cut_samples, load_calibration
+from compiler.calibration import (
+    LABELS,
+    Calibration,
+    Sample,
+    cut_samples,
+    inputs_of,
+    load_calibration,
+)
 from passes.treatment import Treatment
 from schedules.errors import UserError
 
@@ -61,22 +68,26 @@ def load_evaluation(source, specs: Sequence) -> Evaluation:
     labels = arrays.pop(LABELS, None)
     samples = list(cut_samples(arrays, specs, str(source)))
     if not samples:
-        raise UserError("holds no samples", where=str(source))
+        raise UserError("holds no samples that fill a run", where=str(source))
     cut: list[np.ndarray | None] = [None] * len(samples)
     if labels is not None:
-        cut = _cut_labels(labels, len(samples), specs, str(source))
+        of_each = len(inputs_of(arrays, specs, str(source))[specs[0].name])
+        cut = _cut_labels(labels, len(samples), of_each, specs, str(source))
     description = {"kind": "file", "path": str(source), "samples": len(samples)}
     return Evaluation(lambda: zip(samples, cut), {**description, "labels": labels is not None})
 
 
-def _cut_labels(labels: np.ndarray, count: int, specs: Sequence, where: str) -> list[np.ndarray]:
-    rows = specs[0].shape[0] if specs and specs[0].shape else 1
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) < count * rows:
+def _cut_labels(
+    labels: np.ndarray, count: int, wanted: int, specs: Sequence, where: str
+) -> list[np.ndarray]:
+    """Labels, `wanted` in all, for `count` runs."""
+    rows = specs[0].shape[0] if specs[0].shape else 1
+    if labels.dtype.kind not in "iu" or labels.shape != (wanted,):
         raise UserError(
             "labels do not fit",
             where=where,
             found=f"{labels.dtype}[{','.join(map(str, labels.shape))}]",
-            wanted=f"{count * rows} class numbers",
+            wanted=f"{wanted} class numbers",
         )
     return [labels[i * rows : (i + 1) * rows] for i in range(count)]
 

@@ -65,11 +65,15 @@ def load_calibration(
 
 
 def _load(source, specs: Sequence, preprocess: str | None, ranges) -> Calibration:
+    named = isinstance(source, (str, Path)) and bool(str(source))
+    if preprocess is not None and (not named or source == RANDOM):
+        found = RANDOM if source == RANDOM else type(source).__name__
+        raise _not_images(found)
     if isinstance(source, Calibration):
         return source
-    if isinstance(source, str) and source == RANDOM:
+    if source == RANDOM:
         return _random(specs, ranges)
-    if isinstance(source, (str, Path)) and str(source):
+    if named:
         return _files(Path(source), specs, preprocess)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
         return _iterable(source, specs)
@@ -79,6 +83,10 @@ def _load(source, specs: Sequence, preprocess: str | None, ranges) -> Calibratio
         found="an empty path" if source == "" else type(source).__name__,
         wanted="a .npz file, a directory, an iterable of samples, or 'random'",
     )
+
+
+def _not_images(found: str) -> UserError:
+    return UserError("is for images", where="--preprocess", found=found, wanted="PNG or JPEG files")
 
 
 def _random(specs: Sequence, ranges: Mapping[str, int] | None) -> Calibration:
@@ -119,24 +127,56 @@ def _files(path: Path, specs: Sequence, preprocess: str | None) -> Calibration:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     arrays = [f for f in files if not path.is_dir() or f.suffix in (".npz", ".npy")]
     images = [f for f in files if f.suffix.lower() in SUFFIXES]
-    if images and (not arrays or not path.is_dir()):
+    if images and arrays and path.is_dir():
+        raise UserError(
+            "holds images and arrays",
+            where=str(path),
+            found=f"{images[0].name}, {arrays[0].name}",
+            wanted="calibration data of one kind",
+        )
+    if images:
         return _images(path, images, specs, preprocess)
     if not arrays:
         raise UserError(
             "holds no calibration data", where=str(path), wanted=".npy, .npz, PNG or JPEG files"
         )
-    if preprocess:
-        raise UserError(
-            "is for images", where="--preprocess", found=str(path), wanted="PNG or JPEG files"
-        )
+    if preprocess is not None:
+        raise _not_images(str(path))
 
     def samples() -> Iterator[Sample]:
         for file in arrays:
             yield from cut_samples(_read(file), specs, str(file))
 
-    count = _count(samples(), str(path))
-    description = {"kind": "files", "path": str(path), "sha256": _digest(arrays), "samples": count}
-    return Calibration(samples, description)
+    count = sum(1 for _ in samples())
+    left = sum(_rows(inputs_of(_read(file), specs, str(file)), specs)[1] for file in arrays)
+    return Calibration(
+        samples,
+        {
+            "kind": "files",
+            "path": str(path),
+            "sha256": _digest(arrays),
+            "samples": count,
+            **_left_out(count, left, specs, str(path)),
+        },
+    )
+
+
+def _left_out(runs: int, left: int, specs: Sequence, where: str) -> dict:
+    """What a description says of samples that fill no run. Raises UserError if there are no others."""
+    batch = specs[0].shape[0] if specs and specs[0].shape else 1
+    if not runs:
+        raise UserError(
+            "holds too few samples for one run" if left else "holds no samples",
+            where=where,
+            found=str(left),
+            wanted=f"{batch} or more",
+        )
+    if not left:
+        return {}
+    what = (
+        f"{left} calibration sample{'s' if left > 1 else ''} left out: they fill no run of {batch}"
+    )
+    return {"left_out": left, "warning": what}
 
 
 def _images(
@@ -162,13 +202,15 @@ def _images(
             rows = [read_image(f, prepared, spec.shape) for f in files[i : i + batch]]
             yield [np.concatenate(rows)]
 
+    count = sum(1 for _ in samples())
     return Calibration(
         samples,
         {
             "kind": "images",
             "path": str(path),
             "sha256": _digest(files),
-            "samples": _count(samples(), str(path)),
+            "samples": count,
+            **_left_out(count, len(files) % batch, specs, str(path)),
             "preprocess": prepared.to_json(),
         },
     )
@@ -196,11 +238,11 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         raise UserError("not a readable .npy file", where=str(file)) from None
 
 
-def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Iterator[Sample]:
-    """Runs of the model's batch size along the first axis; a rest that does not fill one is left out.
-
-    Raises UserError for arrays that are no inputs `specs` of the model; labels are passed over.
-    """
+def inputs_of(
+    arrays: Mapping[str, np.ndarray], specs: Sequence, where: str
+) -> dict[str, np.ndarray]:
+    """The arrays of a file that are inputs `specs` of the model, all of them; labels are passed over. Raises UserError for
+    missing and for other arrays."""
     names = [spec.name for spec in specs]
     arrays = {name: array for name, array in arrays.items() if name in names or name != LABELS}
     if len(specs) == 1 and len(arrays) == 1:
@@ -216,6 +258,22 @@ def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -
         raise UserError(
             f"{unknown[0]} is no input of the model", where=where, wanted=", ".join(names)
         )
+    return arrays
+
+
+def _rows(arrays: Mapping[str, np.ndarray], specs: Sequence) -> tuple[int, int]:
+    """How many runs the first input's samples fill, and how many samples are left over."""
+    if not specs or not specs[0].shape:
+        return 1, 0
+    return divmod(len(arrays[specs[0].name]), specs[0].shape[0])
+
+
+def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -> Iterator[Sample]:
+    """Runs of the model's batch size along the first axis; a rest that does not fill one is left out.
+
+    Raises UserError for arrays that are no inputs `specs` of the model; labels are passed over.
+    """
+    arrays = inputs_of(arrays, specs, where)
     counts = set()
     for spec in specs:
         array, batch = arrays[spec.name], spec.shape[0] if spec.shape else 1
@@ -245,9 +303,7 @@ def cut_samples(arrays: Mapping[str, np.ndarray], specs: Sequence, where: str) -
 
 def _sample(item, specs: Sequence, where: str) -> Sample:
     if isinstance(item, Mapping):
-        missing = [spec.name for spec in specs if spec.name not in item]
-        if missing:
-            raise UserError("lacks an input of the model", where=where, wanted=", ".join(missing))
+        item = inputs_of(item, specs, where)
         item = [item[spec.name] for spec in specs]
     elif len(specs) == 1 and not isinstance(item, (list, tuple)):
         item = [item]

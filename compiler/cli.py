@@ -49,8 +49,9 @@ def main(debug: bool) -> None:
 @shapes_option
 @batch_option
 @calibration_option
+@preprocess_option
 @json_option
-def inspect(model, inputs, batch, calibration, json_path):
+def inspect(model, inputs, batch, calibration, preprocess, json_path):
     """Show a model's layers, what they cost, the zeros they hold, and whatever is unsupported."""
     _check_model(model)
     _check_json(json_path)
@@ -58,7 +59,13 @@ def inspect(model, inputs, batch, calibration, json_path):
     from compiler import tables
     from compiler.inspect import inspect_model
 
-    found = inspect_model(model, inputs=dict(inputs) or None, batch=batch, calibration=calibration)
+    found = inspect_model(
+        model,
+        inputs=dict(inputs) or None,
+        batch=batch,
+        calibration=calibration,
+        preprocess=preprocess,
+    )
     _write_json(json_path, found.to_json())
     if found.unsupported:
         raise UnsupportedModel(found.unsupported)

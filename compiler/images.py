@@ -6,7 +6,7 @@
     resize    the shorter side, bilinear (default: no resizing)
     crop      a square from the middle (default: the whole image)
     mean, std per channel, of values from 0 to 1 (default 0 and 1); one number stands for all channels
-    scale     what a byte is multiplied with first (default 1/255)
+    scale     what a byte is multiplied with first, a number or a fraction (default 1/255)
     channels  rgb, bgr or gray (default: by the network's input)
 
 What calibration does to images must be what the network's user will do: it is recorded in the artifact as it stands.
@@ -42,6 +42,8 @@ class Preprocessing:
         found: dict = {}
         for part in filter(None, text.split(",")):
             key, _, value = part.partition("=")
+            if key in found:
+                raise UserError(f"{key} is given twice", where="--preprocess", found=text)
             try:
                 found[key] = _PARSERS[key](value)
             except KeyError:
@@ -77,7 +79,11 @@ def _spreads(value: str) -> tuple[float, ...]:
 
 
 def _scale(value: str) -> float:
-    return _spreads(value)[0]
+    above, _, below = value.partition("/")
+    scale = float(above) / (float(below or 1) or np.nan)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError("a number above 0, or a fraction such as 1/255")
+    return scale
 
 
 def _order(value: str) -> str:
@@ -110,6 +116,14 @@ def read_image(path: Path, preprocessing: Preprocessing, shape: tuple[int, ...])
         size = tuple(max(1, round(side * ratio)) for side in image.size)
         image = image.resize(size, Image.Resampling.BILINEAR)
     if preprocessing.crop:
+        if preprocessing.crop > min(image.size):
+            raise UserError(
+                "an image smaller than the crop",
+                where=str(path),
+                found=f"{image.width}x{image.height}",
+                wanted=f"{preprocessing.crop}x{preprocessing.crop} at least",
+                todo="Give --preprocess resize=...",
+            )
         left, top = ((side - preprocessing.crop) // 2 for side in image.size)
         image = image.crop((left, top, left + preprocessing.crop, top + preprocessing.crop))
     pixels = np.asarray(image, "float32").reshape(image.height, image.width, -1)

@@ -66,9 +66,15 @@ class Inspection:
 
 
 def inspect_model(
-    source, *, example=None, inputs=None, batch: int | None = None, calibration=None
+    source,
+    *,
+    example=None,
+    inputs=None,
+    batch: int | None = None,
+    calibration=None,
+    preprocess: str | None = None,
 ) -> Inspection:
-    """Look at a model without compiling it, and at its activations on `calibration` data if given.
+    """Look at a model without compiling it, and at its activations on `calibration` data if given, prepared as in `build`.
 
     A model with operators Kerf does not support gives an Inspection whose `unsupported` lists them
     all. Raises ModelError for a file that cannot be read.
@@ -81,7 +87,7 @@ def inspect_model(
     except UnsupportedModel as error:
         return Inspection(name, "", unsupported=str(error))
     layers, others = _walk(imported.mod)
-    shown = _shown(imported, calibration)
+    shown = _shown(imported, calibration, preprocess)
     layers = [replace(x, found={**x.found, **shown.get(x.name, {})}) for x in layers]
     return Inspection(
         model=name or type(source).__name__,
@@ -93,7 +99,7 @@ def inspect_model(
     )
 
 
-def _shown(imported, calibration) -> dict[str, dict]:
+def _shown(imported, calibration, preprocess: str | None) -> dict[str, dict]:
     """What the families see in the graph as they meet it, and in its values on calibration data."""
     from compiler.pipeline import canonicalize
     from passes import families
@@ -111,9 +117,8 @@ def _shown(imported, calibration) -> dict[str, dict]:
 
     host = detect_host()
     ranges = index_ranges(imported.mod)
-    context = Context(
-        host, Observer(load_calibration(calibration, imported.inputs, ranges=ranges), host)
-    )
+    samples = load_calibration(calibration, imported.inputs, preprocess, ranges)
+    context = Context(host, Observer(samples, host))
     for family in families():
         if family.observed_in is not None:
             for layer, facts in family.observed_in(mod, context).items():

@@ -70,7 +70,14 @@ def test_outputs_without_classes_lose_cosine(rng):
 
 
 @pytest.mark.parametrize(
-    "labels", [np.zeros(3, int), np.zeros((10, 1), int), np.zeros(10), np.array(["a"] * 10)]
+    "labels",
+    [
+        np.zeros(3, int),
+        np.zeros(11, int),
+        np.zeros((10, 1), int),
+        np.zeros(10),
+        np.array(["a"] * 10),
+    ],
 )
 def test_labels_that_do_not_fit(tmp_path, labels):
     np.savez(tmp_path / "e.npz", x=np.zeros((10, 4), "float32"), labels=labels)

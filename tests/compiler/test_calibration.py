@@ -19,6 +19,7 @@ def test_a_file_is_cut_into_batches(tmp_path, rng):
     np.savez(tmp_path / "c.npz", x=data)
     found = load_calibration(tmp_path / "c.npz", IMAGE)
     assert found.description["samples"] == 3  # the seventh row does not fill a batch
+    assert found.description["left_out"] == 1 and "1 calib" in found.description["warning"]
     for _ in range(2):  # as often as needed
         rows = [sample[0] for sample in found.samples()]
         np.testing.assert_array_equal(np.concatenate(rows), data[:6])
@@ -57,7 +58,8 @@ def test_random_data_says_that_it_is(rng):
     [
         ({"x": np.zeros((4, 5), "float32")}, "wrong shape of x"),
         ({"x": np.full((4, 3), np.nan, "float32")}, "NaN"),
-        ({"x": np.zeros((1, 3), "float32")}, "holds no samples"),
+        ({"x": np.zeros((0, 3), "float32")}, "holds no samples"),
+        ({"x": np.zeros((1, 3), "float32")}, "too few samples for one run; found 1; wanted 2"),
         ({"y": np.zeros((2, 3)), "z": np.zeros((2, 3))}, "lacks an input"),
         ({"x": np.zeros((2, 3), "S3")}, "wrong dtype of x"),
         ({"x": np.zeros((2, 3), "uint8")}, "wrong dtype of x"),  # pixels that nobody prepared
@@ -82,6 +84,8 @@ def test_unusable_sources(tmp_path):
         (3, "is not calibration data"),
         (b"bytes", "is not calibration data"),
         ([np.zeros((2, 4))], "wrong shape"),
+        ([{"x": np.zeros((2, 3)), "y": np.zeros(1)}], "y is no input of the model"),
+        ([{}], "lacks an input"),
     ]:
         with pytest.raises(UserError, match=message):
             load_calibration(source, IMAGE)
@@ -142,6 +146,10 @@ def test_images_are_prepared_as_said_and_that_is_recorded(pictures):
         ("std=0", "above 0"),
         ("mean=1/2", "another number of channels"),
         ("channels=cmyk", "one of rgb"),
+        ("resize=6,crop=4,resize=8", "resize is given twice"),
+        ("resize=6,crop=7", "smaller than the crop; found 6x8; wanted 7x7"),
+        ("scale=1/0", "a fraction such as 1/255"),
+        ("scale=-1", "a fraction such as 1/255"),
     ],
 )
 def test_images_refuse(pictures, text, message):
@@ -155,8 +163,32 @@ def test_what_is_no_image_and_preparing_what_is_none(pictures, tmp_path):
         load_calibration(tmp_path, PICTURE, "resize=6,crop=4")
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.zeros((1, 3, 4, 4), "float32"))
-    with pytest.raises(UserError, match="is for images"):
-        load_calibration(tmp_path / "arrays", PICTURE, "crop=4")
+    arrays = [np.zeros((1, 3, 4, 4), "float32")]
+    for source in (tmp_path / "arrays", tmp_path / "arrays" / "a.npy", "random", arrays):
+        with pytest.raises(UserError, match="is for images"):
+            load_calibration(source, PICTURE, "crop=4")
+
+
+def test_a_byte_may_be_scaled_by_a_fraction(pictures):
+    whole, fraction, number = (
+        next(load_calibration(pictures, PICTURE, f"resize=6,crop=4{scale}").samples())[0]
+        for scale in ("", ",scale=1/255", ",scale=1")
+    )
+    np.testing.assert_array_equal(fraction, whole)
+    assert whole.max() == 1 and number.max() == 255
+
+
+def test_images_beside_arrays_are_not_passed_over(pictures):
+    np.save(pictures / "a.npy", np.zeros((1, 3, 4, 4), "float32"))
+    for preprocess in (None, "resize=6,crop=4"):
+        with pytest.raises(UserError, match="holds images and arrays"):
+            load_calibration(pictures, PICTURE, preprocess)
+
+
+def test_images_that_fill_no_batch_are_counted(pictures):
+    three = [TensorSpec("x", (3, 3, 4, 4), "float32")]
+    with pytest.raises(UserError, match="too few samples for one run; found 2; wanted 3"):
+        load_calibration(pictures, three, "resize=6,crop=4")
 
 
 def _convolution(weight):
