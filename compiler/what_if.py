@@ -110,13 +110,13 @@ def what_if(
 def points_of(grains: Sequence[str], densities: Sequence[float]) -> list[tuple[str, float]]:
     """(grain, density) of every point, in order. Raises UserError."""
     if bad := [d for d in densities if not 0 < d <= 1]:
-        raise UserError("density must be in (0, 1]", found=str(bad[0]))
+        raise UserError("density must be in (0, 1]", where="densities", found=str(bad[0]))
     found: list[tuple[str, float]] = []
     for name in grains:
         try:
             grain = Grain.parse(name)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error), where="grains") from None
         own = [grain.density] if grain.density else densities
         found += [(grain.name, float(d)) for d in own]
     if not found:
