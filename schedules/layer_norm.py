@@ -5,7 +5,8 @@
     y = x / sqrt(mean of x^2 + eps) * gamma                       RMS norm
 
 Rows are divided among threads; a row is read three times from the nearest cache and written once, through the epilogue.
-Of planes [N, D, P], normalised over D, a vector holds pixels, and a tile of them is what a row is above.
+Of planes [N, D, P], normalised over D, a vector holds pixels, and planes are read twice, one after another: means and sums
+of squares of all pixels grow together.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from schedules.emission import (
     runs_parallel,
     splat,
     unravel,
+    widest_lanes,
 )
 from schedules.fused import Fused, annotations
 from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 
 LOOPS = "layer_norm"
-_VECTORS = 2  # of pixels of a tile of planes, which is to stay in the first-level cache
+_PLANES = 8  # of a block that has a mean of its own
+_OTHERS = 6  # vector registers besides the mean and the root of each vector of a tile
 
 
 @dataclass(frozen=True)
@@ -145,59 +148,97 @@ def _emit_row(kernel, point: Point, row: Row, x, scale: list, at: tuple) -> None
 
 def _emit_planes(kernel, point: Point, target: CpuTarget, x, scale: list) -> None:
     images, extent, pixels = kernel.fused.shape
-    plane = Row(pixels, target.lanes)
-    vectors = -(-pixels // plane.lanes)
-    tiles = -(-vectors // _VECTORS)
+    lanes = widest_lanes(pixels, target.lanes)
+    total = -(-pixels // lanes)
+    most = min((target.registers - _OTHERS) // 2, -(-images * total // target.threads))
+    tiles = -(-total // most)
+    vectors = -(-total // tiles)
     parallel = runs_parallel(target, images * tiles, images * extent * pixels * 8)
     with loop(images * tiles, parallel=parallel) as t:
         n, tile = unravel(t, (images, tiles))
-        first = [(tile * _VECTORS + v) * plane.lanes for v in range(min(_VECTORS, vectors))]
-        at = [T.bind(tirx.min(i, pixels - plane.lanes).astype("int32")) for i in first]
-        _emit_tile(kernel, point, x, scale, n, [ramp(i, plane.lanes) for i in at], plane.lanes)
+        first = T.bind(
+            tirx.min(tile * (vectors * lanes), max(0, pixels - vectors * lanes)).astype("int32")
+        )
+
+        def pixels_of(v, first=first):
+            return ramp(tirx.min(first + v * lanes, pixels - lanes), lanes)
+
+        _PlanesTile(kernel, point, x, scale, n, pixels_of, vectors, lanes).emit()
 
 
-def _emit_tile(kernel, point: Point, x, scale: list, n, pixels: list, lanes: int) -> None:
-    """The vectors `pixels` of all planes of image n; those past its last repeat that."""
-    extent = kernel.fused.shape[1]
-    places = [ramp(v * lanes, lanes) for v in range(len(pixels))]
-    means, roots = local_buffer(len(pixels) * lanes), local_buffer(len(pixels) * lanes)
+@dataclass
+class _PlanesTile:
+    """`vectors` vectors of all planes of image `n`, number v of pixels `pixels_of(v)`."""
 
-    def centered(d, v):
-        value = x[n, d, pixels[v]]
-        return value - means[places[v]] if point.centered else value
+    kernel: object
+    point: Point
+    x: object
+    scale: list
+    n: object
+    pixels_of: Callable
+    vectors: int
+    lanes: int
 
-    def square(d, v):
-        value = T.bind(centered(d, v))
-        return value * value
+    def emit(self) -> None:
+        lanes, vectors = self.lanes, self.vectors
+        extent = self.kernel.fused.shape[1]
+        means, squares = local_buffer(vectors * lanes), local_buffer(vectors * lanes)
+        for v in range(vectors):
+            T.buffer_store(means, splat(0.0, lanes), [self._place(v)])
+            T.buffer_store(squares, splat(0.0, lanes), [self._place(v)])
+        whole, rest = divmod(extent, _PLANES)
+        if whole:
+            with T.serial(0, whole) as block, T.serial(0, vectors) as v:
+                share = splat(1.0, 1) / (block + 1).astype("float32")
+                counts = share, share * block.astype("float32") * splat(_PLANES, 1)
+                self._add(means, squares, v, block * _PLANES, _PLANES, counts)
+        if rest:
+            counts = splat(rest / extent, 1), splat(rest * (extent - rest) / extent, 1)
+            with T.serial(0, vectors) as v:
+                self._add(means, squares, v, T.int32(extent - rest), rest, counts)
+        for v in range(vectors):
+            variance = squares[self._place(v)] * splat(1.0 / extent, lanes)
+            root = tirx.sqrt(variance + splat(self.point.epsilon, lanes))
+            T.buffer_store(squares, splat(1.0, lanes) / root, [self._place(v)])
+        self._write(means, squares)
 
-    def mean_into(sums, element: Callable) -> None:
-        """Of `unroll` planes at a time: fewer steps that wait for one another, and round."""
+    def _place(self, v):
+        return ramp(v * self.lanes, self.lanes)
 
-        def add(first, planes: int) -> None:
-            for v, place in enumerate(places):
-                terms = [element(first + d, v) for d in range(planes)]
-                while len(terms) > 1:
-                    terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]
-                T.buffer_store(sums, sums[place] + terms[0], [place])
+    def _add(self, means, squares, v, first, planes: int, counts: tuple) -> None:
+        """Those of `planes` planes from number `first` on to the means, and to the sums of squares about them, of vector v.
 
-        for place in places:
-            T.buffer_store(sums, splat(0.0, lanes), [place])
-        whole = extent // point.unroll
-        with T.serial(0, whole) as step:
-            add(step * point.unroll, point.unroll)
-        if rest := extent % point.unroll:
-            add(tirx.const(extent - rest, "int32"), rest)
-        for place in places:
-            T.buffer_store(sums, sums[place] * splat(1.0 / extent, lanes), [place])
+        Each block has a mean of its own, and its squares are about that (Chan, Golub and LeVeque): one pass, whatever the
+        mean. `counts`: the share of the block's planes among all so far, and that of their difference squared.
+        """
+        lanes, place, pixels = self.lanes, self._place(v), self.pixels_of(v)
+        values = [T.bind(self.x[self.n, first + i, pixels]) for i in range(planes)]
+        if not self.point.centered:
+            total = _sum([value * value for value in values])
+            T.buffer_store(squares, squares[place] + total, [place])
+            return
+        share, apart = (T.bind(T.broadcast(c, lanes)) if lanes > 1 else c for c in counts)
+        mean = T.bind(_sum(values) * splat(1.0 / planes, lanes))
+        about = [T.bind(value - mean) for value in values]
+        moved = T.bind(mean - means[place])
+        total = _sum([*(d * d for d in about), moved * moved * apart])
+        T.buffer_store(squares, squares[place] + total, [place])
+        T.buffer_store(means, means[place] + moved * share, [place])
 
-    if point.centered:
-        mean_into(means, lambda d, v: x[n, d, pixels[v]])
-    mean_into(roots, square)
-    for place in places:
-        root = tirx.sqrt(roots[place] + splat(point.epsilon, lanes))
-        T.buffer_store(roots, splat(1.0, lanes) / root, [place])
-    with T.serial(0, extent) as d:
-        for v, place in enumerate(places):
-            result = centered(d, v) * roots[place] * broadcast(scale[0][d], lanes)
-            result = result + broadcast(scale[1][d], lanes) if len(scale) > 1 else result
-            kernel.store(T.bind(result), [n, d, pixels[v]])
+    def _write(self, means, roots) -> None:
+        scale, lanes = self.scale, self.lanes
+        with T.serial(0, self.kernel.fused.shape[1]) as d:
+            for v in range(self.vectors):
+                place, pixels = self._place(v), self.pixels_of(v)
+                value = self.x[self.n, d, pixels]
+                value = value - means[place] if self.point.centered else value
+                result = value * roots[place] * broadcast(scale[0][d], lanes)
+                result = result + broadcast(scale[1][d], lanes) if len(scale) > 1 else result
+                self.kernel.store(T.bind(result), [self.n, d, pixels])
+
+
+def _sum(terms: list):
+    """Their sum in pairs: fewer steps that wait for one another, and round."""
+    while len(terms) > 1:
+        terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]
+    return terms[0]
