@@ -24,6 +24,7 @@ from schedules.emission import (
     emitting,
     local_buffer,
     loop,
+    pieces,
     ramp,
     runs_parallel,
     splat,
@@ -33,6 +34,7 @@ from schedules.fused import Fused, annotations
 from schedules.lanes import broadcast
 from schedules.sparse_problem import tiles_of
 from schedules.target import CpuTarget
+from schedules.windows import LINE_WORDS
 
 LOOPS = "attention_planes"
 
@@ -109,9 +111,20 @@ class _Emitter:
         return self.target.lanes
 
     @property
+    def plane(self) -> int:
+        """Elements of a plane of queries."""
+        return int(self.q.shape[2])
+
+    @property
+    def computed(self) -> int:
+        """Those that are computed: to the end of a line if there are more."""
+        queries = self.problem.batch * self.problem.q_len
+        return min(self.plane, -(-queries // LINE_WORDS) * LINE_WORDS)
+
+    @property
     def behind(self) -> int:
-        """Elements of a plane behind the last query."""
-        return int(self.q.shape[2]) - self.problem.batch * self.problem.q_len
+        """Computed elements of a plane behind the last query."""
+        return self.computed - self.problem.batch * self.problem.q_len
 
     def emit(self) -> None:
         p = self.problem
@@ -231,3 +244,16 @@ class _Emitter:
             for r, v in tile.cells():
                 value = T.bind(acc[r][self._at(v)] * inverse[self._at(v)])
                 self.kernel.store(value, [0, first + r, ramp(b * p.q_len + queries[v], lanes)])
+            if self.plane > self.computed:
+                self._store_past(acc, first, b * p.q_len + queries[-1], inverse, len(queries))
+
+    def _store_past(self, acc: list, first, start, inverse, vectors: int) -> None:
+        """Repeat the last computed element of the planes from `first` on, if a tile's last vector begins with `start` so
+        that it is the last of all."""
+        last = vectors * self.lanes - 1
+        with T.If(start == self.computed - self.lanes), T.Then():
+            for r, row in enumerate(acc):
+                value = T.bind(row[last] * inverse[last])
+                for past, lanes in pieces(self.plane - self.computed, self.lanes):
+                    place = [0, first + r, ramp(self.computed + past, lanes)]
+                    self.kernel.store(broadcast(value, lanes), place)

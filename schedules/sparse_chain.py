@@ -86,7 +86,7 @@ def _lies_in_place(problem: Problem) -> bool:
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Runs of planes as long as pays, or panels that fit the cache."""
     base = planes_point(problem, target)
-    total = -(-problem.plane_out // target.lanes)
+    total = -(-problem.computed // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
     if _lies_in_place(problem):
         tiles = 1 if problem.together > 1 else _runs(problem, target)
@@ -103,7 +103,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def _runs(problem: Problem, target: CpuTarget) -> int:
     """Parts of planes read in place that a block of output channels walks."""
-    total = -(-problem.plane_out // target.lanes)
+    total = -(-problem.computed // target.lanes)
     if 4 * problem.plane_out >= _LONG_PLANE:
         return -(-total // _LONGEST_RUN)
     share = _RUNS_SHARE if problem.block > 1 else _RUNS_SHARE_ALONE
@@ -113,7 +113,7 @@ def _runs(problem: Problem, target: CpuTarget) -> int:
 
 def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
     """Panels of an image, for tiles of `rows` by `vectors`: those with the fewest vectors computed twice that fit the cache."""
-    total = -(-problem.plane_out // target.lanes)
+    total = -(-problem.computed // target.lanes)
     expands = problem.outputs > problem.channels
     share = _PANEL_SHARE_EXPANDING if expands else _PANEL_SHARE
     fit = max(1, int(target.l2_bytes * share) // (problem.panel_rows * target.lanes * 4))
@@ -149,13 +149,13 @@ class _Chain(Planes):
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
-        panels = -(-p.plane_out // (self.span * lanes))
+        panels = -(-p.computed // (self.span * lanes))
         tasks = p.batch * panels * splits
         loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
         with loop(0, tasks) as task:
             share = task % splits
             self.image = T.Bind(task // splits // panels)
-            last = max(0, p.plane_out - self.span * lanes)
+            last = max(0, p.computed - self.span * lanes)
             self.first = T.Bind(tirx.min(task // splits % panels * (self.span * lanes), last))
             panel = self.x
             if not self.in_place:
@@ -169,10 +169,10 @@ class _Chain(Planes):
                     self._multiply_part(panel, first_channel, channels)
 
     def _stores_once(self) -> bool:
-        return self.problem.plane_out % (self.span * self.lanes) == 0
+        return self.problem.computed % (self.span * self.lanes) == 0
 
     def _start(self, first, vector):
-        return tirx.min(first + vector * self.lanes, self.problem.plane_out - self.lanes)
+        return tirx.min(first + vector * self.lanes, self.problem.computed - self.lanes)
 
     def _fill(self, panel) -> None:
         p = self.problem

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schedules.annotated import Annotated
+from schedules.windows import LINE_WORDS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Problem(Annotated):
     def plane_out(self) -> int:
         """Elements from one plane of y to the next."""
         return self.output_plane or self.image_pixels
+
+    @property
+    def computed(self) -> int:
+        """Elements of a plane of y that are computed, to the end of a line if it goes on: what follows repeats the last."""
+        return min(self.plane_out, -(-self.image_pixels // LINE_WORDS) * LINE_WORDS)
 
     @property
     def between_alike(self) -> bool:

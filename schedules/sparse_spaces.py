@@ -109,7 +109,7 @@ def groups_choices(problem: Problem, default: sparse_groups.Point, target: CpuTa
 
 def chain_choices(problem: Problem, default: sparse_chain.Point, target: CpuTarget):
     """(choices, assemble, estimate) around a `sparse_chain` point."""
-    total = -(-problem.plane_out // target.lanes)
+    total = -(-problem.computed // target.lanes)
     choices: Choices = {
         "tile": _sorted(tiles(problem, target), (default.rows, default.vectors)),
         "span": _sorted({-(-total // n) for n in _PANELS if n <= total}, default.span),

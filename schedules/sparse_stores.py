@@ -32,6 +32,7 @@ class Stores:
             for j, start in enumerate(starts):
                 values = [row[T.ramp(j * self.lanes, 1, self.lanes)] for row in rows]
                 self._store_plane(values, o, start, self.lanes)
+            self._store_past(rows, o, starts[-1], vectors)
 
         for r in range(0, len(acc), together):
             o = T.Bind(channel + r)
@@ -51,6 +52,18 @@ class Stores:
         for r, j in itertools.product(range(self.point.rows), range(vectors)):
             at = pixel + j * self.lanes
             prefetch(self.kernel.output[self.image, channel + r, at], write=True)
+
+    def _store_past(self, rows: list, channel, start, vectors: int) -> None:
+        """Store what is past the computed elements of the plane of `channel` if a tile's last vector, from `start` on, is the
+        last of those."""
+        p = self.problem
+        if p.plane_out == p.computed:
+            return
+        with T.If(start == p.computed - self.lanes), T.Then():
+            last = [T.Bind(row[vectors * self.lanes - 1]) for row in rows]
+            for past, lanes in pieces(p.plane_out - p.computed, self.lanes):
+                values = [splat(value, lanes) for value in last]
+                self._store_plane(values, channel, T.int32(p.computed + past), lanes)
 
     def _store_plane(self, values: list, channel, pixel, lanes: int) -> None:
         """Store the vectors of the channels of one plane, from `channel` on, through the epilogue."""

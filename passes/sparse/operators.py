@@ -3,14 +3,15 @@
 
 `kerf.sparse_conv2d(x, w)`   as `kerf.conv2d`, attribute `grain` more
 `kerf.sparse_dense(x, w)`    as `kerf.dense`, attribute `grain` more
-`kerf.sparse_pooled_conv2d(x, w)`   the first and a maximum over windows of it (`passes/max_pooling.py`)
+`kerf.sparse_pooled_conv2d(x, w)`   the first, and the maxima over windows of it (`passes/max_pooling.py`)
 
 The weight stays dense, zeros included, until it is lowered: it is the definition, and packing depends on the kernel.
 
 Between such operators activations may lie in planes [N, C, H * W] ([1, C, rows] of a matrix product), one per channel
 (`passes/sparse/keep_planes.py`): attributes `planes_in` and `planes_out` say which of x and y do, `image` what x is
 channels last: [N, H, W], or the leading axes of a matrix. A plane ends with a whole cache line, in which it repeats
-its last pixel, so that every vector of it is loaded from one line. The planes of integer layers are of quads of
+its last pixel, so that every vector of it is loaded from one line; those of matrices never lie a multiple of 8 lines
+apart, where parts of many planes compete for few sets of the caches. The planes of integer layers are of quads of
 channels, [N, C / 4, H * W, 4], and end with the image.
 
 `kerf.transpose(x)`        y[0, j, i] = x[min(i, I - 1), j], [1, `rows`, `columns`]: rows made planes, or planes rows
@@ -42,13 +43,14 @@ SPARSE_POOLED_CONV2D = "kerf.sparse_pooled_conv2d"
 MEAN_OF_PLANES = "kerf.mean_of_planes"
 TRANSPOSE = "kerf.transpose"
 
-# Floats of a cache line, on every target.
+# Lines from one plane of a matrix to the next whose multiples are avoided.
+_CROWDED = 8
 
 
 @functools.cache
 def register() -> None:
     """Register the sparse operators; idempotent."""
-    register_operator(SPARSE_CONV2D, infer_conv2d_in_planes, pooled=SPARSE_POOLED_CONV2D)
+    register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_POOLED_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
     register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
@@ -85,10 +87,14 @@ def planes_shape(images: int, channels: int, pixels: int, together: int = 1) -> 
     return (images, channels // together, pixels, together)
 
 
-def _plane_of(image: tuple[int, ...], together: int) -> int:
+def plane_of(image: tuple[int, ...], together: int) -> int:
     """Pixels of a plane of an image [N, H, W] or of the rows of a matrix, with what lies behind them."""
-    pixels = math.prod(image[1:]) if len(image) == 3 else math.prod(image)
-    return -(-pixels // LINE_WORDS) * LINE_WORDS if together == 1 else pixels
+    of_image = len(image) == 3
+    pixels = math.prod(image[1:] if of_image else image)
+    if together > 1:
+        return pixels
+    lines = -(-pixels // LINE_WORDS)
+    return (lines + (not of_image and lines % _CROWDED == 0)) * LINE_WORDS
 
 
 def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorType:
@@ -98,7 +104,7 @@ def infer_conv2d_in_planes(call: relax.Call, together: int = 1) -> relax.TensorT
         return infer_conv2d(call)
     w, (n, height, width) = shape_of(call.args[1]), attrs["image"]
     oh, ow = result_hw(attrs, height, width, w[2:])
-    planes = planes_shape(n, w[0], _plane_of((n, oh, ow), together), together)
+    planes = planes_shape(n, w[0], plane_of((n, oh, ow), together), together)
     shape = planes if attrs["planes_out"] else (n, oh, ow, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
 
@@ -109,7 +115,7 @@ def infer_dense_in_planes(call: relax.Call, together: int = 1) -> relax.TensorTy
     if "image" not in attrs:
         return infer_dense(call)
     rows = attrs["image"]
-    planes = planes_shape(1, w[0], _plane_of(tuple(rows), together), together)
+    planes = planes_shape(1, w[0], plane_of(tuple(rows), together), together)
     shape = planes if attrs["planes_out"] else (*rows, w[0])
     return relax.TensorType(shape, call.args[0].ty.dtype)
 
@@ -124,7 +130,7 @@ def rows_to_planes(x: relax.Expr) -> relax.Call:
     """Rows [..., C] as planes [1, C, plane]."""
     register()
     *image, channels = shape_of(x)
-    return operator_call(TRANSPOSE, [x], rows=channels, columns=_plane_of((math.prod(image),), 1))
+    return operator_call(TRANSPOSE, [x], rows=channels, columns=plane_of((math.prod(image),), 1))
 
 
 def planes_to_rows(x: relax.Expr, shape: tuple[int, ...]) -> relax.Call:

@@ -77,10 +77,16 @@ def network(build, rng):
     )
 
 
+def sides_of(value) -> tuple[int, int] | None:
+    """(x in planes, y in planes) of a sparse layer."""
+    if not is_call(value, SPARSE_DENSE):
+        return None
+    return tuple(attrs_of(value).get(side, 0) for side in ("planes_in", "planes_out"))
+
+
 def sides(mod) -> list[tuple[int, int]]:
-    """(x in planes, y in planes) of each sparse layer."""
-    found = [attrs_of(b.value) for b in bindings_of(mod["main"]) if is_call(b.value, SPARSE_DENSE)]
-    return [(a.get("planes_in", 0), a.get("planes_out", 0)) for a in found]
+    """The same of each sparse layer."""
+    return [found for b in bindings_of(mod["main"]) if (found := sides_of(b.value))]
 
 
 def count(mod, name: str) -> int:
@@ -108,6 +114,19 @@ def test_a_transformer_is_computed_in_planes(network, rng, options):
     assert set(sides(kept)) == {(1, 1)} and len(sides(kept)) == 12
     assert count(kept, ATTENTION_PLANES) == 2
     assert count(kept, TRANSPOSE) == 2  # where the stream begins, and where it ends
+    check(mod, kept, rng)
+
+
+def test_planes_do_not_lie_eight_lines_apart(network, rng):
+    def body(net, x):
+        return net.norm(net.block(net.block(net.begin(x))))
+
+    mod = network(body, (2, 64, WIDTH))
+    kept = KeepPlanes()(mod)
+    lengths = {
+        shape_of(b.var)[-1] for b in bindings_of(kept["main"]) if sides_of(b.value) == (1, 1)
+    }
+    assert lengths == {9 * 16}
     check(mod, kept, rng)
 
 

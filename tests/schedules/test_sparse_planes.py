@@ -14,7 +14,7 @@ from tvm import relax
 from passes import layers
 from passes.sparse import lowering, reference
 from passes.sparse.format import block_of
-from passes.sparse.operators import in_planes, sparse_call
+from passes.sparse.operators import in_planes, plane_of, sparse_call
 from passes.sparse.problems import SampleProblem, problems
 from schedules import sparse_chain, sparse_planes, sparse_vector, sparse_windows
 from schedules.dispatch import loop_structure
@@ -35,10 +35,10 @@ def sparse_weight(rng, shape, grain: str, density: float) -> np.ndarray:
 
 
 def to_planes(x: np.ndarray, sample: SampleProblem) -> np.ndarray:
-    """A channels-last tensor of a layer as planes, one per channel, that repeat their last pixel to the end of a line."""
+    """A channels-last tensor of a layer as planes, one per channel, behind whose last pixel that is repeated."""
     images = x.shape[0] if sample.attrs else 1
     planes = x.reshape(images, -1, x.shape[-1]).transpose(0, 2, 1)
-    behind = -planes.shape[-1] % 16
+    behind = plane_of(x.shape[:-1], 1) - planes.shape[-1]
     return np.pad(planes, ((0, 0), (0, 0), (0, behind)), mode="edge")
 
 
@@ -179,6 +179,7 @@ def test_planes_between_layers(host_tiers, rng):
         "grouped": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", groups=4, padding=(1, 0, 2, 1)),
         "dilated": conv((1, 13, 14, 8), (16, 8, 5, 5), "element", dilation=(2, 1), padding=(2, 2, 2, 2)),
         "matrix": SampleProblem("kerf.sparse_dense", (2, 17, 40), (22, 40), "out:8", 0.2),
+        "crowded": SampleProblem("kerf.sparse_dense", (1, 128, 40), (22, 40), "out:4", 0.2),
         "read_in_place": conv((2, 33, 33, 12), (22, 12, 1, 1), "out:4"),
     }  # fmt: skip
     sides = ((True, True), (False, True), (True, False))
@@ -186,10 +187,11 @@ def test_planes_between_layers(host_tiers, rng):
         f"{name}_{i}": (s, None, planes)
         for i, planes in enumerate(sides)
         for name, s in samples.items()
-        if i == 0 or name in ("pointwise", "images")
+        if i == 0 or name in ("pointwise", "images", "crowded")
     }
     Chain = sparse_chain.Point
     cases["panels"] = (samples["pointwise"], Chain(2, 4, 2, 18), (True, True))
+    cases["panels_before_the_last_line"] = (samples["crowded"], Chain(2, 4, 3, 22), (True, True))
     cases["panels_of_lines"] = (samples["shortcut"], Chain(3, 2, 5, 16), (True, True))
     check_planes(cases, host_tiers[0], rng)
     split = {"split": (samples["pointwise"], Chain(2, 4, 3, 8, 2), (True, True)), "image": cases["images_0"]}  # fmt: skip
