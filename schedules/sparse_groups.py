@@ -24,7 +24,7 @@ from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, tiles_of
-from schedules.sparse_windows import bands, offsets, window_of
+from schedules.sparse_windows import SLACK, bands, offsets, window_of
 from schedules.target import CpuTarget
 
 # Channels of an image, which is taken for one group: red, green and blue.
@@ -122,7 +122,7 @@ class _Groups(Bands, Planes):
                 self._multiply_band(panel, sums, group, tiles)
 
     def _panel_size(self) -> int:
-        return self.group_inputs * self.window.channel
+        return self.group_inputs * self.window.channel + SLACK
 
     def _copy_group(self, panel, group) -> None:
         """Copy the lines of a group's planes that a band needs to within the panel's borders, in the order they lie in."""

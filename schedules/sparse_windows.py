@@ -41,24 +41,28 @@ class Point(Annotated):
 
 
 # Non-zeros between fetching a panel row into the first-level cache and using it.
-_AHEAD = 2
-# Vectors that begin in the last columns of a plane end within this many elements of it.
+_AHEAD = 3
+# Vectors that begin in the last columns of a panel end within this many elements of it.
 SLACK = 16
+# Shares of the second-level cache that the panel of a whole image may take, and that of a band: where there are several, what
+# is read and written does not fit it either (measured on Cascade Lake).
+_WHOLE_SHARE, _BAND_SHARE = 0.6, 0.35
 # Of a stride, each with code of its own to fill its part of a panel.
 _MOST_PHASES = 16
 
 
 @dataclass(frozen=True)
 class Window:
-    """Layout of a panel: `line` columns, `lines` of them, `phases` of the stride, `plane` elements each with slack."""
+    """Layout of a panel: `line` columns, `lines` of them, `phases` of the stride, `plane` elements each with `slack`."""
 
     line: int
     lines: int
     phases: tuple[int, int]
+    slack: int
 
     @property
     def plane(self) -> int:
-        return self.line * self.lines + SLACK
+        return self.line * self.lines + self.slack
 
     @property
     def channel(self) -> int:
@@ -75,7 +79,9 @@ def window_of(problem: Problem, lines: int) -> Window:
         max(t * d // s for t in range(k))
         for k, d, s in zip(problem.kernel, problem.dilation, problem.strides)
     ]
-    return Window(problem.out_width + halo[1], lines + halo[0], phases)
+    # Planes are copied in vectors that end with a line; what is packed goes beyond.
+    slack = 0 if problem.planes_in else SLACK
+    return Window(problem.out_width + halo[1], lines + halo[0], phases, slack)
 
 
 def offsets(problem: Problem, lines: int) -> np.ndarray:
@@ -108,15 +114,17 @@ def suits(problem: Problem) -> bool:
 
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
-    """Tiles as in `sparse_planes`, of as many lines as leave room for others in the second-level cache."""
+    """Tiles as in `sparse_planes`, of the whole image, or of as many lines as leave room for the rest in the second-level cache."""
     base = planes_point(problem, target)
-    count = 1
-    while count < problem.out_height:
-        lines = -(-problem.out_height // count)
-        if problem.channels * window_of(problem, lines).channel * 4 <= target.l2_bytes * 6 // 10:
-            break
-        count += 1
-    lines = -(-problem.out_height // count)
+
+    def fits(lines: int, share: float) -> bool:
+        panel = 4 * problem.channels * window_of(problem, lines).channel
+        return panel <= target.l2_bytes * share
+
+    lines = problem.out_height
+    if not fits(lines, _WHOLE_SHARE):
+        heights = (-(-lines // count) for count in range(2, lines + 1))
+        lines = next((n for n in heights if fits(n, _BAND_SHARE)), 1)
     tiles, splits = problem.batch * bands(problem, lines), 1
     if target.threads > 1 and tiles < 2 * target.threads:
         splits = min(target.threads, len(parts_of(problem.outputs, base.part)))

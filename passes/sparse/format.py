@@ -119,11 +119,13 @@ def pack(
     chunk: int | None = None,
     part: int | None = None,
     columns: np.ndarray | None = None,
+    by_fill: bool = True,
 ) -> SparseFormat:
     """Pack a dense weight [O, I/groups, R, S] or [O, K], of any type, with its zeros. Blocks must not straddle groups.
 
     `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together,
-    `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape; one chunk only).
+    `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape; one chunk only); without
+    `by_fill` blocks stay in the order of the channels.
     Raises ValueError if a block of output channels would straddle two groups.
     """
     outputs = weight.shape[0]
@@ -146,7 +148,7 @@ def pack(
     row = columns[np.minimum(owner * block, outputs - 1), column]
     which = row // chunk
     fill = np.bincount(which * count + owner, minlength=chunks * count).reshape(chunks, count)
-    position, order, slot = _order_by_fill(fill, outputs, block, part)
+    position, order, slot = _order_of_blocks(fill, outputs, block, part, by_fill)
     place = position[which, owner]
     sorting = np.lexsort((row, place, which))
     owner, column, row, which, place = (a[sorting] for a in (owner, column, row, which, place))
@@ -162,17 +164,19 @@ def pack(
     )  # fmt: skip
 
 
-def _order_by_fill(
-    fill: np.ndarray, outputs: int, block: int, part: int
+def _order_of_blocks(
+    fill: np.ndarray, outputs: int, block: int, part: int, by_fill: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(position of each block [chunks, blocks], `order`, `slot`): by fill within a part, so that neighbouring loops are equally long."""
+    """(position of each block [chunks, blocks], `order`, `slot`): by fill within a part, so that neighbouring loops are equally
+    long, or as they are."""
     chunks, count = fill.shape
     position = np.empty((chunks, count), dtype=np.int64)
     order = np.empty((chunks, count), dtype=np.int64)
     first_block = np.empty(count, dtype=np.int64)
     for first, channels in parts_of(outputs, part):
         begin, end = first // block, first // block + -(-channels // block)
-        here = np.argsort(fill[:, begin:end], axis=1, kind="stable")
+        keys = fill[:, begin:end] if by_fill else np.zeros_like(fill[:, begin:end])
+        here = np.argsort(keys, axis=1, kind="stable")
         order[:, begin:end] = here
         np.put_along_axis(position[:, begin:end], here, np.arange(end - begin)[None, :], axis=1)
         position[:, begin:end] += begin

@@ -104,7 +104,8 @@ def pack_at(
     if structure is sparse_vector:
         return pack(weight, grain, part=problem.block)
     if structure is sparse_chain:
-        return pack(weight, grain, groups=problem.groups, part=point.part)
+        # Planes are written from registers, one behind the other, which hardware prefetchers follow.
+        return pack(weight, grain, groups=problem.groups, part=point.part, by_fill=False)
     if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]
