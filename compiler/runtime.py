@@ -245,7 +245,9 @@ def load_variants(
 
 def _open_library(path: Path) -> Any:
     try:
-        return tvm.runtime.load_module(str(path.resolve()))
+        if path.suffix == ".so":
+            return tvm_ffi.load_module(_spelled_by_file(path.resolve()))
+        return tvm.runtime.load_module(str(path.resolve()))  # links an archive first
     except (RuntimeError, OSError, ValueError) as error:
         raise ArtifactError(
             f"cannot be loaded: {str(error).strip().splitlines()[-1]}",
@@ -253,6 +255,13 @@ def _open_library(path: Path) -> Any:
             wanted="the library that build wrote",
             todo="An archive (.tar) must first be linked on its own machine",
         ) from None
+
+
+def _spelled_by_file(path: Path) -> str:
+    """A path to the same file, spelled after its inode: the system's loader does not look at a path again under which it
+    has a library, though the file was replaced since, as a rebuilt artifact's is."""
+    steps = "".join("./" if bit == "1" else "/" for bit in f"{path.stat().st_ino:b}")
+    return f"{path.parent}/{steps}{path.name}"
 
 
 def from_variant(

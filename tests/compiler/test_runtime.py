@@ -289,3 +289,22 @@ def test_an_artifact_may_be_moved(tiny_artifact, tmp_path, x, models):
     model = load(open_artifact(moved).path, "dense")
     assert isinstance(model, LoadedModel) and threads_in_use() >= 1
     np.testing.assert_array_equal(model(x), models["dense"](x))
+
+
+def test_an_artifact_that_was_replaced_runs_its_own_library(
+    write_tiny, compile_tiny, tiny, tmp_path, x
+):
+    """Also while the one before, of the same path, is still in use."""
+    other = compile_tiny("dense", *tiny.weights["dense"], tiny.target, wrong=True)
+    variants = {"first": tiny.variants[0], "second": other}
+    wanted = {
+        name: from_variant(variant, tiny.inputs, tiny.outputs, tiny.target)(x)
+        for name, variant in variants.items()
+    }
+    assert not np.array_equal(wanted["first"], wanted["second"])
+    loaded = []
+    for name in ("first", "second", "first"):
+        written = write_tiny(tmp_path / "out", [variants[name]], force=True)
+        loaded.append((name, load(written.path)))
+    for name, model in loaded:
+        np.testing.assert_array_equal(model(x), wanted[name])
