@@ -28,8 +28,7 @@ CONV2D = "kerf.conv2d"
 DENSE = "kerf.dense"
 DEPTH_TO_SPACE = "kerf.depth_to_space"
 
-ELEMENTWISE = "kerf.elementwise"  # attributes of operators, see `register_operator`
-POOLED = "kerf.pooled"
+ELEMENTWISE = "kerf.elementwise"  # attribute of operators, see `register_operator`
 
 
 def shape_of(expr) -> tuple[int, ...]:
@@ -47,21 +46,15 @@ def const_array(expr):
 
 
 def register_operator(
-    name: str,
-    infer: Callable[[relax.Call], relax.TensorType],
-    *,
-    elementwise: bool = False,
-    pooled: str = "",
+    name: str, infer: Callable[[relax.Call], relax.TensorType], *, elementwise: bool = False
 ) -> None:
     """Make `name` a pure Relax operator whose type is `infer(call)`. Call once per process and name.
 
     An `elementwise` operator computes each element from those at the same place: it takes its operands in any layout.
-    `pooled` names the operator that computes the same and the maximum over windows of it (`passes/max_pooling.py`).
     """
     tvm.ir.register_op_attr(name, "FInferType", lambda call, _ctx: infer(call))
     tvm.ir.register_op_attr(name, "FPurity", True)
     tvm.ir.register_op_attr(name, ELEMENTWISE, elementwise)
-    tvm.ir.register_op_attr(name, POOLED, pooled)
 
 
 def is_elementwise(call: relax.Call) -> bool:

@@ -46,16 +46,15 @@ class Bands:
         raise NotImplementedError
 
     @contextmanager
-    def _each_output(self, channel):
-        """A loop over the channels of a tile, from `channel` on: (where the sums of one begin, the channel)."""
+    def _output(self, channel, row):
+        """(where the sums of row `row` of a tile begin, its output channel): for a body that runs if there is one."""
         p = self.problem
-        with T.serial(0, self.point.rows) as r:
-            begin, o = T.Bind(r * self.band), T.Bind(channel + r)
-            if p.outputs % p.block == 0:
+        begin, o = T.Bind(row * self.band), T.Bind(channel + row)
+        if p.outputs % p.block == 0:
+            yield begin, o
+        else:  # what only fills the last block is stored nowhere
+            with T.If(o < p.outputs), T.Then():
                 yield begin, o
-            else:  # what only fills the last block is stored nowhere
-                with T.If(o < p.outputs), T.Then():
-                    yield begin, o
 
     def _stride(self, width: int):
         return self.band

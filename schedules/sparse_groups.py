@@ -165,7 +165,7 @@ class _Groups(Bands, Planes):
         p, window = self.problem, self.window
         count = p.out_height - self.first_line
         lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
-        with self._each_output(channel) as (begin, o):
+        with T.serial(0, self.point.rows) as r, self._output(channel, r) as (begin, o):
             with T.serial(0, lines) as line:
                 start = T.Bind(begin + line * window.line)
                 pixel = T.Bind((self.first_line + line) * p.out_width)

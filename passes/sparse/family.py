@@ -11,21 +11,21 @@ from passes.sparse.attention_planes import (
 )
 from passes.sparse.detect import found
 from passes.sparse.lowering import lower_mean_of_planes, lower_sparse, lower_transpose
-from passes.sparse.lowering_pooled import lower_sparse_pooled
+from passes.sparse.lowering_pooled import lower_pooled
 from passes.sparse.operators import (
     MEAN_OF_PLANES,
+    POOLED_CONV2D,
     SPARSE_CONV2D,
     SPARSE_DENSE,
-    SPARSE_POOLED_CONV2D,
     TRANSPOSE,
     register,
 )
 from passes.sparse.prune import check, prune_layer
 from passes.sparse.reference import (
     mean_of_planes,
+    pooled_conv2d,
     sparse_conv2d,
     sparse_dense,
-    sparse_pooled_conv2d,
     transpose,
 )
 from passes.sparse.rewrite import rewrite
@@ -38,7 +38,7 @@ FAMILY = Family(
     lowerings={
         SPARSE_CONV2D: lower_sparse,
         SPARSE_DENSE: lower_sparse,
-        SPARSE_POOLED_CONV2D: lower_sparse_pooled,
+        POOLED_CONV2D: lower_pooled,
         ATTENTION_PLANES: lower_attention_planes,
         MEAN_OF_PLANES: lower_mean_of_planes,
         TRANSPOSE: lower_transpose,
@@ -46,7 +46,7 @@ FAMILY = Family(
     references={
         SPARSE_CONV2D: sparse_conv2d,
         SPARSE_DENSE: sparse_dense,
-        SPARSE_POOLED_CONV2D: sparse_pooled_conv2d,
+        POOLED_CONV2D: pooled_conv2d,
         ATTENTION_PLANES: attention_of_planes,
         MEAN_OF_PLANES: mean_of_planes,
         TRANSPOSE: transpose,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lower `kerf.sparse_pooled_conv2d`: as `kerf.sparse_conv2d`, and the maximum over windows in the same kernel.
+"""Lower `kerf.pooled_conv2d`: as `kerf.sparse_conv2d`, and the maximum over windows in the same kernel.
 
-rewrite: kerf.sparse_pooled_conv2d(x, w, grain)  ->  call_tir(sparse_conv_max_pool, (x, pointer, index, values, order, slot))
+rewrite: kerf.pooled_conv2d(x, w, grain)  ->  call_tir(sparse_conv_max_pool, (x, pointer, index, values, order, slot))
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from passes.lower import call_te
 from passes.max_pooling import largest_of, pool_of
 from passes.sparse.lowering import definition, pack_at, problem_of
 from passes.sparse.operators import image_of
-from schedules import sparse_pooled, windows
+from schedules import pooled_windows, windows
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 
 
-def lower_sparse_pooled(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
+def lower_pooled(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """Activations channels last or in planes, on either side."""
     problem, pool = problems_of(call)
-    return lower_at(bb, call, sparse_pooled.default_point(problem, pool, target))
+    return lower_at(bb, call, pooled_windows.default_point(problem, pool, target))
 
 
 def problems_of(call: relax.Call) -> tuple[Problem, windows.Problem]:
@@ -32,17 +32,17 @@ def problems_of(call: relax.Call) -> tuple[Problem, windows.Problem]:
     return replace(problem_of(call), output_plane=0), pool_of(call, image_of(call))
 
 
-def lower_at(bb: relax.BlockBuilder, call: relax.Call, point: sparse_pooled.Point) -> relax.Expr:
-    """As `lower_sparse_pooled`, with the kernel's parameters given."""
+def lower_at(bb: relax.BlockBuilder, call: relax.Call, point: pooled_windows.Point) -> relax.Expr:
+    """As `lower_pooled`, with the kernel's parameters given."""
     problem, pool = problems_of(call)
     grain = attrs_of(call)["grain"]
-    packed = pack_at(const_array(call.args[1]), grain, problem, sparse_pooled, point)
+    packed = pack_at(const_array(call.args[1]), grain, problem, pooled_windows, point)
     arrays = [
         relax.const(a)
         for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
     ]
     notes = annotations(
-        "sparse_pooled", problem=problem.to_dict(), pool=pool.to_dict(), point=point.to_dict()
+        "pooled_windows", problem=problem.to_dict(), pool=pool.to_dict(), point=point.to_dict()
     )
     sums = definition(
         replace(problem, planes_out=False), point.lines, packed, (pool.n, pool.h, pool.w, pool.c), {}

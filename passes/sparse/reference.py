@@ -21,7 +21,7 @@ def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return convolve_packed(attrs, x, pack(w, attrs["grain"]))
 
 
-def sparse_pooled_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+def pooled_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """The maxima over windows of `sparse_conv2d`."""
     return largest_reference(attrs, sparse_conv2d(attrs, x, w))
 

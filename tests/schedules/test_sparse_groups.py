@@ -47,6 +47,7 @@ SAMPLES = {
     "dilated": conv((1, 13, 14, 8), (16, 4, 5, 5), "element", 2, dilation=(2, 1), padding=(2, 2, 2, 2)),
     "uneven_padding": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", 4, padding=(1, 0, 2, 1)),
     "image": conv((2, 20, 37, 3), (20, 3, 7, 7), "out:4", 1, strides=(2, 2), padding=(3, 3, 3, 3)),
+    "padded_block": conv((1, 12, 19, 3), (10, 3, 3, 3), "out:4", 1),
     "beyond_the_image": conv((1, 5, 6, 8), (8, 4, 3, 3), "out:4", 2, padding=(4, 3, 4, 3)),
 }  # fmt: skip
 

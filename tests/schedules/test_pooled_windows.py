@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pytest
 import tvm
 from tvm import relax
 
@@ -14,14 +13,11 @@ from passes import layers
 from passes.max_pooling import largest_reference
 from passes.sparse import lowering_pooled
 from passes.sparse.lowering import pack_at
-from passes.sparse.operators import SPARSE_POOLED_CONV2D, in_planes, register
+from passes.sparse.operators import POOLED_CONV2D, in_planes, register
 from passes.sparse.reference import sparse_conv2d
-from schedules import sparse_pooled
+from schedules import pooled_windows
 from schedules.dispatch import loop_structure
 from schedules.fused import Fused
-from schedules.sparse_pooled import Point, band_lines, pooled_lines
-from schedules.target import NAMED
-from schedules.windows import Problem as Windows
 from tests.schedules.test_sparse_planes import build, run, sparse_weight
 
 ROWS, IN, OUT, PLANES = (False, False), (True, False), (False, True), (True, True)
@@ -84,10 +80,10 @@ def fused_kernel(sample: Sample, weight, target, planes, point=None, epilogue: b
     with bb.function("main", [given]):
         with bb.dataflow():
             attrs = {"name": "l", "layout": "NHWC", "flops": 0, **sample.attrs()}
-            call = layers.operator_call(SPARSE_POOLED_CONV2D, [like, relax.const(weight)], **attrs)
+            call = layers.operator_call(POOLED_CONV2D, [like, relax.const(weight)], **attrs)
             call = bb.normalize(in_planes(bb.normalize(call), given, *planes))
             problem, pool = lowering_pooled.problems_of(call)
-            point = point or sparse_pooled.default_point(problem, pool, target)
+            point = point or pooled_windows.default_point(problem, pool, target)
             y = bb.emit(lowering_pooled.lower_at(bb, call, point))
             arrays = []
             if epilogue:
@@ -102,7 +98,7 @@ def fused_kernel(sample: Sample, weight, target, planes, point=None, epilogue: b
     ]  # fmt: skip
     mod = tvm.transform.Sequential(passes)(bb.get())
     (func,) = [f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)]
-    packed = pack_at(weight, sample.grain, problem, sparse_pooled, point)
+    packed = pack_at(weight, sample.grain, problem, pooled_windows, point)
     arrays = [packed.pointer, packed.index, packed.values, packed.order, packed.slot, *arrays]
     fused = Fused.read(func)
     return loop_structure(fused.loops)(fused, target), arrays, layers.shape_of(call)

@@ -86,7 +86,7 @@ def default_point(problem: Problem, pool: windows.Problem, target: CpuTarget) ->
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
-    """The kernel of a fused function whose anchor is annotated `sparse_pooled`."""
+    """The kernel of a fused function whose anchor is annotated `pooled_windows`."""
     problem = Problem.from_dict(fused.point["problem"])
     pool = windows.Problem.from_dict(fused.point["pool"])
     point = Point.from_dict(fused.point["point"])
@@ -102,9 +102,7 @@ class _Pooled(Bands, WindowsKernel):
         self, kernel, problem: Problem, pool: windows.Problem, point: Point, target: CpuTarget
     ):
         self.pool = pool
-        super().__init__(
-            kernel, problem, sparse_windows.Point(**point.to_dict()), target, FloatElements()
-        )
+        super().__init__(kernel, problem, point, target, FloatElements())
         self.by_quads = False
         self.pooled = pooled_lines(pool, point.lines)
         self.width = -(-self.pooled * pool.ow // self.lanes) * self.lanes
@@ -143,7 +141,10 @@ class _Pooled(Bands, WindowsKernel):
         count = self.pool.oh - self.first_pooled
         whole = self.pool.oh % self.pooled == 0
         lines = self.pooled if whole else T.Bind(tirx.min(count, self.pooled))
-        with self._each_output(channel) as (begin, o), T.serial(0, lines) as line:
+        # One loop, not one in another: LLVM takes the deeper one for the hotter, and its constants registers from sums.
+        with T.serial(0, self.point.rows * lines) as i, self._output(channel, i // lines) as output:
+            begin, o = output
+            line = T.Bind(i % lines)
             found = self._pooled_line(sums, begin, line)
             if self.problem.planes_out:
                 self._store_line(found, o, T.Bind(self.first_pooled + line))

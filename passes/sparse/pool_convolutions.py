@@ -2,8 +2,8 @@
 """Take the maximum over windows where a convolution is made, so that its whole result never exists.
 
     rewrite: y = kerf.sparse_conv2d(x, w); z = relu(y + b); max_pool2d(z)
-             ->  y = kerf.sparse_pooled_conv2d(x, w); relu(y + b)
-    requires: NCHW, as canonicalized; operators with the attribute `kerf.pooled`
+             ->  y = kerf.pooled_conv2d(x, w); relu(y + b)
+    requires: NCHW, as canonicalized
     ensures: the same values, bit for bit but for the sign of zeros
 
 What never falls commutes with a maximum: rounding does not fall, so adding a finite number to a channel, multiplying it by a
@@ -21,7 +21,6 @@ import tvm
 from tvm import relax
 
 from passes.layers import (
-    POOLED,
     attrs_of,
     const_array,
     is_call,
@@ -31,6 +30,7 @@ from passes.layers import (
     shape_of,
 )
 from passes.rewriting import Graph, ints, rewrite_function, rewrite_module
+from passes.sparse.operators import POOLED_CONV2D, SPARSE_CONV2D, register
 from schedules.errors import Declined
 
 # Bytes of the convolution's result up to which it stays near until it is read again.
@@ -110,8 +110,7 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         value, once = graph.definition(x), graph.is_read_once(x)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
-        name = value.op.get_attr(POOLED) if value.op.has_attr(POOLED) else ""
-        if name:
+        if is_call(value, SPARSE_CONV2D):
             break
         position = rising_operand(value)
         if position is None or not once:
@@ -128,8 +127,8 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         return Declined(f"{layer}: {attributes.reason}")
     if 4 * math.prod(shape_of(value)) <= _NEAR:
         return Declined(f"{layer}: its result stays near until it is pooled")
-    flops = 2 * multiply_accumulates(value)
-    new = operator_call(name, list(value.args), **attrs_of(value), **attributes, flops=flops)
+    attributes["flops"] = 2 * multiply_accumulates(value)
+    new = operator_call(POOLED_CONV2D, list(value.args), **attrs_of(value), **attributes)
     for call, position in reversed(chain):
         args = list(call.args)
         args[position] = new
@@ -147,4 +146,5 @@ class PoolConvolutions:
     """See the module's docstring."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        register()
         return rewrite_module(mod, lambda func: rewrite_function(func, (_rule,)))
