@@ -34,7 +34,7 @@ from passes.rewriting import variables
 from passes.sparse.grains import Grain
 from passes.treat_layers import decide, layers_of
 from passes.treatment import Decision, Treatment
-from schedules.errors import UserError
+from schedules.errors import Declined, UserError
 
 # A kernel that skips zeros pays below this share of blocks that are not zero.
 _SPARSE_BELOW = 0.6
@@ -75,7 +75,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
 class Calibrated:
     """The float graph after its tricks, weights in bytes, and what was seen of activations so far, by name.
 
-    `reasons` says by layer why it is left float; `notes` what each trick did.
+    `reasons` says by layer why it is left float; `notes` what each trick did; `unused` why zeros are multiplied.
     """
 
     mod: tvm.IRModule
@@ -84,6 +84,7 @@ class Calibrated:
     weights: dict[str, QuantizedWeight]
     reasons: dict[str, str]
     notes: Mapping[str, Mapping[str, object]]
+    unused: Mapping[str, str]
     seen: dict[str, Statistics] = field(default_factory=dict)
 
     @staticmethod
@@ -97,18 +98,27 @@ class Calibrated:
             {n: parameters[n] for n in layers if n not in reasons},
             context.observe,
         )
+        grains = {
+            n: _grain(w.values, layers[n], parameters[n].get("grain"))
+            for n, w in fitted.weights.items()
+        }
+        unused = {n: g.reason for n, g in grains.items() if isinstance(g, Declined)}
         weights = {
-            n: replace(w, grain=_grain(w.values, layers[n], parameters[n].get("grain")))
+            n: replace(w, grain=None if n in unused else grains[n])
             for n, w in fitted.weights.items()
         }
         notes = {n: {**prepared.notes.get(n, {}), **fitted.notes.get(n, {})} for n in layers}
         corrected = add_biases(prepared.mod, fitted.bias)
-        return Calibrated(corrected, context.observe, parameters, weights, reasons, notes)
+        return Calibrated(corrected, context.observe, parameters, weights, reasons, notes, unused)
 
     def most_sensitive(self) -> dict[str, float]:
-        """The layers that the recipe wants kept float, as many as it says, with the noise that each would add."""
-        count = max((int(p["keep_float"]) for p in self.parameters.values()), default=0)
-        if not count:
+        """The layers that the recipe wants kept float, with the noise that each would add: of those with a rule's count, as
+        many as it says."""
+        able: dict[int, set[str]] = {}
+        for name, parameters in self.parameters.items():
+            if count := int(parameters["keep_float"]):
+                able.setdefault(count, set()).add(name)
+        if not able:
             return {}
         plan, bytes_of = self._plan(set(self.weights), self.reasons)
         switched, order = switch_layers(self.mod, plan, bytes_of, self.weights)
@@ -118,8 +128,14 @@ class Calibrated:
             switches = np.array([n in chosen for n in order], "float32")
             return joined(self.observe(switched, names, {SWITCHES: switches}), names)
 
-        found = rank_sensitivity(order, outputs)
-        return {name: found[name] for name in most_sensitive(found, count)}
+        found = rank_sensitivity(
+            [n for n in order if any(n in names for names in able.values())], outputs
+        )
+        return {
+            name: found[name]
+            for count, names in able.items()
+            for name in most_sensitive({n: found[n] for n in found if n in names}, count)
+        }
 
     def quantize(self) -> tvm.IRModule:
         """The graph on bytes, but for the layers that have a reason not to be."""
@@ -157,6 +173,8 @@ class Calibrated:
         if declined is None:
             if (grain := self.weights[layer.name].grain) is not None:
                 found["grain"] = grain
+            elif layer.name in self.unused:
+                found["zeros_unused"] = self.unused[layer.name]
             if notes := self.notes.get(layer.name):
                 found["tricks"] = dict(notes)
         return decide(layer, treatment, declined, found=found)
@@ -176,16 +194,20 @@ def _unsuitable(layer: Layer) -> str | None:
     return None
 
 
-def _grain(values: np.ndarray, layer: Layer, asked: object) -> str | None:
-    """The coarsest grain whose zeros the weight has and that pays, None if it is to be computed dense."""
+def _grain(values: np.ndarray, layer: Layer, asked: object) -> str | Declined | None:
+    """The coarsest grain whose zeros the weight has and that pays; None for a weight with few zeros, of which none are
+    asked for, else why its zeros are multiplied like other weights."""
     density = np.count_nonzero(values) / values.size
-    if density >= _SPARSE_BELOW or layer.attrs.get("groups", 1) > 1:
-        return None
+    if density >= _SPARSE_BELOW:
+        few = f"{density:.0%} of the weight are not zero, above the {_SPARSE_BELOW:.0%} up to which skipping pays"
+        return Declined(few) if asked else None
+    if layer.attrs.get("groups", 1) > 1:
+        return Declined("no int8 kernel skips zeros of a convolution in groups")
     for grain in [str(asked)] if asked else list(reversed(GRAINS)):
         stored = Grain.parse(grain).stored(values) / values.size
         if stored <= min(_SPARSE_BELOW, density * _TOLERATED_FILL):
             return grain
-    return None
+    return Declined(f"the zeros do not lie in grains of {asked or ' or '.join(GRAINS)}")
 
 
 def _ranges(

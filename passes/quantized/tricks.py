@@ -66,6 +66,15 @@ PARAMETERS: Mapping[str, Callable] = {
 }
 
 
+# Why a trick that a recipe asks for may do nothing anywhere.
+_NOWHERE = {
+    "fold_input_normalization": "no constants between an input and the one layer that reads it",
+    "equalize": "no channels between two of these layers that nothing else reads",
+    "absorb_biases": "no channel that is above zero on all samples, between a ReLU and a layer that does not pad",
+    "smooth": "no layer norm before these layers",
+}
+
+
 @dataclass(frozen=True)
 class Prepared:
     """`notes` says by layer what each trick did there, or why it could not."""
@@ -110,6 +119,10 @@ def prepare(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
             migrated = migrate_outliers(mod, context.observe, alpha, same)
             mod = migrated.mod
             note("smooth", {n: _spread(s) for n, s in migrated.scales.items()})
+    for trick, why in _NOWHERE.items():
+        asked = [n for n, t in treatments.items() if t.parameters.get(trick)]
+        if not any(trick in notes[n] for n in asked):
+            note(trick, dict.fromkeys(asked, f"nowhere: {why}"))
     return Prepared(mod, notes)
 
 

@@ -212,6 +212,14 @@ def test_prepare_applies_what_each_layer_asks_for(build, rng, observing):
     found = prepare(mod, on, Without)
     assert found.notes["a"]["equalize"] > 1 and found.mod is not mod
     assert found.notes["b"]["smooth"] == "no calibration data"
+    # What is asked for and finds nothing to do says so; what is on by itself does not.
+    asked = dict.fromkeys(("fold_input_normalization", "absorb_biases"), True)
+    treatments = {name: Treatment("int8", {**asked, "smooth": 0.5}) for name in "ab"}
+    found = prepare(mod, treatments, Calibrated)
+    assert all(found.notes["a"][trick].startswith("nowhere: ") for trick in (*asked, "smooth"))
+    alone = prepare(mod, {"b": Treatment("int8", {"equalize": True})}, Calibrated)
+    assert alone.notes["b"]["equalize"].startswith("nowhere: ")
+    assert prepare(mod, {"b": Treatment("int8")}, Calibrated).notes == {"b": {}}
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,50 @@ def test_pruned_weights_keep_their_zeros_and_name_their_grain(build, observing, 
 
 
 @pytest.mark.parametrize(
+    ("groups", "parameters", "words"),
+    [(1, {"density": 0.8, "grain": "in:4"}, "% of the weight are not zero"),
+     (4, {"density": 0.1, "grain": "in:4"}, "in groups"),
+     (1, {"density": 0.1, "grain": "block:4x4"}, None)],
+)  # fmt: skip
+def test_zeros_that_are_not_skipped_say_why(build, observing, rng, groups, parameters, words):
+    mod = build([(1, 32, 8, 8)], lambda b, x: conv(b, x, rng, 32, name="a", groups=groups))
+    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 32, 8, 8)]]))
+    treatment = Treatment("int8", {**PLAIN, **parameters}, prune=True)
+    (decision,) = treat_layers(mod, {"a": treatment}, context).decisions
+    assert decision.treatment == "int8"
+    assert ("zeros_unused" in decision.found) == (words is not None)
+    assert (words or "") in decision.found.get("zeros_unused", "")
+
+
+def test_zeros_at_another_grain_say_so(build, observing, rng):
+    w = np.where(rng.random((32, 32, 3, 3)) < 0.1, floats(rng, 32, 32, 3, 3), np.float32(0))
+    body = lambda b, x: b.emit(layers.conv2d(x, relax.const(w), name="a", padding=(1,) * 4))  # noqa: E731
+    mod = build([(1, 32, 8, 8)], body)
+    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 32, 8, 8)]]))
+    (decision,) = treat_layers(mod, {"a": Treatment("int8", {**PLAIN})}, context).decisions
+    assert "do not lie in grains of in:4 or block:4x4" in decision.found["zeros_unused"]
+
+
+def test_layers_are_kept_float_of_those_that_a_rule_matches(build, observing, rng):
+    """The layer that bytes ruin is another rule's."""
+
+    def body(b, x):
+        y = b.emit(op.nn.relu(conv(b, x, rng, 8, name="a")))
+        w = floats(rng, 8, 8, 1, 1) * np.float32(10.0) ** rng.integers(-4, 4, (1, 8, 1, 1))
+        y = b.emit(layers.conv2d(y, relax.const(w.astype("float32")), name="b"))
+        return conv(b, y, rng, 8, name="c")
+
+    mod = build([(1, 3, 8, 8)], body)
+    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 3, 8, 8)]]))
+    few = Treatment("int8", {**PLAIN, "per_channel": False, "keep_float": 1})
+    none = Treatment("int8", {**PLAIN, "per_channel": False})
+    for asked in ({"a": few, "b": none, "c": few}, {"a": none, "b": none, "c": few}):
+        found = treat_layers(mod, asked, context)
+        left = [d.layer for d in found.decisions if d.treatment == "dense"]
+        assert len(left) == 1 and asked[left[0]] is few
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [("observer", "guess"), ("percentile", 20), ("percentile", True), ("per_channel", "yes"),
      ("symmetric", 1), ("density", 0), ("grain", "out:4")],
