@@ -17,13 +17,14 @@ from tvm import relax
 from passes.family import Lowering
 from passes.layers import const_array, is_const, shape_of
 from passes.lower import call_te
-from schedules import attention
+from schedules import attention, attention_queries
+from schedules.attention_problem import Problem, define_attention
 from schedules.target import CpuTarget
 
 CAUSAL = {"": "", "TopLeft": "top_left", "BottomRight": "bottom_right"}
 
 
-def problem_of(call: relax.Call) -> attention.Problem | None:
+def problem_of(call: relax.Call) -> Problem | None:
     """The problem of an attention call; None if the kernel does not cover it."""
     q, k, v, *bias = call.args
     if any(str(e.ty.dtype) != "float32" for e in call.args) or call.attrs.window_size is not None:
@@ -39,7 +40,7 @@ def problem_of(call: relax.Call) -> attention.Problem | None:
     if bias and (bias_shape[3] != k_len or any(b not in (1, f) for b, f in zip(bias_shape, full))):
         return None
     causal = CAUSAL[str(call.attrs.causal_mask or "")]
-    return attention.Problem(
+    return Problem(
         batch, q_len, k_len, heads, depth, shape_of(v)[3], _scale(call, depth), causal, bias_shape
     )
 
@@ -58,10 +59,11 @@ def lower_attention(
     problem = problem_of(call)
     if problem is None:
         return None
-    point = attention.default_point(problem, target)
+    structure = attention_queries if attention_queries.suits(problem, target) else attention
+    point = structure.default_point(problem, target)
 
     def define(q, k, v, bias=None):
-        return attention.define_attention(q, k, v, bias, problem, point)
+        return define_attention(q, k, v, bias, problem, structure.LOOPS, point)
 
     args = call.args[:4] if problem.bias else call.args[:3]
     hint = f"attention_{problem.q_len}_{problem.k_len}_{problem.heads}x{problem.depth}"

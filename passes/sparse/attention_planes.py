@@ -4,7 +4,7 @@
     rewrite: y = kerf.attention_planes(q, k, v[, bias])  ->  y = call_tir(attention_planes, (q, k, v[, bias]))
 
 q [1, H * D, B * Sq], k [1, H * D, B * Sk], v [1, H * Dv, B * Sk], bias [B or 1, H or 1, 1, Sk] -> [1, H * Dv, B * Sq], planes up
-to a whole cache line; attributes `batch`, `q_len`, `k_len`, `heads`, `scale`, `causal` (of `schedules.attention.Problem`).
+to a whole cache line; attributes `batch`, `q_len`, `k_len`, `heads`, `scale`, `causal` (of `schedules.attention_problem.Problem`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from passes.dense.attention import CAUSAL, problem_of
 from passes.layers import attrs_of, operator_call, register_operator, shape_of
 from passes.lower import call_te
 from passes.numpy_nn import attention
-from schedules import attention_planes
-from schedules.attention import Problem
+from schedules import attention_planes, attention_queries
+from schedules.attention_problem import Problem
 from schedules.target import CpuTarget
 
 ATTENTION_PLANES = "kerf.attention_planes"
@@ -44,7 +44,7 @@ def is_attention(value) -> bool:
     if not isinstance(value, relax.Call) or getattr(value.op, "name", None) not in _NAMES:
         return False
     problem = problem_of(value)
-    return problem is not None and attention_planes.serves(problem, _WIDEST)
+    return problem is not None and attention_queries.serves(problem, _WIDEST)
 
 
 def attention_in_planes(call: relax.Call, operands: Sequence[relax.Expr]) -> relax.Call:
@@ -69,7 +69,7 @@ def lower_attention_planes(
     bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget
 ) -> relax.Expr:
     problem = _problem(call)
-    point = attention_planes.default_point(problem, target)
+    point = attention_queries.default_point(problem, target)
 
     def define(q, k, v, bias=None):
         return attention_planes.define_attention_planes(q, k, v, bias, problem, point)
