@@ -294,29 +294,43 @@ class WindowsKernel(Planes):
         return first + vector * self.lanes
 
     def _copy_band(self, panel) -> None:
-        """Copy a band of planes into the panel, with zeros around."""
+        """Copy a band of planes into the panel, with zeros around; all phases of a line at once, as they lie in it."""
         p, window = self.problem, self.window
         sh, top = p.strides[0], p.padding[0]
-        zero = tirx.const(self.elements.outside, self.elements.dtype)
-        for phase in range(window.phases[0] * window.phases[1]):
-            up, aside = divmod(phase, window.phases[1])
-            pieces, outside = columns_of(p, window.line, aside, self.lanes)
-            with T.serial(0, p.channels) as c, T.serial(0, window.lines) as line:
+        asides = [columns_of(p, window.line, a, self.lanes) for a in range(window.phases[1])]
+        with T.serial(0, p.channels) as c, T.serial(0, window.lines) as line:
+            for up in range(window.phases[0]):
                 h = T.Bind((self.first_line + line) * sh + (up - top))
-                start = T.Bind(c * window.channel + phase * window.plane + line * window.line)
+                start = T.Bind(
+                    c * window.channel + up * (window.phases[1] * window.plane) + line * window.line
+                )
                 with T.If(tirx.all(h >= 0, h < p.height)):
                     with T.Then():
                         plane = (self.image * p.channels + c) * p.plane_in
                         row = T.Bind(plane + h * p.width)
-                        for column, x, lanes in pieces:
-                            value = self.panel.every(row, x, lanes)
-                            T.buffer_store(panel, value, [ramp(start + column, lanes)])
-                        for column in outside:
-                            T.buffer_store(panel, zero, [start + column])
+                        for aside, columns in enumerate(asides):
+                            self._copy_line(
+                                panel, T.Bind(start + aside * window.plane), row, columns
+                            )
                     with T.Else():
-                        for column, lanes in covering(window.line, self.lanes):
-                            zeros = T.broadcast(zero, lanes) if lanes > 1 else zero
-                            T.buffer_store(panel, zeros, [ramp(start + column, lanes)])
+                        for aside in range(window.phases[1]):
+                            self._clear_line(panel, T.Bind(start + aside * window.plane))
+
+    def _copy_line(self, panel, start, row, columns: tuple[list, list]) -> None:
+        """Copy a line of planes, which begins at `row`, into one of the panel, zeros where it lies on padding."""
+        pieces, outside = columns
+        for column, x, lanes in pieces:
+            value = self.panel.every(row, x, lanes)
+            T.buffer_store(panel, value, [ramp(start + column, lanes)])
+        for column in outside:
+            T.buffer_store(panel, self.panel.outside, [start + column])
+
+    def _clear_line(self, panel, start) -> None:
+        """Fill a line of the panel as outside the image."""
+        for column, lanes in covering(self.window.line, self.lanes):
+            outside = self.panel.outside
+            value = T.broadcast(outside, lanes) if lanes > 1 else outside
+            T.buffer_store(panel, value, [ramp(start + column, lanes)])
 
     def _pack_band(self, panel) -> None:
         """Transpose a band of x into the panel, line by line: what a line's last vector writes beyond it comes later."""
