@@ -89,10 +89,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused function whose anchor is annotated `sparse_groups`."""
-    return emitted(fused, target, Point, _Groups)
+    return emitted(fused, target, Point, GroupsKernel)
 
 
-class _Groups(Bands, Planes):
+class GroupsKernel(Bands, Planes):
     """Emits one kernel: a part of the output channels is a group."""
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
@@ -114,12 +114,21 @@ class _Groups(Bands, Planes):
             self.image = T.Bind(task // splits // count)
             self.first_line = T.Bind(task // splits % count * self.lines) if count > 1 else 0
             panel = scratch(-(-self._panel_size() // lanes) * lanes, self.elements.dtype)
-            sums = scratch(self.point.rows * self.band, self.elements.dtype)
-            with T.serial(0, -(-self._panel_size() // lanes)) as i:
-                T.buffer_store(panel, self._zeros(), [T.ramp(i * lanes, 1, lanes)])
-            with T.serial(*self._share_of_parts(share)) as group:
-                self._copy_group(panel, group)
-                self._multiply_band(panel, sums, group, tiles)
+            self._clear_all(panel, 0, -(-self._panel_size() // lanes))
+            self._compute_band(panel, tiles, share)
+
+    def _clear_all(self, buffer, first, vectors) -> None:
+        """Zeros in `vectors` vectors of a buffer, from number `first` on."""
+        with T.serial(0, vectors) as i:
+            at = T.ramp((first + i) * self.lanes, 1, self.lanes)
+            T.buffer_store(buffer, self._zeros(), [at])
+
+    def _compute_band(self, panel, tiles: tuple[int, int, int], share) -> None:
+        """The share-th part of the groups for a band of `tiles` (`tiles_of`)."""
+        sums = scratch(self.point.rows * self.band, self.elements.dtype)
+        with T.serial(*self._share_of_parts(share)) as group:
+            self._copy_group(panel, group)
+            self._multiply_band(panel, sums, group, tiles)
 
     def _panel_size(self) -> int:
         return self.group_inputs * self.window.channel + SLACK
@@ -132,7 +141,10 @@ class _Groups(Bands, Planes):
         needed = (window.lines - 1) * stride + window.phases[0]
         first = T.Bind(tirx.max(above, 0))
         count = T.Bind(tirx.max(tirx.min(above + needed, p.height) - first, 0))
-        with T.serial(0, self.group_inputs) as c:
+        inputs = self.group_inputs
+        if p.channels % inputs:
+            inputs = T.Bind(tirx.min(p.channels - group * inputs, inputs))
+        with T.serial(0, inputs) as c:
             plane = self.image * p.channels + group * self.group_inputs + c
             plane = T.Bind(plane * p.plane_in)
             with T.serial(0, count) as i:
@@ -161,15 +173,18 @@ class _Groups(Bands, Planes):
         self._fetch_planes(channel, lead + first % self.window.line, vectors)
 
     def _store_band(self, sums, channel) -> None:
-        """Store the sums of a band through the epilogue, without what lies beyond the lines of the output."""
+        with T.serial(0, self.point.rows) as r, self._output(channel, r) as (begin, o):
+            self._store_lines(sums, begin, o)
+
+    def _store_lines(self, sums, begin, channel) -> None:
+        """Store the sums of a channel's band, from `begin` on, through the epilogue, without what lies beyond its lines."""
         p, window = self.problem, self.window
         count = p.out_height - self.first_line
         lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
-        with T.serial(0, self.point.rows) as r, self._output(channel, r) as (begin, o):
-            with T.serial(0, lines) as line:
-                start = T.Bind(begin + line * window.line)
-                pixel = T.Bind((self.first_line + line) * p.out_width)
-                for column, lanes in covering(p.out_width, self.lanes):
-                    value = sums[ramp(start + column, lanes)]
-                    self._store_plane([value], o, T.Bind(pixel + column), lanes)
-            self._store_behind(sums, begin, o)
+        with T.serial(0, lines) as line:
+            start = T.Bind(begin + line * window.line)
+            pixel = T.Bind((self.first_line + line) * p.out_width)
+            for column, lanes in covering(p.out_width, self.lanes):
+                value = sums[ramp(start + column, lanes)]
+                self._store_plane([value], channel, T.Bind(pixel + column), lanes)
+        self._store_behind(sums, begin, channel)

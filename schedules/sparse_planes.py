@@ -62,8 +62,9 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     lanes, registers = target.lanes, target.registers
     if problem.block == 1:
         # Wider tiles share the loads of index and weight, but use each line that they bring into the first-level cache less.
-        # Of quads there are a quarter as many, so that what counts more is how many loops start.
-        rows, vectors = 1, 4 if problem.together == 1 else 7
+        # Where sums are stored from registers, and of quads, a quarter as many, what counts more is how many loops start.
+        stored_at_once = problem.planes_out or problem.together > 1
+        rows, vectors = 1, 7 if stored_at_once else 4
     else:
         rows = min(problem.block, 8 if registers == 32 else 4)
         vectors = {4: 6, 8: 3}[rows] if registers == 32 else 2

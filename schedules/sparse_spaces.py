@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from schedules import sparse_chain, sparse_groups, sparse_planes, sparse_vector, sparse_windows
+from schedules import (
+    sparse_chain,
+    sparse_groups,
+    sparse_near,
+    sparse_planes,
+    sparse_vector,
+    sparse_windows,
+)
 from schedules.sparse_problem import Problem, tiles_of
 from schedules.target import CpuTarget
 
@@ -15,6 +22,7 @@ _PARTS = (16, 32, 64, 128, 256)
 _CHUNKS = (96, 192, 384, 768)
 _LINES = (1, 2, 3, 4, 7, 8, 14, 16, 28)
 _PANELS = (1, 2, 3, 4, 6, 8, 12, 16)
+_CHANNELS = (4, 8, 16, 24, 32, 48, 64, 96)
 _SUMS = (1, 2, 4, 8, 16)
 
 
@@ -107,6 +115,26 @@ def groups_choices(problem: Problem, default: sparse_groups.Point, target: CpuTa
     return choices, assemble, estimate
 
 
+def near_choices(problem: Problem, default: sparse_near.Point, target: CpuTarget):
+    """(choices, assemble, estimate) around a `sparse_near` point."""
+    lines = {n for n in _LINES if n < problem.out_height} | {problem.out_height}
+    choices: Choices = {
+        "vectors": _sorted({v for _, v in tiles(problem, target)}, default.vectors),
+        "lines": _sorted(lines, default.lines),
+        "channels": _sorted({c for c in _CHANNELS if c < problem.channels}, default.channels),
+    }
+
+    def assemble(chosen) -> sparse_near.Point:
+        return replace(default, **chosen)
+
+    def estimate(point: sparse_near.Point) -> float:
+        panel = 4 * sparse_near.panel_elements(problem, point)
+        slow = 1.0 if panel <= target.l1_bytes else 1.5
+        return slow * sparse_near.work(problem, point, target)
+
+    return choices, assemble, estimate
+
+
 def chain_choices(problem: Problem, default: sparse_chain.Point, target: CpuTarget):
     """(choices, assemble, estimate) around a `sparse_chain` point."""
     total = -(-problem.computed // target.lanes)
@@ -148,6 +176,7 @@ def _sorted(values: set, default) -> tuple:
 CHOICES: dict[str, Callable] = {
     "sparse_chain": chain_choices,
     "sparse_groups": groups_choices,
+    "sparse_near": near_choices,
     "sparse_planes": planes_choices,
     "sparse_windows": windows_choices,
     "sparse_vector": vector_choices,

@@ -124,8 +124,8 @@ def pack(
     """Pack a dense weight [O, I/groups, R, S] or [O, K], of any type, with its zeros. Blocks must not straddle groups.
 
     `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together,
-    `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape; one chunk only); without
-    `by_fill` blocks stay in the order of the channels.
+    `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape); without `by_fill` blocks
+    stay in the order of the channels.
     Raises ValueError if a block of output channels would straddle two groups.
     """
     outputs = weight.shape[0]
@@ -138,7 +138,7 @@ def pack(
         columns = panel_columns(weight.shape, groups)
         rows = weight.shape[1] * groups * math.prod(weight.shape[2:])
     else:
-        rows = chunk = int(columns.max()) + 1
+        rows = int(columns.max()) + 1
     chunk = rows if chunk is None else chunk
     part = outputs if part is None else part
     chunks = -(-rows // chunk)

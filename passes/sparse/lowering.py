@@ -20,6 +20,7 @@ from schedules import (
     row_sum,
     sparse_chain,
     sparse_groups,
+    sparse_near,
     sparse_planes,
     sparse_vector,
     sparse_windows,
@@ -89,6 +90,8 @@ def panel_structure(problem: Problem) -> ModuleType:
         return sparse_chain
     if sparse_groups.suits(problem):
         return sparse_groups
+    if sparse_near.suits(problem):
+        return sparse_near
     return sparse_windows if sparse_windows.suits(problem) else sparse_planes
 
 
@@ -116,7 +119,8 @@ def pack_at(
     places = sparse_windows.offsets(problem, point.lines)
     first = np.arange(outputs) // (outputs // problem.groups) * per_group
     columns = places[first[:, None] + np.arange(per_group)[None, :]].reshape(outputs, -1)
-    return pack(weight, grain, groups=problem.groups, part=point.part, columns=columns)
+    chunk = sparse_near.panel_elements(problem, point) if structure is sparse_near else None
+    return pack(weight, grain, groups=problem.groups, chunk=chunk, part=point.part, columns=columns)
 
 
 def lower_at(
@@ -134,7 +138,8 @@ def lower_at(
     notes = annotations(loops, problem=problem.to_dict(), point=point.to_dict())
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
-    lines = point.lines if structure in (sparse_windows, sparse_groups) else 0
+    in_windows = structure in (sparse_windows, sparse_groups, sparse_near)
+    lines = point.lines if in_windows else 0
     define = definition(
         problem, lines, packed, shape_of(call), notes, rows=image_of(call),
         by_group=structure is sparse_groups,

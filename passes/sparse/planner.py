@@ -44,8 +44,8 @@ from schedules import sparse_groups
 
 # Pixels of an image, or rows of a matrix, below which a plane does not fill a vector of the widest target.
 FEWEST_PIXELS = 16
-# One output channel alone uses each line of a panel too little for long panels: beyond this many pixels, and for kernels
-# larger than 1x1 over many channels, it is faster channels last (measured on Cascade Lake).
+# One output channel alone uses each line of a panel too little for long panels: beyond this many pixels it is faster channels
+# last (measured on Cascade Lake).
 _MOST_PIXELS_OF_ELEMENTS = 1024
 # Kernels copy planes line by line where a kernel or a stride is larger than one.
 _SHORTEST_LINE, _LARGEST_STRIDE = 4, 2
@@ -93,10 +93,24 @@ def _gains(call: relax.Call) -> bool:
         return True
     if attrs_of(call)["grain"] != "element":
         return True
-    taps = math.prod(shape_of(call.args[1])[2:])
-    if taps > 1:
-        return sparse_groups.few_channels(attrs_of(call)["groups"], shape_of(call.args[0])[-1])
-    return _pixels(shape_of(call)) <= _MOST_PIXELS_OF_ELEMENTS
+    if _is_of_few_channels(call):
+        return True
+    shapes = shape_of(call.args[0]), shape_of(call)
+    return max(map(_pixels, shapes)) <= _MOST_PIXELS_OF_ELEMENTS
+
+
+def _is_of_few_channels(call: relax.Call) -> bool:
+    """Whether a convolution's windows are over few channels."""
+    larger = math.prod(shape_of(call.args[1])[2:]) > 1
+    groups, inputs = attrs_of(call).get("groups", 1), shape_of(call.args[0])[-1]
+    return larger and sparse_groups.few_channels(groups, inputs)
+
+
+def _must_read_planes(call: relax.Call) -> bool:
+    """Whether a sparse layer that writes planes is to read them, too: windows of single elements are packed tap by tap else."""
+    if is_integer(call) or attrs_of(call)["grain"] != "element" or _is_of_few_channels(call):
+        return False
+    return math.prod(shape_of(call.args[1])[2:]) > 1
 
 
 def _reads_planes(call: relax.Call) -> bool:
@@ -184,7 +198,10 @@ class Planner:
     def _fits(self, var: relax.Var) -> bool:
         """Whether a variable can lie in planes while all the others do that still are to."""
         value = self.values[var]
-        if not is_sparse(value) and not self._is_computed_from_planes(value, shape_of(var)):
+        if is_sparse(value):
+            if _must_read_planes(value) and value.args[0] not in self.planes:
+                return False
+        elif not self._is_computed_from_planes(value, shape_of(var)):
             return False
         return all(self._takes_planes(var, reader, read) for reader, read in self._readers(var))
 

@@ -88,6 +88,24 @@ def test_a_residual_network_is_computed_in_planes(network, rng):
     np.testing.assert_allclose(_run(kept, x), want, rtol=1e-4, atol=1e-3)
 
 
+def test_windows_of_single_elements_are_between_planes(network, rng):
+    """Not where they would have to be packed first, nor of images whose planes are long."""
+
+    def body(net, x):
+        y = net.relu(net.conv(x, "a", 16, grain="element"))
+        y = net.relu(net.conv(y, "b", 12, kernel=3, grain="element"))
+        return net.conv(net.conv(y, "c", 20, 3, 2, grain="element"), "d", 8, grain="element")
+
+    mod = network((2, 11, 13, 8), body)
+    kept = KeepPlanes()(mod)
+    assert sides(kept) == {"a": (0, 1), "b": (1, 1), "c": (1, 1), "d": (1, 0)}
+    x = rng.standard_normal((2, 11, 13, 8)).astype("float32")
+    (want,) = evaluate(mod, [x], references=REFERENCES)
+    np.testing.assert_allclose(_run(kept, x), want, rtol=1e-4, atol=1e-3)
+    large = sides(KeepPlanes()(network((1, 40, 40, 8), body)))
+    assert large == {"a": (0, 0), "b": (0, 0), "c": (0, 0), "d": (0, 0)}
+
+
 def test_matrices_between_sparse_products_are_kept_in_planes(network, rng):
     def body(net, x):
         y = net.emit(relax.op.nn.gelu(net.add(net.dense(x, "up", 64), net.const(64))))
