@@ -8,7 +8,8 @@
 
 Between the sparse layers of a transformer stand norms over channels, attention, which takes channels apart into heads, and
 residual additions: one stream from the first layer to the last norm. It begins with a tensor that some other layer makes,
-and ends where something else reads a norm: there it is copied, which pays if it serves several sparse layers.
+may be added to what some other layer makes, and ends where something else reads a norm: there it is copied, which pays if it
+serves several sparse layers.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class StreamPlanner(Planner):
         return found
 
     def _begins(self, var: relax.Var, value) -> bool:
-        """Whether a variable is where a stream may begin: a norm reads it, or a layer and its residual."""
+        """Whether a variable is where a stream may begin, or be joined: a norm reads it, or a layer and its residual, or what
+        adds it to the stream."""
         if not is_tensor(var) or is_sparse(value) or str(var.ty.dtype) != "float32":
             return False
         shape = shape_of(var)
@@ -91,7 +93,14 @@ class StreamPlanner(Planner):
             return False
         readers = [read for _, read in self._readers(var)]
         layers = [is_sparse(read) for read in readers]
-        return any(_is_norm(read) for read in readers) or (any(layers) and not all(layers))
+        joins = any(_is_norm(read) or self._is_joined(read, shape) for read in readers)
+        return joins or (any(layers) and not all(layers))
+
+    def _is_joined(self, value, shape: tuple[int, ...]) -> bool:
+        """Whether a sum has a term of that shape which may lie in planes."""
+        if not is_call(value, "relax.add"):
+            return False
+        return any(self.together.get(a) == 1 and shape_of(a) == shape for a in value.args)
 
     def _together(self, value) -> int | None:
         if is_attention(value):

@@ -50,14 +50,14 @@ class Network:
         scale, shift = self.const(WIDTH), self.const(WIDTH)
         return self.emit(relax.op.nn.layer_norm(x, scale, shift, axes=[-1]))
 
-    def attention(self, n, bias=None, causal=None, sparse=True):
+    def attention(self, n, bias=None, causal=None, sparse=True, last=True):
         batch, rows, _ = shape_of(n)
         q, k, v = (
             self.emit(relax.op.reshape(self.dense(n, sparse=sparse), (batch, rows, HEADS, DEPTH)))
             for _ in range(3)
         )
         y = self.emit(relax.op.nn.attention(q, k, v, bias, causal_mask=causal))
-        return self.dense(self.emit(relax.op.reshape(y, (batch, rows, WIDTH))))
+        return self.dense(self.emit(relax.op.reshape(y, (batch, rows, WIDTH))), sparse=last)
 
     def block(self, x, rms=False, **options):
         x = self.emit(relax.op.add(self.attention(self.norm(x, rms), **options), x))
@@ -180,6 +180,18 @@ def test_the_values_of_dense_layers_are_not_copied(network, rng):
     kept = KeepPlanes()(mod)
     assert count(kept, ATTENTION_PLANES) == 0
     assert count(kept, TRANSPOSE) == 0
+    check(mod, kept, rng)
+
+
+def test_what_a_dense_layer_makes_is_copied_to_join_the_stream(network, rng):
+    def body(net, x):
+        return net.norm(net.block(net.block(net.block(net.begin(x))), last=False))
+
+    mod = network(body)
+    kept = KeepPlanes()(mod)
+    assert count(kept, ATTENTION_PLANES) == 2  # the last one is read in rows
+    assert sides(kept) == [(1, 1)] * 12 + [(1, 0)] * 3 + [(1, 1)] * 2
+    assert count(kept, TRANSPOSE) == 3
     check(mod, kept, rng)
 
 
