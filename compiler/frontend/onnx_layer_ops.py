@@ -170,30 +170,38 @@ def _group_norm(c: Converter, x: relax.Expr, scale: relax.Expr, bias: relax.Expr
 
 
 def _max_pool(c: Converter, x: relax.Expr) -> list:
-    if any(c.node.output[1:]) or len(shape_of(x)) != 4 or c.attr("storage_order", 0):
-        raise Refused("indices, or an input that is not [N, C, H, W]")
+    if any(c.node.output[1:]) or len(shape_of(x)) not in (3, 4) or c.attr("storage_order", 0):
+        raise Refused("indices, or an input that is not [N, C, L] or [N, C, H, W]")
     kernel = list(c.attr("kernel_shape"))
     strides, dilations, padding = _geometry(c, x, kernel)
     padding = _fitted(c, x, kernel, strides, dilations, padding)
-    return [
-        op.nn.max_pool2d(
-            x, kernel, strides=strides, padding=padding, dilation=dilations, ceil_mode=False
-        )
-    ]
+    return [_pooled(c, op.nn.max_pool2d, x, kernel, strides, dilations, padding)]
 
 
 def _average_pool(c: Converter, x: relax.Expr) -> relax.Expr:
     kernel = list(c.attr("kernel_shape"))
     strides, dilations, padding = _geometry(c, x, kernel)
-    if len(shape_of(x)) != 4 or any(d != 1 for d in dilations):
-        raise Refused("dilation, or an input that is not [N, C, H, W]")
+    if len(shape_of(x)) not in (3, 4) or any(d != 1 for d in dilations):
+        raise Refused("dilation, or an input that is not [N, C, L] or [N, C, H, W]")
     counted = bool(c.attr("count_include_pad", 0)) and any(padding)
     fitted = _fitted(c, x, kernel, strides, dilations, padding)
     if counted and fitted != padding:
         raise Refused("ceil_mode with counted padding")
-    return op.nn.avg_pool2d(
-        x, kernel, strides=strides, padding=fitted, ceil_mode=False, count_include_pad=counted
+    return _pooled(
+        c, op.nn.avg_pool2d, x, kernel, strides, dilations, fitted, count_include_pad=counted
     )
+
+
+def _pooled(
+    c: Converter, pool: Callable, x, kernel: list, strides: list, dilations: list, padding: list, **more
+) -> relax.Expr:  # fmt: skip
+    """Pooling over the one or two axes behind the channels; rows are images of height 1."""
+    row = len(kernel) == 1
+    if row:
+        x, kernel, strides, dilations = c.emit(op.expand_dims(x, 2)), [1, *kernel], [1, *strides], [1, *dilations]  # fmt: skip
+        padding = [0, padding[0], 0, padding[1]]
+    found = pool(x, kernel, strides=strides, padding=padding, dilation=dilations, ceil_mode=False, **more)  # fmt: skip
+    return op.squeeze(c.emit(found), [2]) if row else found
 
 
 def _fitted(
@@ -210,7 +218,7 @@ def _fitted(
         if (out - 1) * s >= size + before:
             raise Refused("a last window that lies in the padding")
         ends.append(max(end, 0))
-    return [*padding[:2], *ends]
+    return [*padding[: len(kernel)], *ends]
 
 
 def _global_pool(function: Callable) -> Callable:

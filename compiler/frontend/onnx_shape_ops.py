@@ -10,6 +10,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
+from compiler.frontend.picking import pad_with_own, pick
 from compiler.frontend.support import Refused, constant, dtype_of
 from passes.layers import is_const, shape_of
 
@@ -127,8 +128,12 @@ def _pad(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
     for i, axis in enumerate(axes):
         low[axis % rank], high[axis % rank] = pads[i], pads[i + len(axes)]
     mode = c.attr("mode", "constant")
-    if mode not in ("constant", "reflect") or min(*low, *high) < 0:
+    if mode not in ("constant", "reflect", "edge", "wrap") or min(*low, *high) < 0:
         raise Refused(f"mode {mode}, or negative padding")
+    if mode in ("edge", "wrap"):
+        for axis, widths in enumerate(zip(low, high)):
+            x = pad_with_own(c, x, axis, widths, mode)
+        return x
     value = c.array(2) if len(c.node.input) > 2 else None
     fill = float(c.attr("value", 0.0)) if value is None else float(value.reshape(-1)[0])
     widths = [v for pair in zip(low, high) for v in pair]
@@ -208,6 +213,36 @@ def _space_to_depth(c: Converter, x: relax.Expr) -> relax.Expr:
     return op.reshape(c.emit(op.permute_dims(split, [0, 3, 5, 1, 2, 4])), c.shape())
 
 
+# `coordinate_transformation_mode`: (position in the result, size, size of the result, scale) -> position before.
+_POSITIONS = {
+    "asymmetric": lambda at, size, out, scale: at / scale,
+    "half_pixel": lambda at, size, out, scale: (at + 0.5) / scale - 0.5,
+    "pytorch_half_pixel": lambda at, size, out, scale: (at + 0.5) / scale - 0.5 if out > 1 else 0 * at,
+    "align_corners": lambda at, size, out, scale: at * (size - 1) / max(out - 1, 1),
+}  # fmt: skip
+_ROUNDINGS = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+}
+
+
+def _nearest(
+    c: Converter, x: relax.Expr, sizes: tuple[int, int], scales: list[float] | None, coordinates: str, rounding: str
+) -> relax.Expr:  # fmt: skip
+    if coordinates not in _POSITIONS or rounding not in _ROUNDINGS:
+        raise Refused(f"nearest with {coordinates} coordinates, {rounding}")
+    for axis, out in enumerate(sizes, 2):
+        size = shape_of(x)[axis]
+        scale = scales[axis - 2] if scales else out / size
+        if coordinates == "align_corners" and abs(scale * size - out) > 1e-4:
+            raise Refused("scales that do not give whole numbers of pixels")
+        at = _ROUNDINGS[rounding](_POSITIONS[coordinates](np.arange(out), size, out, scale))
+        x = pick(c, x, axis, np.clip(at, 0, size - 1).astype("int64"))
+    return x
+
+
 def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
     mode, coordinates = (
         c.attr("mode", "nearest"),
@@ -216,15 +251,11 @@ def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
     (n, channels, height, width), (n2, channels2, new_height, new_width) = shape_of(x), c.shape()
     if (n, channels) != (n2, channels2) or c.attr("antialias", 0):
         raise Refused("a change of batch or channels, or antialiasing")
+    scales = c.array(2) if len(c.node.input) > 2 else None
+    scales = None if scales is None or not scales.size else [float(v) for v in scales[2:]]
     if mode == "nearest":
-        whole = new_height % height == 0 and new_width % width == 0
-        if not whole or coordinates not in ("half_pixel", "asymmetric"):
-            raise Refused("nearest by a factor that is not a whole number")
-        if coordinates == "asymmetric" and c.attr("nearest_mode", "round_prefer_floor") != "floor":
-            raise Refused("asymmetric coordinates that are not rounded down")
-        for axis, factor in ((2, new_height // height), (3, new_width // width)):
-            x = x if factor == 1 else c.emit(op.repeat(x, factor, axis))
-        return x
+        rounding = c.attr("nearest_mode", "round_prefer_floor")
+        return _nearest(c, x, (new_height, new_width), scales, coordinates, rounding)
     allowed = {
         "half_pixel": "half_pixel",
         "pytorch_half_pixel": "half_pixel",
@@ -236,14 +267,8 @@ def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
         or (coordinates == "pytorch_half_pixel" and 1 in (new_height, new_width))
     ):
         raise Refused(f"mode {mode} with {coordinates} coordinates")
-    scales = c.array(2) if len(c.node.input) > 2 else None
-    if (
-        scales is not None
-        and scales.size
-        and any(
-            abs(s * i - o) > 1e-4
-            for s, i, o in zip(scales[2:], (height, width), (new_height, new_width))
-        )
+    if scales and any(
+        abs(s * i - o) > 1e-4 for s, i, o in zip(scales, (height, width), (new_height, new_width))
     ):
         raise Refused("scales that do not give whole numbers of pixels")
     return op.image.resize2d(

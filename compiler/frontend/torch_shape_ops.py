@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
+from compiler.frontend.picking import pad_with_own, pick
 from compiler.frontend.support import Refused, constant, dtype_of, is_bool
 from passes.layers import shape_of
 
@@ -243,12 +244,8 @@ def _pad_mode(
         return _pad(c, x, padding, value or 0)
     for i in range(0, len(padding), 2):
         axis = len(shape_of(x)) - 1 - i // 2
-        source = np.pad(
-            np.arange(shape_of(x)[axis]),
-            padding[i : i + 2],
-            {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode],
-        )
-        x = c.emit(op.take(x, constant(source), axis=axis, mode="clip"))
+        named = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode]
+        x = pad_with_own(c, x, axis, tuple(padding[i : i + 2]), named)
     return x
 
 
@@ -320,11 +317,13 @@ def _pixel_shuffle(c: Converter, x: relax.Expr, factor: int) -> relax.Expr:
 
 
 def _nearest(c: Converter, x: relax.Expr, _size: Any, scales: Any = None) -> relax.Expr:
-    height, width = _result_shape(c)[2:]
-    if height % shape_of(x)[2] or width % shape_of(x)[3]:
-        raise Refused("nearest interpolation by a factor that is not a whole number")
-    for axis, factor in ((2, height // shape_of(x)[2]), (3, width // shape_of(x)[3])):
-        x = x if factor == 1 else c.emit(op.repeat(x, factor, axis))
+    for axis, out in enumerate(_result_shape(c)[2:], 2):
+        size = shape_of(x)[axis]
+        # In float32, and for one and two by sizes alone, as torch computes it.
+        by_sizes = not scales or out in (size, 2 * size)
+        step = np.float32(size / out if by_sizes else 1 / scales[axis - 2])
+        source = np.floor(np.arange(out, dtype="float32") * step).astype("int64")
+        x = pick(c, x, axis, np.minimum(source, size - 1))
     return x
 
 

@@ -72,7 +72,16 @@ def i(*values):
 
 X = f(2, 6, 9, 7)
 SMALL = f(3, 4, 5)
+SCALES, SIZES = np.array([1, 1, 1.6, 0.7], "float32"), i(2, 6, 4, 13)
 CASES = [
+    *[Case("Resize", (X,), (None, SCALES), {"coordinate_transformation_mode": mode, "nearest_mode": rounding})
+      for mode in ("half_pixel", "asymmetric", "pytorch_half_pixel")
+      for rounding in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")],
+    Case("Resize", (X,), (None, None, SIZES)), Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "align_corners", "nearest_mode": "ceil"}),
+    Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+    Case("Pad", (X,), (i(0, 1, 2, 0, 1, 0, 1, 3),), {"mode": "edge"}), Case("Pad", (X,), (i(1, 2), None, i(-1)), {"mode": "wrap"}),
+    Case("MaxPool", (SMALL,), (), {"kernel_shape": [3], "strides": [2], "pads": [1, 0]}), Case("MaxPool", (SMALL,), (), {"kernel_shape": [2], "strides": [2], "ceil_mode": 1}),
+    Case("AveragePool", (SMALL,), (), {"kernel_shape": [3], "strides": [2], "pads": [1, 1], "count_include_pad": 1}), Case("AveragePool", (SMALL,), (), {"kernel_shape": [2]}),
     *[Case(name, (X,)) for name in (
         "Abs", "Neg", "Exp", "Floor", "Ceil", "Erf", "Sigmoid", "Tanh", "Sin", "Cos", "Relu", "Sign", "IsNaN", "Softplus", "Round", "Gelu", "HardSigmoid",
         "HardSwish", "Elu", "LeakyRelu", "Mish", "Softsign", "Softmax", "LogSoftmax", "Identity", "Flatten", "Transpose", "GlobalAveragePool", "GlobalMaxPool",
@@ -166,8 +175,16 @@ def test_operator_like_onnxruntime(case):
         (Case("MaxPool", (X,), (), {"kernel_shape": [2, 2]}, outputs=2), "indices"),
         (Case("Dropout", (X,), (np.array(0.5, "float32"), np.array(True))), "training"),
         (Case("Resize", (X,), (None, None, i(2, 6, 5, 13)), {"mode": "cubic"}), "mode cubic"),
-        (Case("Resize", (X,), (None, np.array([1, 1, 1.5, 2], "float32"))), "whole number"),
-        (Case("Pad", (X,), (i(1, 1), None, i(-1)), {"mode": "edge"}), "mode edge"),
+        (
+            Case(
+                "Resize",
+                (X,),
+                (None, SCALES),
+                {"coordinate_transformation_mode": "half_pixel_symmetric"},
+            ),
+            "half_pixel_symmetric",
+        ),
+        (Case("Pad", (X,), (i(-1, 0), None, i(-1)), {"mode": "edge"}), "negative padding"),
         (Case("Reshape", (SMALL, i(12, 5))), "computed at run time|depends on data"),
         (
             Case(
