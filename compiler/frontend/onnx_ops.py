@@ -16,6 +16,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
+from compiler.frontend.onnx_einsum import einsum
 from compiler.frontend.support import Refused, dtype_of, number
 from passes.layers import is_const, shape_of
 
@@ -190,5 +191,5 @@ CONVERTERS: dict[str, Callable] = {
     "Gelu": _gelu, "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish, "Elu": _elu, "PRelu": _prelu,
     "LeakyRelu": lambda c, x: op.nn.leakyrelu(x, float(c.attr("alpha", 0.01))),
     "Mish": lambda c, x: op.multiply(x, op.tanh(op.nn.softplus(x))), "Softsign": lambda c, x: op.divide(x, op.add(number(1, x), op.abs(x))),
-    "Softmax": _softmax(op.nn.softmax), "LogSoftmax": _softmax(op.nn.log_softmax),
+    "Einsum": einsum, "Softmax": _softmax(op.nn.softmax), "LogSoftmax": _softmax(op.nn.log_softmax),
 }  # fmt: skip

@@ -80,6 +80,10 @@ CASES = [
     Case("Resize", (X,), (None, None, SIZES)), Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "align_corners", "nearest_mode": "ceil"}),
     Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     Case("Pad", (X,), (i(0, 1, 2, 0, 1, 0, 1, 3),), {"mode": "edge"}), Case("Pad", (X,), (i(1, 2), None, i(-1)), {"mode": "wrap"}),
+    *[Case("Einsum", shapes, (), {"equation": equation}) for equation, shapes in (
+        ("bik,bjk->bij", (f(2, 3, 5), f(2, 4, 5))), ("bik,ko->bio", (f(2, 3, 5), f(5, 4))), ("bhid,bjhd->bhij", (f(2, 3, 4, 5), f(2, 6, 3, 5))),
+        ("ij,jk", (f(3, 4), f(4, 2))), ("ba,cb", (f(3, 4), f(2, 3))), ("i,j->ji", (f(3), f(4))), ("i,i->", (f(5), f(5))), ("ijk->ki", (f(2, 3, 4),)), ("ij->", (f(2, 3),)),
+        ("abc,bd->ad", (f(2, 3, 4), f(3, 5))), ("bij, bij -> b", (f(2, 3, 4), f(2, 3, 4))))],
     Case("MaxPool", (SMALL,), (), {"kernel_shape": [3], "strides": [2], "pads": [1, 0]}), Case("MaxPool", (SMALL,), (), {"kernel_shape": [2], "strides": [2], "ceil_mode": 1}),
     Case("AveragePool", (SMALL,), (), {"kernel_shape": [3], "strides": [2], "pads": [1, 1], "count_include_pad": 1}), Case("AveragePool", (SMALL,), (), {"kernel_shape": [2]}),
     *[Case(name, (X,)) for name in (
@@ -184,6 +188,8 @@ def test_operator_like_onnxruntime(case):
             ),
             "half_pixel_symmetric",
         ),
+        (Case("Einsum", (f(3, 3),), (), {"equation": "ii->i"}), "equation ii->i"),
+        (Case("Einsum", (f(2, 3), f(3, 4)), (), {"equation": "...j,jk->...k"}), "equation"),
         (Case("Pad", (X,), (i(-1, 0), None, i(-1)), {"mode": "edge"}), "negative padding"),
         (Case("Reshape", (SMALL, i(12, 5))), "computed at run time|depends on data"),
         (
