@@ -93,10 +93,7 @@ def _gains(call: relax.Call) -> bool:
         return True
     if attrs_of(call)["grain"] != "element":
         return True
-    if _is_of_few_channels(call):
-        return True
-    shapes = shape_of(call.args[0]), shape_of(call)
-    return max(map(_pixels, shapes)) <= _MOST_PIXELS_OF_ELEMENTS
+    return _is_of_few_channels(call) or _pixels(shape_of(call)) <= _MOST_PIXELS_OF_ELEMENTS
 
 
 def _is_of_few_channels(call: relax.Call) -> bool:
