@@ -13,16 +13,16 @@ from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 
 # Fitted to the layers of a ResNet-50 at density 10 % on Cascade Lake (AVX-512), timed inside the network; the median error
-# is 8 %. Shares of the peak in the inner loops:
+# is 12 %. Shares of the peak in the inner loops:
 _DENSE_EFFICIENCY = 0.73
-_SPARSE_EFFICIENCY = {1: 0.20, 4: 0.51, 8: 0.51, 16: 0.51}
+_SPARSE_EFFICIENCY = {1: 0.25, 4: 0.45, 8: 0.45, 16: 0.51}
 # Winograd's gain over the direct kernel: 1.25 at 7x7 pixels, 1.7 at 14x14, 3.1 at 56x56.
 _WINOGRAD_GAIN, _WINOGRAD_PIXELS, _WINOGRAD_GROWTH, _WINOGRAD_MOST = 1.25, 49, 0.22, 3.1
 # Walking one block's non-zeros for one tile: mispredicted branches, sums in and out, what is left of waiting for the output's
-# lines (with the next two, those of blocks fitted to the large images of a RegNet-Y, in planes).
-_LOOP_START = {1: 150.0, 4: 300.0, 8: 300.0, 16: 600.0}
-# Moving one vector in or out through a transposition, waiting for memory included.
-_TRANSPOSE = {1: 11.5, 4: 15.0, 8: 15.0, 16: 15.0}
+# lines.
+_LOOP_START = {1: 100.0, 4: 200.0, 8: 200.0, 16: 600.0}
+# Moving one vector in or out, waiting for memory included; in planes there is no transposition, but more to wait for.
+_TRANSPOSE = {1: 11.5, 4: 11.0, 8: 11.0, 16: 15.0}
 _TILE = {1: 4, 4: 6, 8: 3, 16: 3}
 # The same where activations stay in the second-level cache, of which they may take this share.
 _NEAR_START, _NEAR_TRANSPOSE, _NEAR = 25.0, 6.0, 0.25
@@ -76,8 +76,7 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
     if few:
         start, move = _NEAR_START, _NEAR_TRANSPOSE if near else _GROUPS_MOVE
     starts = -(-vectors // _TILE[p.block]) * p.blocks * start
-    windows = few or (p.block > 1 and p.taps > 1)
-    rows = 1.5 * p.channels * min(p.taps, p.strides[0] * p.strides[1]) if windows else p.panel_rows
+    rows = p.channels * (1 if p.taps == 1 else 1.5 * min(p.taps, p.strides[0] * p.strides[1]))
     moves = vectors * (rows + p.outputs) * move
     return Estimate(dense, multiply + starts + moves)
 
