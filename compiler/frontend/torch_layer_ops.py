@@ -268,6 +268,15 @@ def _adaptive_avg_pool(c, x, size) -> relax.Expr:
     return op.nn.adaptive_avg_pool2d(x, output_size=list(size))
 
 
+def _adaptive_max_pool(c, x, size) -> tuple:
+    if len(shape_of(x)) != 4 or any(have % wanted for have, wanted in zip(shape_of(x)[2:], size)):
+        raise Refused("an input that is not [N, C, H, W], or windows of different sizes")
+    window = [have // wanted for have, wanted in zip(shape_of(x)[2:], size)]
+    if list(size) == [1, 1]:
+        return c.emit(op.max(x, [2, 3], keepdims=True)), None
+    return c.emit(op.nn.max_pool2d(x, window, strides=window)), None
+
+
 def _instance_norm(
     c, x, weight, bias, mean, _variance, use_input_stats, _momentum, epsilon, _cudnn
 ) -> relax.Expr:
@@ -285,5 +294,5 @@ CONVERTERS: dict[str, Callable] = {
     "group_norm.default": _group_norm, "instance_norm.default": _instance_norm, "native_group_norm.default": _native_group_norm,
     "scaled_dot_product_attention.default": _attention, "embedding.default": _embedding,
     "max_pool2d_with_indices.default": _max_pool, "avg_pool2d.default": _avg_pool,
-    "adaptive_avg_pool2d.default": _adaptive_avg_pool, "_adaptive_avg_pool2d.default": _adaptive_avg_pool,
+    "adaptive_max_pool2d.default": _adaptive_max_pool, "adaptive_avg_pool2d.default": _adaptive_avg_pool, "_adaptive_avg_pool2d.default": _adaptive_avg_pool,
 }  # fmt: skip

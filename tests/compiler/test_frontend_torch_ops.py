@@ -96,7 +96,7 @@ POOLING = [
     lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), lambda x: F.max_pool2d(x, 2, 1, dilation=2), lambda x: F.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 3, 2, 1),
     lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True), lambda x: F.adaptive_avg_pool2d(x, 1),
     lambda x: F.adaptive_avg_pool2d(x, (3, 7)), lambda x: F.adaptive_avg_pool2d(x, (4, 2)), lambda x: F.interpolate(x, scale_factor=2.0), lambda x: F.interpolate(x, size=(18, 14)),
-    lambda x: F.interpolate(x, size=(13, 4)), lambda x: F.interpolate(x, scale_factor=2.05), lambda x: F.interpolate(x, scale_factor=(1.7, 0.6)),
+    lambda x: F.adaptive_max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, (3, 7)), lambda x: F.interpolate(x, size=(13, 4)), lambda x: F.interpolate(x, scale_factor=2.05), lambda x: F.interpolate(x, scale_factor=(1.7, 0.6)),
     lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), lambda x: F.interpolate(x, size=(5, 11), mode="bilinear", align_corners=True),
     lambda x: F.interpolate(x, size=(4, 3), mode="bilinear"), lambda x: F.max_pool2d(x, 2)[:, -1],
 ]  # fmt: skip
@@ -240,6 +240,7 @@ def test_refuses_what_has_no_converter_all_at_once():
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[1].float(), "does not compute"),
         (lambda x: x.max(1).indices, "does not compute"),
         (lambda x: x.double().sum(), "float64|wrong type"),
+        (lambda x: F.adaptive_max_pool2d(x, (2, 7)), "different sizes"),
         (lambda x: x.half().float(), "float16"),
     ],
 )
