@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from passes.family import Context
 
 Progress = Callable[[str], None]
+CHOICES = ("measured", "asked")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def build(
     `KerfError`; nothing is written unless verification passes.
     """
     say = _timed(progress or (lambda _text: None))
+    if choose not in CHOICES:
+        raise UserError(
+            "unknown way to choose", where="choose", found=repr(choose), wanted=" or ".join(CHOICES)
+        )
     if output is not None:
         check_output(output, force)
     cpu = parse_target(target, threads) if isinstance(target, str) else target

@@ -66,3 +66,8 @@ def test_a_recipe_that_matches_nothing_writes_nothing(module, example, tmp_path)
     with pytest.raises(compiler.RecipeError, match="matches no layer"):
         compiler.compile_model(module, example, recipe=recipe, output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_way_to_choose_is_refused(module, example):
+    with pytest.raises(compiler.UserError, match=r"unknown way to choose.*measured or asked"):
+        compiler.compile_model(module, example, choose="faster")
