@@ -35,9 +35,10 @@ _PANEL_SHARE, _PANEL_SHARE_EXPANDING = 0.35, 0.45
 # Bytes of a plane from which on it is not worth copying: a page. Shorter ones come from beyond the second-level cache sooner
 # in one pass over all of them than in the order of the non-zeros, if that splits lines.
 _LONG_PLANE = 4096
-# Pixel vectors of a long plane that a block of output channels walks, where planes are read in place; the share of the
-# second-level cache that it may walk of short ones, and that one channel alone may (measured on Cascade Lake).
-_LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_ALONE = 98, 0.9, 0.5
+# Pixel vectors of a long plane that a block of output channels walks at most, where planes are read in place; the share of the
+# second-level cache that it may walk, and that several channels together may where their tiles would else have fewer than so
+# many vectors (measured on Cascade Lake).
+_LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = 8, 48
 # What one more tile costs a block, in multiplications of one vector with one row of it.
@@ -89,7 +90,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     total = -(-problem.computed // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
     if _lies_in_place(problem):
-        tiles = 1 if problem.together > 1 else _runs(problem, target)
+        tiles = 1 if problem.together > 1 else _runs(problem, target, rows, vectors)
     else:
         tiles = _panels(problem, target, rows, vectors)
     splits = 1
@@ -101,27 +102,34 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     return Point(vectors, rows, -(-total // tiles), part, splits)
 
 
-def _runs(problem: Problem, target: CpuTarget) -> int:
+def _runs(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
     """Parts of planes read in place that a block of output channels walks."""
-    total = -(-problem.computed // target.lanes)
+    line = problem.channels * target.lanes * 4
+    fit = max(1, int(target.l2_bytes * _RUNS_SHARE) // line)
+    if problem.block > 1:
+        fit = max(fit, min(int(target.l2_bytes * _RUNS_SHARE_NARROW) // line, _NARROW))
     if 4 * problem.plane_out >= _LONG_PLANE:
-        return -(-total // _LONGEST_RUN)
-    share = _RUNS_SHARE if problem.block > 1 else _RUNS_SHARE_ALONE
-    fit = max(1, int(target.l2_bytes * share) // (problem.channels * target.lanes * 4))
-    return -(-total // fit)
+        fit = min(fit, _LONGEST_RUN)
+    return _least_work(problem, target, rows, vectors, fit)
 
 
 def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
-    """Panels of an image, for tiles of `rows` by `vectors`: those with the fewest vectors computed twice that fit the cache."""
-    total = -(-problem.computed // target.lanes)
+    """Panels of an image."""
     expands = problem.outputs > problem.channels
     share = _PANEL_SHARE_EXPANDING if expands else _PANEL_SHARE
     fit = max(1, int(target.l2_bytes * share) // (problem.panel_rows * target.lanes * 4))
+    return _least_work(problem, target, rows, vectors, fit)
+
+
+def _least_work(problem: Problem, target: CpuTarget, rows: int, vectors: int, fit: int) -> int:
+    """Parts of at most `fit` vectors of planes, for tiles of `rows` by `vectors`: those with the fewest vectors computed
+    twice."""
+    total = -(-problem.computed // target.lanes)
     fewest = -(-total // fit)
 
-    def work(panels: int) -> float:
-        span = -(-total // panels)
-        return panels * (span + _TILE_COST / rows * -(-span // vectors))
+    def work(parts: int) -> float:
+        span = -(-total // parts)
+        return parts * (span + _TILE_COST / rows * -(-span // vectors))
 
     return min(range(fewest, min(2 * fewest, total) + 1), key=work)
 
