@@ -309,6 +309,26 @@ def test_offsets_of_a_window_are_distinct_and_within_its_panel():
         assert (places + last_pixel).max() < 6 * window.channel
 
 
+@pytest.mark.parametrize(
+    "channels, pixels, block, span",
+    [
+        (384, 197, 4, 13),  # all of a plane
+        (1536, 197, 4, 5),  # one vector twice is less than one more tile
+        (3072, 128, 4, 4),  # as many as a tile should have
+        (3072, 128, 1, 2),
+        (64, 3136, 4, 18),
+    ],
+)
+def test_runs_of_planes_fit_the_second_level_cache(channels, pixels, block, span):
+    cpu = replace(NAMED["avx512"], l2_bytes=2**20)
+    plane = -(-pixels // 16) * 16
+    problem = Problem(
+        1, 1, pixels, channels, 384, 1, pixels, block=block, planes_in=True, planes_out=True,
+        input_plane=plane, output_plane=plane,
+    )  # fmt: skip
+    assert sparse_chain.default_point(problem, cpu).span == span
+
+
 def test_blocks_of_a_spatial_kernel_use_windows_and_others_do_not():
     problem = Problem(1, 56, 56, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1), block=4)
 
