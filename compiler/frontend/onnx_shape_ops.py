@@ -113,6 +113,21 @@ def _gather(c: Converter, x: relax.Expr, indices: relax.Expr) -> relax.Expr:
     return op.take(x, indices, axis=axis, mode="clip")
 
 
+def _gather_nd(c: Converter, x: relax.Expr, indices: relax.Expr) -> relax.Expr:
+    """Indices into the leading axes, along the last axis of `indices`."""
+    if c.attr("batch_dims", 0):
+        raise Refused("batch dimensions")
+    last = len(shape_of(indices)) - 1
+    parts = []
+    for axis in range(shape_of(indices)[last]):
+        if is_const(indices):
+            part = constant(indices.value.numpy()[..., axis])
+        else:
+            part = c.emit(op.squeeze(_cut(c, indices, last, axis, axis + 1), [last]))
+        parts.append(_indices(c, part, shape_of(x)[axis]))
+    return op.take(x, parts[0], axis=0, mode="clip") if len(parts) == 1 else op.index_tensor(x, parts)  # fmt: skip
+
+
 def _gather_elements(c: Converter, x: relax.Expr, indices: relax.Expr) -> relax.Expr:
     axis = c.attr("axis", 0) % len(shape_of(x))
     if any(i != d for a, (i, d) in enumerate(zip(shape_of(indices), shape_of(x))) if a != axis):
@@ -283,7 +298,7 @@ def _resize(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
 CONVERTERS: dict[str, Callable] = {
     "Identity": _same, "Dropout": _dropout, "Reshape": _to_shape, "Flatten": _to_shape, "Squeeze": _to_shape, "Unsqueeze": _to_shape,
     "Expand": _expand, "Transpose": _transpose, "Concat": _concat, "Split": _split, "Slice": _slice, "Gather": _gather,
-    "GatherElements": _gather_elements, "Pad": _pad, "Tile": _tile, "CumSum": _cumsum, "Trilu": _trilu, "DepthToSpace": _depth_to_space,
+    "GatherElements": _gather_elements, "GatherND": _gather_nd, "Pad": _pad, "Tile": _tile, "CumSum": _cumsum, "Trilu": _trilu, "DepthToSpace": _depth_to_space,
     "SpaceToDepth": _space_to_depth, "Resize": _resize, "ArgMax": _argument(op.argmax), "ArgMin": _argument(op.argmin),
     "ReduceMean": _reduce(op.mean), "ReduceSum": _reduce(op.sum), "ReduceMax": _reduce(op.max), "ReduceMin": _reduce(op.min),
     "ReduceL2": _reduce(_l2), "ReduceL1": _reduce(_l1), "ReduceSumSquare": _reduce(_sum_of_squares),

@@ -80,6 +80,7 @@ CASES = [
     Case("Resize", (X,), (None, None, SIZES)), Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "align_corners", "nearest_mode": "ceil"}),
     Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     Case("Pad", (X,), (i(0, 1, 2, 0, 1, 0, 1, 3),), {"mode": "edge"}), Case("Pad", (X,), (i(1, 2), None, i(-1)), {"mode": "wrap"}),
+    Case("GatherND", (SMALL, i(2, 0, -1, 3).reshape(2, 2))), Case("GatherND", (SMALL,), (i(1, -1, 0, 2, 3, 4).reshape(2, 3),)), Case("GatherND", (SMALL,), (i(-1, 0).reshape(2, 1),)),
     *[Case("Einsum", shapes, (), {"equation": equation}) for equation, shapes in (
         ("bik,bjk->bij", (f(2, 3, 5), f(2, 4, 5))), ("bik,ko->bio", (f(2, 3, 5), f(5, 4))), ("bhid,bjhd->bhij", (f(2, 3, 4, 5), f(2, 6, 3, 5))),
         ("ij,jk", (f(3, 4), f(4, 2))), ("ba,cb", (f(3, 4), f(2, 3))), ("i,j->ji", (f(3), f(4))), ("i,i->", (f(5), f(5))), ("ijk->ki", (f(2, 3, 4),)), ("ij->", (f(2, 3),)),
@@ -189,6 +190,11 @@ def test_operator_like_onnxruntime(case):
             "half_pixel_symmetric",
         ),
         (Case("Einsum", (f(3, 3),), (), {"equation": "ii->i"}), "equation ii->i"),
+        (
+            Case("GatherND", (SMALL,), (i(0, 1, 2).reshape(3, 1),), {"batch_dims": 1}),
+            "batch dimensions",
+        ),
+        (Case("GatherND", (SMALL,), (i(3, 0).reshape(1, 2),)), "out of range"),
         (Case("Einsum", (f(2, 3), f(3, 4)), (), {"equation": "...j,jk->...k"}), "equation"),
         (Case("Pad", (X,), (i(-1, 0), None, i(-1)), {"mode": "edge"}), "negative padding"),
         (Case("Reshape", (SMALL, i(12, 5))), "computed at run time|depends on data"),
