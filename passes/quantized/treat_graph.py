@@ -19,7 +19,7 @@ from passes.family import Context, Layer, Observe, Rewritten
 from passes.layers import attrs_of
 from passes.quantized.fit_weights import add_biases, fit_weights
 from passes.quantized.observers import Statistics
-from passes.quantized.operators import GRAINS
+from passes.quantized.operators import GRAINS, QUAD
 from passes.quantized.parameters import DEFAULTS
 from passes.quantized.plan_bytes import BytesPlan, plan_bytes, tensors
 from passes.quantized.quantize_layers import QuantizedWeight, QuantizeLayers
@@ -31,7 +31,7 @@ from passes.quantized.take_imported import is_quantized, take_imported
 from passes.quantized.tricks import prepare
 from passes.quantized.weights import overflows, quantize_weight
 from passes.rewriting import variables
-from passes.sparse.grains import Grain
+from passes.sparse.grains import Grain, as_4d
 from passes.treat_layers import decide, layers_of
 from passes.treatment import Decision, Treatment
 from schedules.errors import Declined, UserError
@@ -203,9 +203,15 @@ def _grain(values: np.ndarray, layer: Layer, asked: object) -> str | Declined | 
         return Declined(few) if asked else None
     if layer.attrs.get("groups", 1) > 1:
         return Declined("no int8 kernel skips zeros of a convolution in groups")
+    _, channels, *kernel = as_4d(values.shape)
+    if channels < QUAD and math.prod(kernel) > 1:
+        # Measured on the first layer of a ResNet, at density 10 %.
+        return Declined(
+            f"{channels} input channels fill no quad of 4: whole kernel rows are as fast"
+        )
     for grain in [str(asked)] if asked else list(reversed(GRAINS)):
-        stored = Grain.parse(grain).stored(values) / values.size
-        if stored <= min(_SPARSE_BELOW, density * _TOLERATED_FILL):
+        held = Grain.parse(grain).pattern(values).mean()
+        if held <= min(_SPARSE_BELOW, density * _TOLERATED_FILL):
             return grain
     return Declined(f"the zeros do not lie in grains of {asked or ' or '.join(GRAINS)}")
 

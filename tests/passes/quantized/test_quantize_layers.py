@@ -314,14 +314,17 @@ def test_pruned_weights_keep_their_zeros_and_name_their_grain(build, observing, 
 
 
 @pytest.mark.parametrize(
-    ("groups", "parameters", "words"),
-    [(1, {"density": 0.8, "grain": "in:4"}, "% of the weight are not zero"),
-     (4, {"density": 0.1, "grain": "in:4"}, "in groups"),
-     (1, {"density": 0.1, "grain": "block:4x4"}, None)],
+    ("channels", "parameters", "words"),
+    [((32, 1), {"density": 0.8, "grain": "in:4"}, "% of the weight are not zero"),
+     ((32, 4), {"density": 0.1, "grain": "in:4"}, "in groups"),
+     ((3, 1), {"density": 0.1, "grain": "block:4x4"}, "3 input channels fill no quad"),
+     ((34, 1), {"density": 0.1, "grain": "block:4x4"}, None),
+     ((32, 1), {"density": 0.1, "grain": "block:4x4"}, None)],
 )  # fmt: skip
-def test_zeros_that_are_not_skipped_say_why(build, observing, rng, groups, parameters, words):
-    mod = build([(1, 32, 8, 8)], lambda b, x: conv(b, x, rng, 32, name="a", groups=groups))
-    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 32, 8, 8)]]))
+def test_zeros_that_are_not_skipped_say_why(build, observing, rng, channels, parameters, words):
+    shape, groups = (1, channels[0], 8, 8), channels[1]
+    mod = build([shape], lambda b, x: conv(b, x, rng, 32, name="a", groups=groups))
+    context = Context(NAMED["avx512"], observing([[floats(rng, *shape)]]))
     treatment = Treatment("int8", {**PLAIN, **parameters}, prune=True)
     (decision,) = treat_layers(mod, {"a": treatment}, context).decisions
     assert decision.treatment == "int8"
