@@ -299,6 +299,7 @@ def compile_variants(
     """
     from compiler import pipeline
     from compiler.pipeline import Graphs
+    from passes.sparse.pool_convolutions import left_apart
     from passes.treat_layers import treat_layers
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:
@@ -307,7 +308,8 @@ def compile_variants(
         )
 
     def graphs_of(found) -> Graphs:
-        return Graphs(original, found.reference, found.floats, found.notes)
+        notes = (*found.notes, *left_apart(found.treated))
+        return Graphs(original, found.reference, found.floats, notes)
 
     context = options.context
     say("treating layers")  # before anything is compiled: what a family refuses is known at once

@@ -25,6 +25,7 @@ from schedules.fused import Fused
 from schedules.pooling import larger
 from schedules.sparse_bands import Bands
 from schedules.sparse_elements import FloatElements
+from schedules.sparse_groups import VECTORS_OF_ELEMENTS
 from schedules.sparse_panel import scratch
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
@@ -67,6 +68,7 @@ def pooled_lines(pool: windows.Problem, lines: int) -> int:
 def default_point(problem: Problem, pool: windows.Problem, target: CpuTarget) -> Point:
     """The longest bands whose panel and sums stay near."""
     base = planes_point(problem, target)
+    vectors = base.vectors if base.rows > 1 else min(VECTORS_OF_ELEMENTS, target.registers // 2)
     count = 1
 
     def fits(pooled: int) -> bool:
@@ -82,7 +84,7 @@ def default_point(problem: Problem, pool: windows.Problem, target: CpuTarget) ->
     tasks = problem.batch * -(-pool.oh // pooled)
     if target.threads > 1 and tasks < 2 * target.threads:
         splits = min(target.threads, len(parts_of(problem.outputs, part)))
-    return Point(base.vectors, base.rows, part, splits, band_lines(pool, pooled))
+    return Point(vectors, base.rows, part, splits, band_lines(pool, pooled))
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:

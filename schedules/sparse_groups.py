@@ -32,7 +32,7 @@ _FEW_CHANNELS = 4
 # Share of the second-level cache that a group's planes may take.
 _PANEL_SHARE = 0.2
 # Pixel vectors of a tile of one output channel: loads come from the nearest cache, so what counts is how many loops start.
-_VECTORS_OF_ELEMENTS = 12
+VECTORS_OF_ELEMENTS = 12
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def group_offsets(problem: Problem, lines: int) -> np.ndarray:
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The longest bands whose panel stays near."""
     base = planes_point(problem, target)
-    vectors = base.vectors if base.rows > 1 else min(_VECTORS_OF_ELEMENTS, target.registers // 2)
+    vectors = base.vectors if base.rows > 1 else min(VECTORS_OF_ELEMENTS, target.registers // 2)
     room = int(target.l2_bytes * _PANEL_SHARE) // 4
 
     def fits(count: int) -> bool:

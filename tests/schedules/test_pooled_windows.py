@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import tvm
 from tvm import relax
 
@@ -15,9 +16,13 @@ from passes.sparse import lowering_pooled
 from passes.sparse.lowering import pack_at
 from passes.sparse.operators import POOLED_CONV2D, in_planes, register
 from passes.sparse.reference import sparse_conv2d
-from schedules import pooled_windows
+from schedules import pooled_windows, sparse_windows
 from schedules.dispatch import loop_structure
 from schedules.fused import Fused
+from schedules.pooled_windows import Point, band_lines, pooled_lines
+from schedules.sparse_problem import Problem
+from schedules.target import NAMED
+from schedules.windows import Problem as Windows
 from tests.schedules.test_sparse_planes import build, run, sparse_weight
 
 ROWS, IN, OUT, PLANES = (False, False), (True, False), (False, True), (True, True)
@@ -51,7 +56,7 @@ def planes_of(x: np.ndarray) -> np.ndarray:
     return np.pad(planes, ((0, 0), (0, 0), (0, -planes.shape[-1] % 16)), mode="edge")
 
 
-STEM = Sample((1, 20, 37, 3), (20, 3, 7, 7), strides=(2, 2), padding=(3, 3, 3, 3))
+STEM = Sample((1, 20, 37, 3), (20, 3, 5, 5), strides=(2, 2), padding=(2, 2, 2, 2))
 SAMPLES = {
     "stem": (STEM, PLANES),
     "stem_rows": (replace(STEM, x=(2, 23, 30, 3)), IN),
@@ -70,8 +75,10 @@ SAMPLES = {
 }  # fmt: skip
 
 
-def fused_kernel(sample: Sample, weight, target, planes, point=None, epilogue: bool = True):
-    """(scheduled PrimFunc, arguments but x and y, y's shape)."""
+def fused_kernel(
+    sample: Sample, weight, target, planes, point=None, epilogue: bool = True, definition: bool = False
+):  # fmt: skip
+    """(scheduled PrimFunc, arguments but x and y, y's shape[, the PrimFunc before])."""
     register()
     bb = relax.BlockBuilder()
     shape = planes_of(np.empty(sample.x)).shape if planes[0] else sample.x
@@ -83,7 +90,8 @@ def fused_kernel(sample: Sample, weight, target, planes, point=None, epilogue: b
             call = layers.operator_call(POOLED_CONV2D, [like, relax.const(weight)], **attrs)
             call = bb.normalize(in_planes(bb.normalize(call), given, *planes))
             problem, pool = lowering_pooled.problems_of(call)
-            point = point or pooled_windows.default_point(problem, pool, target)
+            default = pooled_windows.default_point(problem, pool, target)
+            point = default if point is None else point(default)
             y = bb.emit(lowering_pooled.lower_at(bb, call, point))
             arrays = []
             if epilogue:
@@ -101,7 +109,9 @@ def fused_kernel(sample: Sample, weight, target, planes, point=None, epilogue: b
     packed = pack_at(weight, sample.grain, problem, pooled_windows, point)
     arrays = [packed.pointer, packed.index, packed.values, packed.order, packed.slot, *arrays]
     fused = Fused.read(func)
-    return loop_structure(fused.loops)(fused, target), arrays, layers.shape_of(call)
+    kernel = loop_structure(fused.loops)(fused, target)
+    made = kernel, arrays, layers.shape_of(call)
+    return (*made, func) if definition else made
 
 
 def expected(sample: Sample, x, weight, epilogue: bool = True):
@@ -115,11 +125,17 @@ def expected(sample: Sample, x, weight, epilogue: bool = True):
     return np.maximum(y + np.linspace(-1, 1, len(weight)), 0) if epilogue else y, bound
 
 
+def small(default: Point) -> Point:
+    """The default with small tiles, which compile fast."""
+    return replace(default, vectors=2, rows=min(default.rows, 4))
+
+
 def check(cases: dict, target, rng) -> None:
+    """Each (sample, planes[, what to make of the default point, by default `small`]) against its reference."""
     made = {}
     for name, (sample, planes, *point) in cases.items():
         weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
-        made[name] = (weight, *fused_kernel(sample, weight, target, planes, *point))
+        made[name] = (weight, *fused_kernel(sample, weight, target, planes, *(point or [small])))
     lib = build({name: m[1] for name, m in made.items()}, target)
     for name, (weight, _, arrays, shape) in made.items():
         sample, planes, *_ = cases[name]
@@ -137,5 +153,84 @@ def check(cases: dict, target, rng) -> None:
         )
 
 
+def at(vectors: int, rows: int, part: int, splits: int, lines: int):
+    return lambda _default: Point(vectors, rows, part, splits, lines)
+
+
 def test_shapes(host_tiers, rng):
-    check(SAMPLES, host_tiers[0], rng)
+    cases = dict(SAMPLES)
+    cases["default"] = (STEM, PLANES, lambda default: default)
+    cases["one line"] = (STEM, PLANES, at(2, 4, 64, 1, 3))
+    cases["remainder"] = (STEM, IN, at(3, 2, 64, 1, 5))
+    cases["parts"] = (replace(SAMPLES["rows"][0], w=(40, 8, 3, 3)), ROWS, at(1, 8, 16, 1, 5))
+    check(cases, host_tiers[0], rng)
+
+
+def test_other_tiers_and_threads(host_tiers, rng):
+    check({name: SAMPLES[name] for name in ("stem", "uneven")}, host_tiers[-1], rng)
+    parts = replace(SAMPLES["rows"][0], w=(40, 8, 3, 3))
+    shared = {"stem": SAMPLES["stem"], "shared": (parts, ROWS, at(1, 8, 16, 2, 5))}
+    check(shared, host_tiers[0].with_threads(2), rng)
+
+
+@pytest.mark.parametrize("planes", [PLANES, ROWS], ids=["planes", "rows"])
+def test_special_values(host_tiers, rng, planes):
+    """A window with NaN, or with infinities that cancel, is NaN; others, beside the border too, hear nothing of it."""
+    sample = Sample((1, 11, 37, 4), (4, 4, 1, 1), "element", padding=(0,) * 4)
+    weight = np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)
+    weight[1, 0] = 1.0
+    x = -1 - rng.random(sample.x).astype(np.float32)
+    x[0, 0, 0, 0], x[0, 5, 17, 0], x[0, 7, 36, 1] = np.nan, np.inf, -np.inf
+    x[0, 5, 17, 1] = -np.inf
+    x[0, :, :, 2], x[0, 10, 36, 3] = -np.inf, -0.0
+    kernel, arrays, shape = fused_kernel(
+        sample, weight, host_tiers[0], planes, small, epilogue=False
+    )
+    lib = build({"main": kernel}, host_tiers[0])
+    got = run(lib, "main", planes_of(x) if planes[0] else x, arrays, shape)
+    attrs = {"layout": "NHWC", **sample.attrs()}
+    with np.errstate(invalid="ignore"):
+        y = np.stack([x[..., 0], x[..., 0] + x[..., 1], x[..., 2], x[..., 3]], axis=-1)
+    want = largest_reference(attrs, y)
+    assert np.isnan(want[0, :, :, :2]).any() and np.isneginf(want[..., 2]).all()
+    np.testing.assert_array_equal(got, planes_of(want) if planes[1] else want)
+
+
+def test_the_kernel_equals_its_definition(host_tiers, rng):
+    target = host_tiers[0]
+    sample = Sample((1, 9, 12, 3), (8, 3, 3, 3), pool_dilation=(2, 1), pool_padding=(2, 1, 2, 1))
+    weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+    x = rng.standard_normal(sample.x).astype(np.float32)
+    made, functions = {}, {}
+    for i, planes in enumerate((PLANES, ROWS)):
+        kernel, arrays, shape, definition = fused_kernel(
+            sample, weight, target, planes, small, definition=True
+        )
+        made[i] = (planes_of(x) if planes[0] else x, arrays, shape)
+        functions |= {f"kernel{i}": kernel, f"definition{i}": definition}
+    lib = build(functions, target)
+    for i, given in made.items():
+        got, want = (run(lib, f"{name}{i}", *given) for name in ("kernel", "definition"))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bands_and_pooled_lines_are_inverse():
+    for size, stride, dilation in ((3, 2, 1), (2, 2, 1), (5, 3, 2), (1, 4, 1)):
+        pool = Windows(1, 40, 40, 8, 8, size, size, (stride, stride), (0,) * 4, (dilation,) * 2, 8)
+        assert [pooled_lines(pool, band_lines(pool, n)) for n in range(1, 9)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("target", ["avx512", "avx2", "generic", "aarch64"])
+def test_default_bands_stay_near(target):
+    cpu = NAMED[target]
+    problem = Problem(
+        1, 224, 224, 3, 64, 112, 112, (7, 7), (2, 2), padding=(3,) * 4, block=4, stored=200,
+        planes_in=True, planes_out=True,
+    )  # fmt: skip
+    pool = Windows(1, 112, 112, 64, 64, 3, 3, (2, 2), (1,) * 4, groups=64)
+    point = pooled_windows.default_point(problem, pool, cpu)
+    panel = 4 * 3 * sparse_windows.window_of(problem, point.lines).channel
+    assert panel <= cpu.l2_bytes // 2 and problem.block % point.rows == 0
+    assert pool.oh > pooled_lines(pool, point.lines) >= 1
+    many = replace(problem, channels=4096)
+    assert pooled_lines(pool, pooled_windows.default_point(many, pool, cpu).lines) == 1
