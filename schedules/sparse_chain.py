@@ -25,7 +25,7 @@ from schedules.sparse_panel import columns_of, scratch
 from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
-from schedules.sparse_problem import Problem, tiles_of
+from schedules.sparse_problem import INDICES_BEHIND, Problem, tiles_of
 from schedules.target import CpuTarget
 from schedules.windows import LINE_BYTES
 
@@ -40,7 +40,7 @@ _LONG_PLANE = 4096
 # many vectors (measured on Cascade Lake).
 _LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
-_AHEAD, _LONG_SUM = 8, 48
+_AHEAD, _LONG_SUM = INDICES_BEHIND, 16
 # What one more tile costs a block, in multiplications of one vector with one row of it.
 _TILE_COST = 6.0
 # Output channels whose sums of a tile are kept until a plane's are complete.

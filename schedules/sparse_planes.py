@@ -368,8 +368,7 @@ class Planes(Stores):
 
     def _fetch_row(self, panel, n, width: int, lines: int) -> None:
         """Fetch what non-zero number n will read, some `lines` of the panel, into the first-level cache."""
-        last = int(self.index.shape[0]) - 1
-        position = T.Bind(self.index[tirx.min(n, last)].astype("int32"))
+        position = T.Bind(self.index[n].astype("int32"))
         start = T.Bind(self._panel_start(position, width))
         for j in range(lines):
             prefetch(panel[start + j * self.lanes], near=True)

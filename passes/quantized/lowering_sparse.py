@@ -95,10 +95,7 @@ def lower_sparse(
     point = structure.default_point(problem, target)
     quads = quads[:, :, 0, 0] if dense else quads
     packed = pack_at(quads, _OF_QUADS[grain], problem, structure, point)
-    arrays = [
-        relax.const(a)
-        for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
-    ]
+    arrays = [relax.const(a) for a in packed.arrays()]
     loops = structure.__name__.rpartition(".")[2]
     notes = annotations(
         loops, problem=problem.to_dict(), point=point.to_dict(), zero_point=zero_point

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.sparse.grains import Grain
-from schedules.sparse_problem import parts_of
+from schedules.sparse_problem import INDICES_BEHIND, parts_of
 
 ELEMENT = "element"
 GRAINS = (ELEMENT, "out:4", "out:8", "out:16")
@@ -88,6 +88,13 @@ class SparseFormat:
     def density(self) -> float:
         """Stored weights, fill included, over all weights."""
         return self.values.size / math.prod(self.shape)
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """pointer, index, values, order and slot as kernels read them: which fetch what later non-zeros will read, behind the
+        last ones, too."""
+        behind = np.zeros(INDICES_BEHIND, self.index.dtype)
+        index = np.concatenate([self.index, behind])
+        return self.pointer, index, self.values, self.order, self.slot
 
 
 def index_dtype(chunk: int) -> str:

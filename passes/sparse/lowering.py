@@ -130,10 +130,7 @@ def lower_at(
     attrs = attrs_of(call)
     weight = const_array(call.args[1])
     packed = pack_at(weight, attrs["grain"], problem, structure, point)
-    arrays = [
-        relax.const(a)
-        for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
-    ]
+    arrays = [relax.const(a) for a in packed.arrays()]
     loops = structure.__name__.rpartition(".")[2]
     notes = annotations(loops, problem=problem.to_dict(), point=point.to_dict())
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)

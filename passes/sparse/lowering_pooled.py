@@ -37,10 +37,7 @@ def lower_at(bb: relax.BlockBuilder, call: relax.Call, point: pooled_windows.Poi
     problem, pool = problems_of(call)
     grain = attrs_of(call)["grain"]
     packed = pack_at(const_array(call.args[1]), grain, problem, pooled_windows, point)
-    arrays = [
-        relax.const(a)
-        for a in (packed.pointer, packed.index, packed.values, packed.order, packed.slot)
-    ]
+    arrays = [relax.const(a) for a in packed.arrays()]
     notes = annotations(
         "pooled_windows", problem=problem.to_dict(), pool=pool.to_dict(), point=point.to_dict()
     )

@@ -107,7 +107,7 @@ def fused_kernel(
     mod = tvm.transform.Sequential(passes)(bb.get())
     (func,) = [f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)]
     packed = pack_at(weight, sample.grain, problem, pooled_windows, point)
-    arrays = [packed.pointer, packed.index, packed.values, packed.order, packed.slot, *arrays]
+    arrays = [*packed.arrays(), *arrays]
     fused = Fused.read(func)
     kernel = loop_structure(fused.loops)(fused, target)
     made = kernel, arrays, layers.shape_of(call)

@@ -87,7 +87,7 @@ def fused_kernel(
         f for _, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc) and Fused.read(f)
     ]
     packed = lowering.pack_at(weight, sample.grain, problem, structure, point)
-    arrays = [packed.pointer, packed.index, packed.values, packed.order, packed.slot, *constants]
+    arrays = [*packed.arrays(), *constants]
     return (
         func,
         loop_structure(Fused.read(func).loops)(Fused.read(func), target),
