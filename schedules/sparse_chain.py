@@ -41,8 +41,9 @@ _LONG_PLANE = 4096
 _LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = INDICES_BEHIND, 16
-# What one more tile costs a block, in multiplications of one vector with one row of it.
-_TILE_COST = 6.0
+# What one more tile costs a block, in multiplications of one vector with one row of it; and parts that overlap, which cannot be
+# written over a residual.
+_TILE_COST, _OVERLAP_COST = 6.0, 1.05
 # Output channels whose sums of a tile are kept until a plane's are complete.
 _KEPT_CHANNELS = 32
 
@@ -122,14 +123,14 @@ def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int
 
 
 def _least_work(problem: Problem, target: CpuTarget, rows: int, vectors: int, fit: int) -> int:
-    """Parts of at most `fit` vectors of planes, for tiles of `rows` by `vectors`: those with the fewest vectors computed
-    twice."""
+    """Parts of at most `fit` vectors of planes, for tiles of `rows` by `vectors`: those of the least estimated work."""
     total = -(-problem.computed // target.lanes)
     fewest = -(-total // fit)
 
     def work(parts: int) -> float:
         span = -(-total // parts)
-        return parts * (span + _TILE_COST / rows * -(-span // vectors))
+        each = span + _TILE_COST / rows * -(-span // vectors)
+        return parts * each * (_OVERLAP_COST if total % parts else 1)
 
     return min(range(fewest, min(2 * fewest, total) + 1), key=work)
 
