@@ -81,24 +81,6 @@ _TANH_P = (
 )
 _TANH_Q = (1.0, 0.4667004346847534, 0.025675153359770775, 3.1951750947978e-4, 7.228225058497628e-7)
 _TANH_ONE = 9.0109130
-# The normal distribution's 1/2 + x P(x^2 - _GELU_MIDDLE), |x| <= 4.94: 2.0e-7 absolute. Beyond, its greatest power leads it
-# out of [0, 1] on the right side.
-_GELU_MIDDLE = 8.785296440124512
-_GELU = (
-    0.1681787222623825,
-    -0.009290812537074089,
-    0.0007229259936138988,
-    -5.6866610975703225e-05,
-    4.204026481602341e-06,
-    -2.848613007699896e-07,
-    1.7428730458846076e-08,
-    -9.565196412708588e-10,
-    4.93152081670889e-11,
-    -2.5445678550339856e-12,
-    1.1638572863705704e-13,
-    -3.5333653287028446e-15,
-    4.814420790396666e-17,
-)
 
 
 def as_float32(x):
@@ -243,9 +225,8 @@ def silu(x):
 
 
 def gelu(x):
-    """x (1 + erf(x / sqrt 2)) / 2, without a division; NaN at -inf, as in torch."""
-    slope = _polynomial(x * x - _constant(x, _GELU_MIDDLE), _GELU)
-    return x * minimum(maximum(x * slope + _constant(x, 0.5), 0.0), 1.0)
+    """x (1 + erf(x / sqrt 2)) / 2; NaN at -inf, as in torch."""
+    return _constant(x, 0.5) * x * (_constant(x, 1.0) + erf(x * _constant(x, math.sqrt(0.5))))
 
 
 def gelu_tanh(x):
