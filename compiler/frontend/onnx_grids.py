@@ -18,8 +18,9 @@ from compiler.frontend.onnx_graph import OnnxGraph
 from passes.name_layers import Grid
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-# What quantizers make of the name of a weight: ONNX Runtime `fc.weight_quantized`, NNCF `q_output_fc.weight_1`.
-_QUANTIZED = re.compile(r"(?P<runtime>.+)_quantized|q_output_(?P<nncf>.+)_\d+")
+# What quantizers make of the name of a weight: ONNX Runtime `fc.weight_quantized`, since 1.32 `fc.weight_Transposed_quantized`
+# too; NNCF `q_output_fc.weight_1`.
+_QUANTIZED = re.compile(r"(?P<runtime>.+?)(?:_Transposed)?_quantized|q_output_(?P<nncf>.+)_\d+")
 # Types of integers that only weights may have: they are gone once the constants are computed.
 _NARROW = ("int4", "uint4", "int2", "uint2")
 
