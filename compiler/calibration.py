@@ -147,8 +147,11 @@ def _files(path: Path, specs: Sequence, preprocess: str | None) -> Calibration:
         for file in arrays:
             yield from cut_samples(_read(file), specs, str(file))
 
-    count = sum(1 for _ in samples())
-    left = sum(_rows(inputs_of(_read(file), specs, str(file)), specs)[1] for file in arrays)
+    count = left = 0
+    for file in arrays:  # read once, which looks at all of it
+        held = _read(file)
+        count += sum(1 for _ in cut_samples(held, specs, str(file)))
+        left += _rows(inputs_of(held, specs, str(file)), specs)[1]
     return Calibration(
         samples,
         {

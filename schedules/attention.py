@@ -16,12 +16,11 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import vector_math
 from schedules.annotated import Annotated
-from schedules.attention_problem import STAGES, Problem
+from schedules.attention_problem import Problem, emitted
 from schedules.emission import (
     Row,
     Tile,
     covering,
-    emitting,
     loop,
     pieces,
     ramp,
@@ -93,13 +92,7 @@ def _tile_of(block: int, columns: int, steps: int, target: CpuTarget) -> tuple[f
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused attention."""
-    problem, point = (
-        Problem.from_dict(fused.point["problem"]),
-        Point.from_dict(fused.point["point"]),
-    )
-    with emitting(fused, STAGES) as (kernel, (q, k, *bias, v)):
-        _Emitter(kernel, problem, point, target, q, k, v, bias[0] if bias else None).emit()
-    return kernel.func
+    return emitted(fused, target, Point, _Emitter)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from tvm import te, tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.attention_problem import Problem, attend
-from schedules.attention_queries import Point, QueryLanes, emitted
+from schedules.attention_problem import Problem, attend, emitted
+from schedules.attention_queries import Point, QueryLanes
 from schedules.emission import pieces, ramp, splat
 from schedules.fused import Fused, annotations
 from schedules.lanes import broadcast
@@ -47,7 +47,7 @@ def define_attention_planes(q, k, v, bias, problem: Problem, point: Point):
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused attention between planes."""
-    return emitted(fused, target, _Planes)
+    return emitted(fused, target, Point, _Planes)
 
 
 class _Planes(QueryLanes):

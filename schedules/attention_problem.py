@@ -17,9 +17,11 @@ from tvm import te, tirx
 
 from schedules import vector_math
 from schedules.annotated import Annotated
-from schedules.fused import annotations
+from schedules.emission import emitting
+from schedules.fused import Fused, annotations
+from schedules.target import CpuTarget
 
-STAGES = 7  # blocks of the definition
+_STAGES = 7  # blocks of the definition
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,12 @@ def attend(q: Callable, k: Callable, v: Callable, bias, problem: Problem) -> Cal
         return weighted(b, i, h, e) * tirx.Select(divisor == zero, zero, one / divisor)
 
     return normalized
+
+
+def emitted(fused: Fused, target: CpuTarget, points: type, kernels: type) -> tirx.PrimFunc:
+    """The kernel for a fused attention, whose anchor holds one of `points`, by an emitter of the class `kernels`."""
+    problem = Problem.from_dict(fused.point["problem"])
+    point = points.from_dict(fused.point["point"])
+    with emitting(fused, _STAGES) as (kernel, (q, k, *bias, v)):
+        kernels(kernel, problem, point, target, q, k, v, bias[0] if bias else None).emit()
+    return kernel.func

@@ -17,11 +17,10 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import vector_math
 from schedules.annotated import Annotated
-from schedules.attention_problem import STAGES, Problem
+from schedules.attention_problem import Problem, emitted
 from schedules.emission import (
     Row,
     Tile,
-    emitting,
     local_buffer,
     loop,
     ramp,
@@ -72,16 +71,7 @@ def suits(problem: Problem, target: CpuTarget) -> bool:
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel for a fused attention of rows."""
-    return emitted(fused, target, _Rows)
-
-
-def emitted(fused: Fused, target: CpuTarget, kernels: type) -> tirx.PrimFunc:
-    """The kernel for a fused attention, by an emitter of the class `kernels`."""
-    problem = Problem.from_dict(fused.point["problem"])
-    point = Point.from_dict(fused.point["point"])
-    with emitting(fused, STAGES) as (kernel, (q, k, *bias, v)):
-        kernels(kernel, problem, point, target, q, k, v, bias[0] if bias else None).emit()
-    return kernel.func
+    return emitted(fused, target, Point, _Rows)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import sparse_windows, windows
 from schedules.annotated import Annotated
-from schedules.emission import covering, pieces, ramp, widest_lanes
+from schedules.emission import covering, ramp, widest_lanes
 from schedules.fused import Fused
 from schedules.pooling import larger
 from schedules.sparse_bands import Bands
@@ -31,7 +31,6 @@ from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.sparse_windows import WindowsKernel, window_of
 from schedules.target import CpuTarget
-from schedules.windows import splat
 
 # Shares of the second-level cache that a band's panel, and the sums of a few channels, may take.
 _PANEL_SHARE, _SUMS_SHARE = 0.4, 1 / 32
@@ -168,14 +167,12 @@ class _Pooled(Bands, WindowsKernel):
         pool = self.pool
         for column, lanes, value in found:
             self._store_plane([value], channel, T.Bind(line * pool.ow + column), lanes)
-        pixels = pool.oh * pool.ow
-        if behind := self.kernel.fused.shape[-1] - pixels:
+        pixels, plane = pool.oh * pool.ow, self.kernel.fused.shape[-1]
+        if plane > pixels:
             _, lanes, value = found[-1]
             last = value if lanes == 1 else tirx.Shuffle([value], [lanes - 1])
             with T.If(line == pool.oh - 1), T.Then():
-                last = T.Bind(last)
-                for at, width in pieces(behind, self.lanes):
-                    self._store_plane([splat(last, width)], channel, T.int32(pixels + at), width)
+                self._repeat([T.Bind(last)], channel, pixels, plane)
 
     def _pooled_line(self, sums, begin, line) -> list[tuple]:
         """(column, lanes, value) of the vectors of a pooled line of a band, the last one overlapping; a channel's sums lie

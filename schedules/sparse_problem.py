@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schedules.annotated import Annotated
+from schedules.windows import LINE_WORDS
 
 # Indices behind those of the last non-zero: the most non-zeros that a kernel fetches ahead.
 INDICES_BEHIND = 8
-from schedules.windows import LINE_WORDS
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,7 @@ class Stores:
             return
         with T.If(start == p.computed - self.lanes), T.Then():
             last = [T.Bind(row[vectors * self.lanes - 1]) for row in rows]
-            for past, lanes in pieces(p.plane_out - p.computed, self.lanes):
-                values = [splat(value, lanes) for value in last]
-                self._store_plane(values, channel, T.int32(p.computed + past), lanes)
+            self._repeat(last, channel, p.computed, p.plane_out)
 
     def _store_plane(self, values: list, channel, pixel, lanes: int) -> None:
         """Store the vectors of the channels of one plane, from `channel` on, through the epilogue."""
@@ -72,6 +70,12 @@ class Stores:
             store_quads(self.kernel, self.target, values, (self.image, plane, pixel, lanes))
         else:
             self.kernel.store(values[0], [self.image, channel, ramp(pixel, lanes)])
+
+    def _repeat(self, last: list, channel, start: int, stop: int) -> None:
+        """Store the sums `last`, one of each channel of a plane, into all its elements from `start` to `stop`."""
+        for behind, lanes in pieces(stop - start, self.lanes):
+            values = [splat(value, lanes) for value in last]
+            self._store_plane(values, channel, T.int32(start + behind), lanes)
 
     def _store_behind(self, sums, begin, channel) -> None:
         """Store what lies behind the pixels of a channel's plane, whose last one it repeats, if its sums are those of the
@@ -82,9 +86,7 @@ class Stores:
         line = T.Bind(T.int32(p.out_height - 1) - self.first_line)
         with T.If(line < self.lines), T.Then():
             last = T.Bind(sums[begin + line * self.window.line + (p.out_width - 1)])
-            for behind, lanes in pieces(p.plane_out - p.image_pixels, self.lanes):
-                at = T.int32(p.image_pixels + behind)
-                self._store_plane([splat(last, lanes)], channel, at, lanes)
+            self._repeat([last], channel, p.image_pixels, p.plane_out)
 
     def _store_kept_planes(self, sums, first, first_channel, channels, vectors: int) -> None:
         """Store a part's sums of a tile, kept `[channel][pixel]`, into their planes."""
