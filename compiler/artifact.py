@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from schedules.preparation import Source
 
 FORMAT = "kerf-artifact"
-FORMAT_VERSION = 2
-_READABLE = (1, 2)  # of the first every constant is stored as it is
+FORMAT_VERSION = 3
+_READABLE = (
+    1,
+    2,
+    3,
+)  # constants of the first are stored as they are, those of the second never deflated
 MANIFEST = "manifest.json"
 MANIFEST_SUM = "manifest.sha256"
 WEIGHTS = "weights.safetensors"
@@ -330,7 +334,7 @@ def read_constants(
         for key, size in sizes.items():
             form = artifact.stored.get(key, StoredForm())
             try:
-                array = restore(form, lambda suffix, key=key: read(key + suffix))
+                array = restore(form, lambda suffix, key=key: read(key + suffix), size)
             except ValueError as error:
                 raise _damaged(path, f"holds no proper constant {key}: {error}") from None
             if array.nbytes != size:

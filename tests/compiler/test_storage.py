@@ -16,9 +16,9 @@ from schedules.winograd_matrices import matrices, transform_weights
 from tests.compiler.test_artifact import rewrite_manifest
 
 
-def _again(stored):
+def _again(stored, size=1 << 30):
     form = StoredForm.parse(stored.form.to_json())
-    return restore(form, lambda suffix: stored.tensors[suffix])
+    return restore(form, lambda suffix: stored.tensors[suffix], size)
 
 
 def _mostly_zeros(rng, shape, dtype="float32", density=0.1):
@@ -36,7 +36,7 @@ def test_zeros_are_left_out_and_filled_in(rng, dtype, shape):
     array = _mostly_zeros(rng, shape, dtype, 0.05)
     stored = store(array)
     assert stored.nbytes < 0.75 * array.nbytes and stored.bytes_with_zeros == array.nbytes
-    assert stored.mask_bytes == (array.size + 7) // 8
+    assert stored.mask_bytes <= (array.size + 7) // 8
     _same_bits(_again(stored), array)
 
 
@@ -73,7 +73,9 @@ def test_what_gains_too_little_is_stored_as_it_is(array):
     if array.dtype == np.int8:
         array = np.where(np.arange(array.size) % 3 > 0, 1, 0).astype("int8")
     stored = store(np.asarray(array))
-    assert stored.form == StoredForm() and stored.form.to_json() == {}
+    assert stored.form.shape is None and stored.form.preparation == ""
+    if array.dtype != np.int8:  # which is deflated
+        assert stored.form == StoredForm() and stored.form.to_json() == {}
     _same_bits(_again(stored), np.asarray(array))
 
 
@@ -122,12 +124,76 @@ def test_what_does_not_fit_is_refused(form, tensors, message):
     if isinstance(tensors.get(""), int):
         tensors = {"": np.zeros((1, tensors[""], 4, 16), "float32")}
     with pytest.raises(ValueError, match=message):
-        restore(StoredForm.parse(form), lambda suffix: tensors[suffix])
+        restore(StoredForm.parse(form), lambda suffix: tensors[suffix], 1 << 30)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_small_numbers_are_deflated(rng, dtype):
+    array = np.abs(rng.standard_normal((7, 1, 33, 100)) * 12).astype(dtype)
+    stored = store(array)
+    assert stored.nbytes < 0.9 * array.nbytes and set(stored.form.deflated) == {""}
+    _same_bits(_again(stored, array.nbytes), array)
+
+
+@pytest.mark.parametrize("array", ["noise", "floats", "few"])
+def test_what_gains_less_than_a_tenth_is_not_deflated(rng, array):
+    arrays = {
+        "noise": rng.integers(-128, 128, (64, 300)).astype("int8"),
+        "floats": (rng.standard_normal((64, 300)) * 2).round().astype("float32") + 0.5,
+        "few": np.ones(4000, "int8"),
+    }
+    stored = store(arrays[array])
+    assert stored.form == StoredForm() and stored.nbytes == arrays[array].nbytes
+
+
+def test_indices_without_their_zeros_are_deflated(rng):
+    index = np.cumsum(rng.integers(1, 20, 200_000)).astype("int32")
+    stored = store(index)
+    assert set(stored.form.deflated) == {".mask", ".values"}
+    assert stored.nbytes < 0.7 * index.size
+    _same_bits(_again(stored, index.nbytes), index)
+
+
+def _deflated(change):
+    """A form and its tensor, of 8192 small numbers, changed."""
+    stored = store(np.arange(8192).astype("int8") % 4)
+    form, data = stored.form.to_json(), stored.tensors[""]
+    return change(form["deflated"][""], data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made, data: (made, data[:-1]), "8192 bytes inflated, not 8192"),
+        (lambda made, data: (made, np.append(data, data[:1])), "8192 bytes inflated"),
+        (lambda made, data: (made, data[4:]), "incorrect header"),
+        (lambda made, data: (made, np.append(data[:-1], data[-1:] ^ 1)), "incorrect data check"),
+        (lambda made, data: (made, data.view("int8")), "int8 .* inflated"),
+        (lambda made, data: ({**made, "shape": [8191]}, data), "8192 bytes inflated, not 8191"),
+        (lambda made, data: ({**made, "shape": [8193]}, data), "8192 bytes inflated, not 8193"),
+        (lambda made, data: ({**made, "dtype": "int16"}, data), "8192 bytes inflated, not 16384"),
+        (lambda made, data: ({**made, "shape": [1 << 40]}, data), "inflated to 1099511627776"),
+    ],
+)
+def test_what_inflates_to_something_else_is_refused(change, message):
+    made, data = _deflated(change)
+    form = StoredForm.parse({"deflated": {"": made}})
+    with pytest.raises(ValueError, match=message):
+        restore(form, lambda _: data, 1 << 20)
 
 
 @pytest.mark.parametrize(
     "entry",
-    [[], {"shape": 4}, {"shape": [-1]}, {"shape": ["a"]}, {"parameters": {"m": "four"}}],
+    [
+        [],
+        {"shape": 4},
+        {"shape": [-1]},
+        {"shape": ["a"]},
+        {"parameters": {"m": "four"}},
+        {"deflated": {"": {"dtype": "int8"}}},
+        {"deflated": {"": {"dtype": "object", "shape": [4]}}},
+        {"deflated": {"": {"dtype": "int8", "shape": [-4]}}},
+    ],
 )
 def test_a_malformed_entry_of_the_manifest_is_refused(write_tiny, tmp_path, entry):
     written = write_tiny(tmp_path / "out")
@@ -158,7 +224,7 @@ def test_an_artifact_holds_the_small_forms_and_gives_the_constants(sparse_artifa
     bytes_of = read.variant("dense").bytes
     tensors = read_tensors(read.path / WEIGHTS)
     assert bytes_of["weights"] == sum(a.nbytes for a in tensors.values())
-    assert bytes_of["index"] == 64 * 64 // 8
+    assert bytes_of["index"] == 64 * 64 // 8  # too small to be deflated
     assert bytes_of["with_zeros"] - bytes_of["library"] == 4 * 64 * 64 + 4 * 9 * 4 * 16
 
 
