@@ -29,9 +29,10 @@ from compiler.artifact import (
     parse_manifest,
     sha256_of,
 )
+from compiler.disk import CODE_BYTES, check_space
 from compiler.environment import versions
 from compiler.frontend import TensorSpec
-from compiler.linker import Linker, require_linker
+from compiler.linker import Archiver, Linker, require_linker
 from compiler.storage import Stored, store
 from schedules.errors import UserError
 from schedules.target import CpuTarget, detect_host
@@ -67,7 +68,7 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError("the directory is not writable", where=str(parent))
-    _check_space(path, _CODE_BYTES)  # how much the weights will take is not known yet
+    check_space(path.parent, CODE_BYTES)  # how much the weights will take is not known yet
     return path
 
 
@@ -98,9 +99,9 @@ def write_artifact(
         raise ValueError(f"variants must be some of {VARIANTS}, each once: {names}")
     path = check_output(output, force)
     cross = target.arch != detect_host().arch
-    linker = None if cross else require_linker()
+    linker = Archiver(str(target.tvm().attrs["mtriple"])) if cross else require_linker()
     keys, stored = _stored_constants(variants)
-    _check_space(path, sum(s.nbytes for s in stored.values()) + _CODE_BYTES * len(variants))
+    check_space(path.parent, sum(s.nbytes for s in stored.values()) + CODE_BYTES * len(variants))
     with _written_beside(path, force) as work:
         tensors = {k + suffix: a for k, s in stored.items() for suffix, a in s.tensors.items()}
         _save_tensors(work / WEIGHTS, tensors)
@@ -118,7 +119,7 @@ def write_artifact(
             "source": _describe_source(source or {}),
             "recipe": recipe,
             "target": target.to_json(),
-            "linker": linker.name if linker else "",
+            "linker": linker.name,
             "inputs": [asdict(s) for s in inputs],
             "outputs": [asdict(s) for s in outputs],
             "variants": described,
@@ -190,23 +191,6 @@ def _output_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot be written: {error.strerror or error}", where=str(path), todo=todo)
 
 
-# LLVM ends the process when it cannot write an object file, so room for the code is checked before.
-_CODE_BYTES = 16 << 20
-
-
-def _check_space(path: Path, wanted: int) -> None:
-    """Raise UserError if the disk surely has no room for `wanted` bytes at `path`."""
-    free = shutil.disk_usage(path.parent).free
-    if free < wanted:
-        raise UserError(
-            "not enough space",
-            where=str(path.parent),
-            found=f"{free >> 20} MiB free",
-            wanted=f"about {wanted >> 20} MiB",
-            todo="Free some space, or give another -o",
-        )
-
-
 def _content_key(array: np.ndarray, source: Source | None = None) -> str:
     """A name for an array by type, shape and bytes, of it or of its source: equal arrays of all
     variants share one entry."""
@@ -259,15 +243,14 @@ def _write_reference(path: Path, references: Sequence[ReferenceRun]) -> None:
     _save_tensors(path, tensors)
 
 
-def _export(variant: CompiledVariant, path: Path, linker: Linker | None) -> None:
+def _export(variant: CompiledVariant, path: Path, linker: Linker | Archiver) -> None:
     """Write the variant's library: linked, or as an archive of objects for another architecture.
 
     Objects lie beside it meanwhile: LLVM ends the process on a full disk, and only this one's room is known.
     """
     objects = path.with_name(f".{path.name}.objects")
     objects.mkdir()
-    how = {} if linker is None else {"fcompile": linker}
-    variant.executable.export_library(str(path), workspace_dir=str(objects), **how)
+    variant.executable.export_library(str(path), workspace_dir=str(objects), fcompile=linker)
     shutil.rmtree(objects)
 
 

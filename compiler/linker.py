@@ -47,6 +47,28 @@ class Linker:
                 todo="See whether the disk is full, or set CXX to a working C++ compiler",
             )
 
+    def get_target_triple(self) -> str:
+        """What TVM's export generates code for where it packs the program beside the kernels."""
+        import tvm
+
+        return str(tvm.get_global_func("target.llvm_get_system_triple")())
+
+
+@dataclass(frozen=True)
+class Archiver:
+    """Puts objects for the machine `triple` into an archive, to be linked there; called as a `Linker` is."""
+
+    triple: str
+    name: str = ""
+
+    def __call__(self, output: str, objects: list[str], options: list[str] | None = None) -> None:
+        from tvm.support.tar import tar
+
+        tar(output, objects)
+
+    def get_target_triple(self) -> str:
+        return self.triple
+
 
 def find_linker() -> Linker | None:
     """CXX or CC from the environment, else a compiler on the path, else `ziglang` if it is

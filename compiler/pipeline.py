@@ -13,6 +13,7 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from compiler.artifact import CompiledVariant, KernelCall
+from compiler.code_generation import generate_code
 from passes import families
 from passes.hoist_constants import Hoisted, hoist_constants
 from passes.layers import (
@@ -32,9 +33,6 @@ from schedules.preparation import Source
 from schedules.target import CpuTarget
 
 Progress = Callable[[str], None]
-
-# Kernels allocate what they need: nothing to shrink, and trying takes half the time of compiling large ones.
-_NEEDLESS_PASSES = ["s_tir.CompactBufferAllocation"]
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,14 @@ def compile_graph(
                 *backend.finalize_passes(tvm_target),
             ]
         )(scheduled)
-    with tvm.transform.PassContext(disabled_pass=_NEEDLESS_PASSES):
-        executable = tvm.compile(lowered, tvm_target, relax_pipeline=tvm.transform.Sequential([]))
+    functions = {
+        gv.name_hint: f for gv, f in lowered.functions_items() if isinstance(f, tirx.PrimFunc)
+    }
+    program = tvm.IRModule({"main": lowered["main"]}, attrs=lowered.attrs)
+    executable = relax.build(program, tvm_target, relax_pipeline=None)
+    executable.mod.clear_imports()  # the empty C source of a program without kernels
+    for code in generate_code(functions, tvm_target):
+        executable.mod.import_module(code)
     return CompiledVariant(
         name=name,
         executable=executable,

@@ -22,6 +22,7 @@ from compiler.artifact import (
     read_constants,
 )
 from compiler.frontend import TensorSpec
+from compiler.linker import require_linker
 from compiler.thread_pool import check_threads, prepare_thread_pool, use_threads
 from schedules.errors import ArtifactError, UserError
 from schedules.target import CpuTarget
@@ -275,7 +276,7 @@ def from_variant(
     check_threads(threads, target.threads)
     prepare_thread_pool()
     return LoadedModel(
-        variant.executable.jit(),
+        variant.executable.jit(fcompile=require_linker()),
         [tvm.runtime.tensor(c) for c in variant.constants],
         variant=variant.name,
         inputs=inputs,

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code of scheduled kernels, generated side by side.
+
+Kernels call nothing of each other, so each is a module of its own, and TVM and LLVM let other threads run meanwhile. What is
+generated here is linked both into what verification and timing run and into the artifact.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tvm
+from tvm import tirx
+
+from compiler.disk import CODE_BYTES, check_space
+from schedules.target import usable_cores
+
+# Kernels allocate what they need: nothing to shrink, and trying takes half the time of compiling large ones.
+_NEEDLESS_PASSES = ["s_tir.CompactBufferAllocation"]
+# Nor do kernels look at their arguments again: the program checks the model's inputs, and calls kernels with tensors that it
+# made itself and constants whose size loading checked. Their own checks were half of a small network's code.
+_CONFIG = {"tirx.disable_assert": True}
+
+
+def generate_code(
+    functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target
+) -> list[tvm.runtime.Module]:
+    """One static library for each function, in their order; whatever the number of threads, the same code.
+
+    Raises UserError if there is no room for object files in the directory for temporary ones.
+    """
+    with tempfile.TemporaryDirectory(prefix="kerf-") as directory:
+        check_space(Path(directory), CODE_BYTES)
+        pool = ThreadPoolExecutor(usable_cores())
+        try:
+            work = [
+                pool.submit(_compile, name, function, target, Path(directory) / f"{index}.o")
+                for index, (name, function) in enumerate(functions.items())
+            ]
+            return [done.result() for done in work]
+        finally:  # after an error, or Ctrl-C, nothing more is begun
+            pool.shutdown(cancel_futures=True)
+
+
+def _compile(
+    name: str, function: tirx.PrimFunc, target: tvm.target.Target, path: Path
+) -> tvm.runtime.Module:
+    # What passes are left out is known to a thread, not to the process.
+    with tvm.transform.PassContext(config=_CONFIG, disabled_pass=_NEEDLESS_PASSES):
+        module = tvm.tirx.build(tvm.IRModule({name: function}), target=target)
+    module.write_to_file(str(path))
+    return tvm.runtime.load_static_library(str(path), [name])
