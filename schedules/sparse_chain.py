@@ -4,7 +4,8 @@
 As `sparse_planes`, but sums go from registers through the epilogue into planes `y[n, o, pixel]`. A panel holds as many pixels
 as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
 reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
-before them. Planes of whole cache lines, and long ones, are not copied: a panel is then part of each, where it lies.
+before them. Planes of whole cache lines, and long ones, are not copied: a run of tiles of them is read where it lies, and no
+two runs overlap.
 
 Where an element of the output holds several channels that are not computed at once, each tile walks all blocks instead, and its
 sums are kept until those of a plane's channels are complete.
@@ -41,9 +42,9 @@ _LONG_PLANE = 4096
 _LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = INDICES_BEHIND, 16
-# What one more tile costs a block, in multiplications of one vector with one row of it; and parts that overlap, which cannot be
-# written over a residual.
-_TILE_COST, _OVERLAP_COST = 6.0, 1.05
+# What one more tile costs a block, in multiplications of one vector with one row of it, and one more run, in those of all rows;
+# and panels that overlap, which cannot be written over a residual.
+_TILE_COST, _RUN_COST, _OVERLAP_COST = 6.0, 1.0, 1.05
 # Output channels whose sums of a tile are kept until a plane's are complete.
 _KEPT_CHANNELS = 32
 
@@ -54,7 +55,7 @@ class Point(Annotated):
 
     vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
     rows     output channels computed at once, a divisor of the block
-    span     pixel vectors of a panel
+    span     pixel vectors of a panel, or of the longest run of planes read in place
     part     output channels of a task
     splits   tasks that share one panel, each with its own parts; each fills the panel again
     """
@@ -125,12 +126,14 @@ def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int
 def _least_work(problem: Problem, target: CpuTarget, rows: int, vectors: int, fit: int) -> int:
     """Parts of at most `fit` vectors of planes, for tiles of `rows` by `vectors`: those of the least estimated work."""
     total = -(-problem.computed // target.lanes)
-    fewest = -(-total // fit)
+    fewest, in_place = -(-total // fit), _lies_in_place(problem)
 
     def work(parts: int) -> float:
         span = -(-total // parts)
-        each = span + _TILE_COST / rows * -(-span // vectors)
-        return parts * each * (_OVERLAP_COST if total % parts else 1)
+        tiles = _TILE_COST / rows * -(-span // vectors) * parts
+        if in_place:
+            return total + tiles + _RUN_COST * parts
+        return (parts * span + tiles) * (_OVERLAP_COST if total % parts else 1)
 
     return min(range(fewest, min(2 * fewest, total) + 1), key=work)
 
@@ -145,7 +148,11 @@ class _Chain(Planes):
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
         whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, point.part, point.splits)
-        self.span = point.span
+        self.total = -(-problem.computed // target.lanes)
+        self.panels = -(-self.total // point.span)
+        # Runs differ by a vector at most.
+        self.span = -(-self.total // self.panels) if _lies_in_place(problem) else point.span
+        self.short = 0
         super().__init__(kernel, problem, whole, target, elements)
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
@@ -158,16 +165,17 @@ class _Chain(Planes):
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
-        panels = -(-p.computed // (self.span * lanes))
-        tasks = p.batch * panels * splits
+        tasks = p.batch * self.panels * splits
         loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
         with loop(0, tasks) as task:
-            share = task % splits
-            self.image = T.Bind(task // splits // panels)
-            last = max(0, p.computed - self.span * lanes)
-            self.first = T.Bind(tirx.min(task // splits % panels * (self.span * lanes), last))
+            share, number = task % splits, task // splits % self.panels
+            self.image = T.Bind(task // splits // self.panels)
             panel = self.x
-            if not self.in_place:
+            if self.in_place:
+                self._run(number)
+            else:
+                last = max(0, p.computed - self.span * lanes)
+                self.first = T.Bind(tirx.min(number * (self.span * lanes), last))
                 panel = scratch(p.panel_rows * self.row, self.elements.dtype)
                 self._fill(panel)
             if self.point.rows < p.together:
@@ -177,8 +185,18 @@ class _Chain(Planes):
                     first_channel, channels = self._part(part)
                     self._multiply_part(panel, first_channel, channels)
 
+    def _run(self, number) -> None:
+        """The number-th run of planes that are read where they lie: `span` vectors, or one less, so that none is in two."""
+        long = self.total - self.panels * (self.span - 1)
+        first = number * self.span
+        if long < self.panels:
+            self.short = T.Bind(tirx.Select(number < long, T.int32(0), T.int32(1)))
+            first = first - tirx.max(number - long, 0)
+        self.first = T.Bind(first * self.lanes)
+
     def _stores_once(self) -> bool:
-        return self.problem.computed % (self.span * self.lanes) == 0
+        apart = _lies_in_place(self.problem) or self.total % self.span == 0
+        return apart and self.problem.computed % self.lanes == 0
 
     def _start(self, first, vector):
         return tirx.min(first + vector * self.lanes, self.problem.computed - self.lanes)
@@ -289,10 +307,11 @@ class _Chain(Planes):
     @contextmanager
     def _tiles(self):
         """A loop over the tiles of a panel; (vectors of one, the most it has)."""
-        division = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
-        with T.serial(0, division[0]) as tile:
+        tiles, most, large = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
+        division = tiles, most, large if most == 1 else large - self.short
+        with T.serial(0, tiles - self.short if most == 1 else tiles) as tile:
             self.tile, vectors = self._tile(tile, division)
-            yield vectors, division[1]
+            yield vectors, most
 
     def _fetch_ahead(self, panel, n, width: int) -> None:
         p = self.problem

@@ -206,7 +206,7 @@ class Planes(Stores):
         """Where tile number `tile` of a `division` (`tiles_of`) begins, and how many vectors it has."""
         tiles, most, large = division
         first, vectors = T.Bind(tile * (most * self.lanes)), most
-        if large < tiles:
+        if not (isinstance(large, int) and large == tiles):
             vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
             first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
         return first, vectors

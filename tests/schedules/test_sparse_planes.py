@@ -192,6 +192,9 @@ def test_planes_between_layers(host_tiers, rng):
     Chain = sparse_chain.Point
     cases["panels"] = (samples["pointwise"], Chain(2, 4, 2, 18), (True, True))
     cases["panels_before_the_last_line"] = (samples["crowded"], Chain(2, 4, 3, 22), (True, True))
+    cases["runs_that_differ"] = (samples["read_in_place"], Chain(4, 4, 20, 22), (True, True))
+    cases["runs_of_single_vectors"] = (samples["crowded"], Chain(1, 4, 3, 22), (True, True))
+    cases["runs_made_alike"] = (samples["crowded"], Chain(2, 4, 7, 22), (True, True))
     cases["panels_of_lines"] = (samples["shortcut"], Chain(3, 2, 5, 16), (True, True))
     check_planes(cases, host_tiers[0], rng)
     split = {"split": (samples["pointwise"], Chain(2, 4, 3, 8, 2), (True, True)), "image": cases["images_0"]}  # fmt: skip
@@ -313,10 +316,10 @@ def test_offsets_of_a_window_are_distinct_and_within_its_panel():
     "channels, pixels, block, span",
     [
         (384, 197, 4, 13),  # all of a plane
-        (1536, 197, 4, 5),  # one vector twice is less than one more tile
+        (1536, 197, 4, 5),  # and 4, and 4
         (3072, 128, 4, 4),  # as many as a tile should have
         (3072, 128, 1, 2),
-        (64, 3136, 4, 28),  # without overlap: it may be written over a residual
+        (64, 3136, 4, 28),  # fewer runs, though a few more tiles
     ],
 )
 def test_runs_of_planes_fit_the_second_level_cache(channels, pixels, block, span):
