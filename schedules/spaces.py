@@ -306,7 +306,7 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
     def block_of(m: int, panel: int, share: float) -> int:
         """Tiles transformed together whose matrices take `share` of the second-level cache."""
         every = math.prod(problem.tiles(m))
-        most = int(share * target.l2_bytes) // (4 * (m + 2) ** 2 * (problem.c + panel))
+        most = int(share * target.l2_bytes) // (4 * problem.size(m) ** 2 * (problem.depth + panel))
         return -(-every // -(-every // max(1, min(most, every))))
 
     def assemble(chosen: Mapping) -> winograd.Point:
@@ -317,7 +317,7 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
         return replace(default, m=m, block=block, rows=min(rows, block), vectors=v, chunk=0)
 
     def estimate(point: winograd.Point) -> float:
-        matrices, every = (point.m + 2) ** 2, math.prod(problem.tiles(point.m))
+        matrices, every = problem.size(point.m) ** 2, math.prod(problem.tiles(point.m))
         step = _step_cycles(point.rows, point.vectors)
         per_tile = problem.c * step + 4 * point.rows * point.vectors
         per_block = -(-point.block // point.rows) * -(-count // point.vectors) * per_tile
@@ -325,7 +325,7 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
         return matrices * (-(-every // point.block) * per_block + transforms)
 
     choices = {
-        "m": tuple(sorted(winograd.SIZES)),
+        "m": tuple(sorted(winograd.SIZES[problem.taps])),
         "tile": _with(tiles, (default.rows, default.vectors)),
         "share": (0.0, 0.2, 0.3, 0.4, 0.55, 0.7, 0.9),
     }

@@ -26,6 +26,7 @@ from schedules.lanes import broadcast
 from schedules.target import CpuTarget
 from schedules.windows import LINE_WORDS, prefetch
 from schedules.winograd_matrices import matrices
+from schedules.winograd_phases import gather_phases
 from schedules.winograd_points import Point, Problem, strides
 from schedules.winograd_transforms import linear, transform
 
@@ -48,6 +49,7 @@ class Emitter:
     """
 
     groups = ((0,),)
+    phases = None  # the image that a strided convolution is one of stride 1 over
 
     kernel: object
     problem: Problem
@@ -57,13 +59,13 @@ class Emitter:
     u: object
 
     def __post_init__(self):
-        self.size = self.point.m + 2
+        self.size = self.problem.size(self.point.m)
         self.tiles = int(np.prod(self.problem.tiles(self.point.m)))
-        self.strides = strides(self.size, self.problem.c)
-        self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk))
+        self.strides = strides(self.size, self.problem.depth)
+        self.bt, self.g, self.at = matrices(self.point.m, bool(self.point.chunk), self.problem.taps)
         self.blocks = -(-self.tiles // self.point.block)
         self.parallel = runs_parallel(
-            self.target, 2, 2 * self.tiles * self.problem.c * self.problem.o
+            self.target, 2, 2 * self.tiles * self.problem.depth * self.problem.o
         )
         # Threads share out blocks, or the panels of each.
         by_blocks = self.point.divide == "tiles" and self.blocks > 1
@@ -75,6 +77,10 @@ class Emitter:
     def emit(self) -> None:
         point = self.point
         whole, rest = divmod(self.problem.o, point.panel)
+        if self.problem.stride > 1:
+            self.phases = gather_phases(
+                self.x, self.problem, point.m, self.target.lanes, self.parallel
+            )
         with self._blocks():
             span = self._span(whole)
             v = workspace(point.block * self.strides[1])
@@ -124,7 +130,8 @@ class Emitter:
         p, size = self.problem, self.size
         n, i, j = unravel(self.base + tile, p.tiles(self.point.m))
         top, left = i * self.point.m - p.padding[0], j * self.point.m - p.padding[1]
-        row = Row(p.c, self.target.lanes)
+        phases = self.phases
+        row = Row(p.c if phases is None else int(phases.shape[-1]), self.target.lanes)
 
         def emit(pixel: Callable) -> None:
             def body(channel, _slot, _fresh):
@@ -139,6 +146,9 @@ class Emitter:
 
             row.each(body, 1)
 
+        if phases is not None:
+            emit(lambda q, t, lane: phases[n, i * self.point.m + q, j * self.point.m + t, lane])
+            return
         inside = tirx.all(top >= 0, left >= 0, top + size <= p.h, left + size <= p.w)
         with T.If(inside):
             with T.Then():
@@ -221,8 +231,8 @@ class Emitter:
                         return v[(first + r) * self.strides[1] + e * self.strides[0] + k]
 
                     tile.multiply(
-                        acc, self.problem.c, left, lambda k, t: self.u[panel, at_u, k, ramp(t * lanes, lanes)],
-                        lambda k: self._prefetch(span, within, at_u, step * self.problem.c + k, steps),
+                        acc, self.problem.depth, left, lambda k, t: self.u[panel, at_u, k, ramp(t * lanes, lanes)],
+                        lambda k: self._prefetch(span, within, at_u, step * self.problem.depth + k, steps),
                     )  # fmt: skip
                     for r, t in tile.cells():
                         at = (first + r) * self.product_strides[1] + e * self.product_strides[0]
@@ -235,7 +245,7 @@ class Emitter:
         for line in range(each):
             at = (iteration * each + line) * LINE_WORDS
             if span.panels == 1:  # past the end of axis 2 lies the next matrix
-                prefetch(self.u[span.first, e, self.problem.c, at])
+                prefetch(self.u[span.first, e, self.problem.depth, at])
                 continue
             more = within + 1 < span.panels
             panel = span.first + tirx.Select(more, within + 1, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems, parameters and expected cycles of Winograd's convolution F(m x m, 3 x 3).
+"""Problems, parameters and expected cycles of Winograd's convolution F(m x m, taps x taps), of (m+taps-1)^2 matrices.
 
 Weights come transformed, (m+2)^2/9 times as many as the layer has, or plain, and are transformed in registers right
 before their products. The former serves any number of tiles from one transform, made when the layer is packed; the
@@ -16,12 +16,14 @@ from schedules.annotated import Annotated
 from schedules.target import CpuTarget
 from schedules.windows import LINE_WORDS
 
-SIZES = (4, 3, 2)  # of output tiles, m of F(m x m, 3 x 3)
-
 
 @dataclass(frozen=True)
 class Problem(Annotated):
-    """A 3x3 convolution of stride 1; `padding` is (top, left, bottom, right)."""
+    """A convolution of a square kernel; `padding` is (top, left, bottom, right).
+
+    Of a stride beyond 1 each of stride^2 phases of the image's pixels meets every stride-th tap alone: their channels
+    side by side are an image of stride 1 and fewer taps. Such an image is planar, [N, C, H, W]; others are [N, H, W, C].
+    """
 
     n: int
     h: int
@@ -29,11 +31,28 @@ class Problem(Annotated):
     c: int
     o: int
     padding: tuple[int, int, int, int]
+    kernel: int = 3
+    stride: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Of a phase, in either direction; those that the kernel lacks are zero."""
+        return -(-self.kernel // self.stride)
+
+    @property
+    def depth(self) -> int:
+        """Channels of all phases."""
+        return self.stride**2 * self.c
 
     @property
     def output_hw(self) -> tuple[int, int]:
-        top, left, bottom, right = self.padding
-        return self.h + top + bottom - 2, self.w + left + right - 2
+        (top, left, bottom, right), k = self.padding, self.kernel
+        height, width = self.h + top + bottom - k, self.w + left + right - k
+        return height // self.stride + 1, width // self.stride + 1
+
+    def size(self, m: int) -> int:
+        """Extent of a tile of the input, whose square is the number of matrices."""
+        return m + self.taps - 1
 
     def tiles(self, m: int) -> tuple[int, int, int]:
         """Images, tile rows, tile columns."""
@@ -78,10 +97,9 @@ def strides(size: int, channels: int) -> tuple[int, int]:
 
 def default_point(problem: Problem, m: int, target: CpuTarget, branches: int = 1) -> Point:
     """The point that is expected to be fastest: weights packed transformed, or transformed as they are used."""
-    points = (
-        transformed_point(problem, m, target, branches),
-        transforming_point(problem, m, target),
-    )
+    points = [transformed_point(problem, m, target, branches)]
+    if problem.stride == 1:
+        points.append(transforming_point(problem, m, target))
     return min(points, key=lambda point: cost(problem, point, target, 1, branches))
 
 
@@ -95,13 +113,18 @@ def transformed_point(problem: Problem, m: int, target: CpuTarget, branches: int
     """
     lanes = target.lanes
     channel_vectors = -(-problem.o // lanes)
-    vectors = next((v for v in (2, 3) if channel_vectors % v == 0), min(2, channel_vectors))
+    # Of few input channels products are short, and storing them and what is read again to transform them back is most of
+    # the work: wide panels, for which the input is transformed once, and blocks that stay near.
+    few = problem.depth <= lanes
+    widths = (4, 3, 2) if few else (2, 3)
+    vectors = next((v for v in widths if channel_vectors % v == 0), min(2, channel_vectors))
     most_rows = min(14, (target.registers - 2 - vectors) // vectors)
-    tiles = int(np.prod(problem.tiles(m)))
-    resident = 4 * (m + 2) ** 2 * problem.c * problem.o * branches <= target.l2_bytes
-    bytes_per_tile = 4 * (strides(m + 2, problem.c)[1] + strides(m + 2, vectors * lanes)[1])
+    tiles, size = int(np.prod(problem.tiles(m))), problem.size(m)
+    resident = 4 * size**2 * problem.depth * problem.o * branches <= target.l2_bytes
+    bytes_per_tile = 4 * (strides(size, problem.depth)[1] + strides(size, vectors * lanes)[1])
     most_tiles = max(
-        most_rows, int((0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile
+        most_rows,
+        int((0.3 if few else 0.45 if resident else 0.7) * target.l2_bytes) // bytes_per_tile,
     )
     # Fetching the weights once, in rows of a register tile's work: 8 bytes a cycle from the next cache.
     fetch = 3 if resident else lanes
@@ -178,10 +201,10 @@ def cost(
 ) -> float:
     """Estimated cycles of the kernel at `point` on one core, weights not in cache."""
     m, lanes = point.m, target.lanes
-    tiles, entries = int(np.prod(problem.tiles(m))), (m + 2) ** 2
+    tiles, entries = int(np.prod(problem.tiles(m))), problem.size(m) ** 2
     panels = -(-problem.o // point.panel) * point.panel
     vectors = (
-        tiles * entries * (sources * -(-problem.c // lanes) + branches * -(-problem.o // lanes))
+        tiles * entries * (sources * -(-problem.depth // lanes) + branches * -(-problem.o // lanes))
     )
     blocks, steps = -(-tiles // point.block), -(-point.block // point.rows)
     if point.chunk:
@@ -190,9 +213,9 @@ def cost(
         products = per_tile * panels / (2 * lanes * efficiency)
         weights = blocks * 4 * 9 * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
     else:
-        per_tile = point.rows * entries * problem.c
+        per_tile = point.rows * entries * problem.depth
         products = per_tile * panels / (2 * lanes * _TRANSFORMED_EFFICIENCY)
-        weights = 4 * entries * problem.c * panels / _WEIGHT_BYTES_PER_CYCLE
+        weights = 4 * entries * problem.depth * panels / _WEIGHT_BYTES_PER_CYCLE
     return branches * (blocks * steps * products + weights) + vectors * _TRANSFORM_CYCLES
 
 
@@ -200,6 +223,7 @@ def direct_cost(problem: Problem, target: CpuTarget) -> float:
     """Estimated cycles of the direct convolution on one core, weights not in cache."""
     height, width = problem.output_hw
     outputs = -(-problem.o // target.lanes) * target.lanes
-    products = problem.n * height * width * 9 * problem.c * outputs
+    weights = problem.kernel**2 * problem.c * outputs
+    products = problem.n * height * width * weights
     products /= 2 * target.lanes * _DIRECT_EFFICIENCY
-    return products + 4 * 9 * problem.c * outputs / _WEIGHT_BYTES_PER_CYCLE
+    return products + 4 * weights / _WEIGHT_BYTES_PER_CYCLE

@@ -76,7 +76,7 @@ class RowEmitter(Emitter):
         """x with zeros around it, as far as tiles reach; x itself if they stay within."""
         p = self.problem
         n, rows, columns = p.tiles(self.point.m)
-        height, width = rows * self.point.m + 2, columns * self.point.m + 2
+        height, width = rows * self.point.m + p.taps - 1, columns * self.point.m + p.taps - 1
         if not any(p.padding) and (height, width) == (p.h, p.w):
             return self.x
         image = workspace(n, height, width, p.c)

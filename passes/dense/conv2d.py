@@ -148,9 +148,10 @@ def problem_of(call: relax.Call) -> contraction.Problem:
 
 def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """Winograd's algorithm where it pays, channel by channel or in small groups where they are, else a contraction."""
-    if (fast := winograd.lower(bb, call, target)) is not None:
-        return fast
     problem, weight = problem_of(call), const_array(call.args[1])
+    planes = _planes_of(bb, call.args[0], problem)
+    if (fast := winograd.lower(bb, call, target, planes)) is not None:
+        return fast
     kind = f"{problem.r}x{problem.s}" + (
         f"s{problem.stride[0]}" if problem.stride != (1, 1) else ""
     )
@@ -177,7 +178,6 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     point = point_for(contraction, problem, target)
     packed = relax.const(pack_weights(weight, problem, point))
     groups = f"_g{problem.groups}" if problem.groups > 1 else ""
-    planes = _planes_of(bb, call.args[0], problem)
     x = call.args[0] if planes is None else planes
     define = define_conv2d(problem, point, planar=planes is not None)
     return call_te(bb, define, x, packed, hint=f"conv{kind}_{size}{groups}")

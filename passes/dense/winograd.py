@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""3x3 convolutions of stride 1 lowered to Winograd's algorithm, where its cost rule says that pays.
+"""Convolutions lowered to Winograd's algorithm, where its cost rule says that pays: 3x3 of stride 1, and strided ones
+of larger kernels over a planar image of few channels.
 
     rewrite: y = kerf.conv2d(x, w)  ->  y = call_tir(winograd, (x, packed G w G^T, or packed w))
 
@@ -26,13 +27,18 @@ from schedules.target import CpuTarget
 _WORTH = 0.9
 
 
-def problem_of(call: relax.Call) -> winograd.Problem | Declined:
-    """The problem of a `kerf.conv2d` call, or why Winograd's algorithm does not apply to it."""
+def problem_of(call: relax.Call, planar: bool = False) -> winograd.Problem | Declined:
+    """The problem of a `kerf.conv2d` call, or why Winograd's algorithm does not apply to it. `planar`: its image can be
+    had as [N, C, H, W]."""
     attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
-    if (r, s) != (3, 3):
+    stride = max(attrs["strides"])
+    if stride > 1 and not planar:
+        return Declined(f"Winograd: strides of {stride} over an image of channels last")
+    taps = -(-r // stride)
+    if r != s or taps not in winograd.SIZES or (stride == 1 and r != 3):
         return Declined(f"Winograd: the kernel is {r}x{s}, not 3x3")
     for key, wanted in (
-        ("strides", [1, 1]),
+        ("strides", [stride, stride]),
         ("dilation", [1, 1]),
         ("groups", 1),
         ("layout", "NHWC"),
@@ -42,13 +48,13 @@ def problem_of(call: relax.Call) -> winograd.Problem | Declined:
     if attrs.get("winograd", "auto") == "never":
         return Declined("Winograd: forbidden for this layer")
     n, h, w, _ = shape_of(call.args[0])
-    return winograd.Problem(n, h, w, c, o, tuple(attrs["padding"]))
+    return winograd.Problem(n, h, w, c, o, tuple(attrs["padding"]), r, stride)
 
 
 def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
-    """The output tile m of F(m x m, 3 x 3) that the cost rule expects to be fastest, or why the direct kernel is."""
+    """The output tile m of F(m x m, taps x taps) that the cost rule expects to be fastest, or why the direct kernel is."""
     direct = winograd.direct_cost(problem, target)
-    points = {m: winograd.default_point(problem, m, target) for m in winograd.SIZES}
+    points = {m: winograd.default_point(problem, m, target) for m in winograd.SIZES[problem.taps]}
     costs = {m: winograd.cost(problem, point, target) for m, point in points.items()}
     return cheapest(costs, direct)
 
@@ -63,27 +69,36 @@ def cheapest(costs: Mapping[int, float], direct: float) -> int | Declined:
     return best
 
 
-def lower(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> LoweredCall | None:
-    """The Winograd kernel for a `kerf.conv2d` call in NHWC; None where it does not apply or does not pay."""
-    problem = problem_of(call)
+def lower(
+    bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget, planes: relax.Expr | None = None
+) -> LoweredCall | None:
+    """The Winograd kernel for a `kerf.conv2d` call in NHWC; None where it does not apply or does not pay. `planes` is its
+    image as [N, C, H, W], if there is one."""
+    problem = problem_of(call, planes is not None)
     m = problem if isinstance(problem, Declined) else choose(problem, target)
     if isinstance(m, Declined):
         return None
     default = winograd.default_point(problem, m, target)
-    return lower_at(bb, call, problem, point_for(winograd, problem, target, default))
+    x = call.args[0] if problem.stride == 1 else planes
+    return lower_at(bb, call, problem, point_for(winograd, problem, target, default), x)
 
 
 def lower_at(
-    bb: relax.BlockBuilder, call: relax.Call, problem: winograd.Problem, point: winograd.Point
+    bb: relax.BlockBuilder,
+    call: relax.Call,
+    problem: winograd.Problem,
+    point: winograd.Point,
+    x: relax.Expr | None = None,
 ) -> LoweredCall:
-    """The kernel at a point, whatever the cost rule says."""
-    source = winograd.weight_source([const_array(call.args[1])], point)
+    """The kernel at a point, whatever the cost rule says; of the image `x`, the call's own if None."""
+    source = winograd.weight_source([const_array(call.args[1])], point, problem.stride)
     packed = relax.const(source.prepared())
     height, width = problem.output_hw
 
     def define(x, u):
         return winograd.define_winograd(x, u, problem, point)
 
-    hint = f"winograd{point.m}_{height}x{width}_{problem.c}_{problem.o}"
-    lowered = call_te(bb, define, call.args[0], packed, hint=hint)
+    kernel = f"_{problem.kernel}x{problem.kernel}s{problem.stride}" if problem.stride > 1 else ""
+    hint = f"winograd{point.m}{kernel}_{height}x{width}_{problem.c}_{problem.o}"
+    lowered = call_te(bb, define, call.args[0] if x is None else x, packed, hint=hint)
     return LoweredCall(lowered, {handle_of(packed): source})

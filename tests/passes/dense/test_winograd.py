@@ -20,14 +20,16 @@ from schedules.target import NAMED
 _TOLERANCE = {2: 4e-6, 3: 1.5e-5, 4: 2e-5}
 
 
-def _convolve(x: np.ndarray, w: np.ndarray, padding) -> np.ndarray:
+def _convolve(x: np.ndarray, w: np.ndarray, padding, stride: int = 1) -> np.ndarray:
     top, left, bottom, right = padding
     padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)))
-    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    kernel = w.shape[-1]
+    height, width = padded.shape[1] - kernel + 1, padded.shape[2] - kernel + 1
     return sum(
-        padded[:, r : r + height, s : s + width] @ w[:, :, r, s].astype(np.float64).T
-        for r in range(3)
-        for s in range(3)
+        padded[:, r : r + height : stride, s : s + width : stride]
+        @ w[:, :, r, s].astype(np.float64).T
+        for r in range(kernel)
+        for s in range(kernel)
     )
 
 
@@ -44,8 +46,9 @@ def _forced(m: int, transformed: str, **changes):
     return {layers.CONV2D: lower}
 
 
-def _weights(rng, o: int, c: int) -> np.ndarray:
-    return (rng.standard_normal((o, c, 3, 3)) / np.sqrt(9 * c)).astype(np.float32)
+def _weights(rng, o: int, c: int, kernel: int = 3) -> np.ndarray:
+    drawn = rng.standard_normal((o, c, kernel, kernel)) / (kernel * np.sqrt(c))
+    return drawn.astype(np.float32)
 
 
 def _conv(x, w, padding=(1, 1, 1, 1), **attrs):
@@ -54,16 +57,16 @@ def _conv(x, w, padding=(1, 1, 1, 1), **attrs):
 
 
 @pytest.mark.parametrize("plain_weights", [False, True])
-@pytest.mark.parametrize("m", winograd.SIZES)
-def test_matrices_compute_the_correlation_exactly(rng, m, plain_weights):
-    bt, g, at = winograd.matrices(m, plain_weights)
+@pytest.mark.parametrize("taps, m", [(t, m) for t, sizes in winograd.SIZES.items() for m in sizes])
+def test_matrices_compute_the_correlation_exactly(rng, taps, m, plain_weights):
+    bt, g, at = winograd.matrices(m, plain_weights, taps)
     for _ in range(5):
-        d, f = rng.standard_normal(m + 2), rng.standard_normal(3)
-        expected = [d[i : i + 3] @ f for i in range(m)]
+        d, f = rng.standard_normal(m + taps - 1), rng.standard_normal(taps)
+        expected = [d[i : i + taps] @ f for i in range(m)]
         np.testing.assert_allclose(at @ ((g @ f) * (bt @ d)), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("m", winograd.SIZES)
+@pytest.mark.parametrize("m", winograd.SIZES[3])
 @pytest.mark.parametrize(
     "shape, o, padding",
     [
@@ -92,6 +95,65 @@ def test_weights_transformed_as_they_are_used(run, rng, host_tiers, m, shape, o,
     for target in host_tiers:
         ran = run(lambda bb, x: _conv(x, w, padding), [x], _forced(m, "used"), target)
         np.testing.assert_allclose(ran.output, _convolve(x, w, padding), rtol=0, atol=_TOLERANCE[m])
+
+
+def _strided(m: int, planes: list, **changes):
+    """As `_forced`, of an image whose planes `planes` holds once the graph is built."""
+
+    def lower(bb, call, target):
+        problem = lowering.problem_of(call, planar=True)
+        point = replace(winograd.transformed_point(problem, m, target), **changes)
+        return lowering.lower_at(bb, call, problem, point, planes[0])
+
+    return {layers.CONV2D: lower}
+
+
+@pytest.mark.parametrize(
+    "shape, o, kernel, stride, padding, m, changes",
+    [
+        ((1, 3, 40, 42), 64, 7, 2, (3, 3, 3, 3), 4, {}),
+        ((2, 3, 17, 33), 20, 7, 2, (3, 3, 3, 3), 3, {}),
+        ((1, 1, 7, 7), 1, 7, 2, (0, 0, 0, 0), 4, {}),
+        ((1, 4, 9, 41), 33, 8, 2, (0, 3, 2, 1), 4, {"block": 4, "rows": 3}),
+        ((1, 2, 70, 11), 16, 5, 2, (2, 2, 2, 2), 2, {}),
+        ((2, 3, 47, 39), 24, 11, 4, (2, 2, 2, 2), 4, {"order": "entries"}),
+        ((1, 3, 20, 36), 17, 7, 3, (6, 7, 8, 9), 4, {}),
+    ],
+)
+def test_strided_convolution_equals_float64(
+    run, rng, host_tiers, shape, o, kernel, stride, padding, m, changes
+):
+    """Kernels that the stride does not divide, more channels than a vector, padding wider than a tile."""
+    x, w = rng.standard_normal(shape).astype(np.float32), _weights(rng, o, shape[1], kernel)
+    expected = _convolve(x.transpose(0, 2, 3, 1), w, padding, stride)
+    for target in host_tiers:
+        planes: list = []
+
+        def build(bb, x, planes=planes):
+            planes[:] = [x]
+            last = bb.emit(relax.op.permute_dims(x, (0, 2, 3, 1)))
+            return _conv(last, w, padding, strides=(stride, stride))
+
+        ran = run(build, [x], _strided(m, planes, **changes), target)
+        assert "winograd" in ran.loops.values()
+        np.testing.assert_allclose(ran.output, expected, rtol=0, atol=_TOLERANCE[m])
+
+
+@pytest.mark.parametrize("divide", ["tiles", "channels"])
+def test_threads_change_nothing_of_a_strided_convolution(run, rng, host_tiers, divide):
+    x, w = rng.standard_normal((1, 3, 96, 96)).astype(np.float32), _weights(rng, 160, 3, 7)
+    outputs = []
+    for threads in (1, 3):
+        planes: list = []
+
+        def build(bb, x, planes=planes):
+            planes[:] = [x]
+            last = bb.emit(relax.op.permute_dims(x, (0, 2, 3, 1)))
+            return _conv(last, w, (3, 3, 3, 3), strides=(2, 2))
+
+        forced = _strided(4, planes, divide=divide)
+        outputs.append(run(build, [x], forced, host_tiers[0].with_threads(threads)).output)
+    np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize(
@@ -238,6 +300,37 @@ def test_choice_for_common_layers_on_avx512(h, channels, expected, transformed):
     assert lowering.choose(problem, target) == expected
     point = winograd.default_point(problem, expected, target)
     assert point == POINTS[transformed](problem, expected, target)
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, o, expected", [(7, 2, 64, 4), (8, 2, 64, 4), (5, 2, 64, 4), (7, 2, 16, 4)]
+)
+def test_choice_for_first_layers_on_avx512(kernel, stride, o, expected):
+    problem = winograd.Problem(1, 224, 224, 3, o, (3, 3, 3, 3), kernel, stride)
+    assert lowering.choose(problem, NAMED["avx512"]) == expected
+
+
+@pytest.mark.parametrize(
+    "attrs, weight_shape, planar, reason",
+    [
+        ({"strides": (2, 2)}, (8, 3, 7, 7), False, "channels last"),
+        ({"strides": (2, 1)}, (8, 3, 7, 7), True, "strides"),
+        ({"strides": (2, 2)}, (8, 3, 3, 3), True, "3x3"),
+        ({"strides": (16, 16)}, (8, 3, 16, 16), True, "16x16"),
+        ({"strides": (2, 2)}, (8, 3, 7, 5), True, "7x5"),
+        ({}, (8, 3, 4, 4), True, "4x4"),
+    ],
+)
+def test_near_misses_of_strided_ones_are_declined(attrs, weight_shape, planar, reason):
+    call = _conv(_var((1, 56, 56, 3)), np.zeros(weight_shape, np.float32), **attrs)
+    declined = lowering.problem_of(call, planar)
+    assert isinstance(declined, Declined) and reason in declined.reason
+    assert isinstance(
+        lowering.problem_of(
+            _conv(_var((1, 56, 56, 3)), np.zeros((8, 3, 7, 7), np.float32), strides=(2, 2)), True
+        ),
+        winograd.Problem,
+    )
 
 
 @pytest.mark.parametrize("h, c, o", [(224, 3, 64), (28, 8, 8), (1, 64, 64)])

@@ -242,11 +242,11 @@ def test_winograd_with_rows_of_matrices_outside(m, block, rows, threads, host_ti
 
 def test_rows_are_outside_where_weights_exceed_the_cache():
     target, padding = NAMED["avx512"], (1, 1, 1, 1)
-    point = default_point(Problem(1, 28, 28, 128, 128, padding, "rgb"), 4, target)
+    point = default_point(Problem(1, 28, 28, 128, 128, padding, form="rgb"), 4, target)
     assert (point.order, point.block, point.rows) == ("rows", 49, 14)
     for fits in (
-        Problem(1, 28, 28, 32, 32, padding, "rgb"),
-        Problem(1, 7, 7, 512, 512, padding, "rgb"),
+        Problem(1, 28, 28, 32, 32, padding, form="rgb"),
+        Problem(1, 7, 7, 512, 512, padding, form="rgb"),
     ):
         assert default_point(fits, 4, target).order != "rows"
 
@@ -254,8 +254,8 @@ def test_rows_are_outside_where_weights_exceed_the_cache():
 def test_winograd_is_chosen_where_it_pays(host_tiers):
     target = NAMED["avx512"]
     padding = (1, 1, 1, 1)
-    assert winograd.choose(Problem(1, 28, 28, 128, 128, padding, "rgb"), target) == 4
-    assert isinstance(winograd.choose(Problem(1, 3, 3, 8, 8, padding, "rgb"), target), Declined)
+    assert winograd.choose(Problem(1, 28, 28, 128, 128, padding, form="rgb"), target) == 4
+    assert isinstance(winograd.choose(Problem(1, 3, 3, 8, 8, padding, form="rgb"), target), Declined)
     _, call = Sample("rgb", (1, 28, 28, 8), (8, 8, 3, 3), (2, 2)).call(
         {b: np.zeros((8, 8, 3, 3), np.float32) for b in "rgb"}, np.zeros((2, 8), np.float32)
     )
