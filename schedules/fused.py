@@ -20,13 +20,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from schedules.errors import ScheduleError
-from schedules.lanes import rebuild
+from schedules.lanes import lanes_of, rebuild
 
 LOOPS = "kerf.loops"
 POINT = "kerf.point"
 # Attributes of a PrimFunc: its arguments that nothing reads after any of its calls; of its kernel, the one it writes over.
 DYING = "kerf.dying"
 IN_PLACE = "kerf.in_place"
+# How often a value may read what it is made of and still be bound to a variable or put in its reader's place: TVM's simplifier
+# puts a bound value in place of its variable, each time anew, so that activations of activations would grow without end.
+MOST_READS = 64
 
 
 def annotations(loops: str, **point) -> dict[str, str]:
@@ -269,19 +272,23 @@ class Emission:
         if self._in_sums is not None:
             results.append(produced.pop(self._in_sums))
         bound: dict = {}
+        reads = 0  # of the value that is being evaluated, down to parameters and values kept in scratch memory
 
         def load(buffer, at):
             """An operand bound to a variable: an activation's polynomial reads its argument dozens of times."""
+            nonlocal reads
             key = (buffer.__chandle__(), *(i.__chandle__() for i in at))
             if key not in bound:  # with what the handles point to, so that they stay those objects'
+                before, reads = reads, 0
                 value = fetch(buffer, at)
-                # TVM's simplifier fails on a bound vector of truth values.
-                bound[key] = (
-                    T.bind(value) if "float" in str(value.ty.dtype) else value,
-                    buffer,
-                    at,
-                )
-            return bound[key][0]
+                if reads <= MOST_READS or "bool" in str(value.ty.dtype):
+                    bound[key] = (_bound(value), max(reads, 1), buffer, at)
+                else:
+                    bound[key] = (_in_scratch(value), 1, buffer, at)
+                reads = before
+            value, inner, *_ = bound[key]
+            reads += inner
+            return value
 
         def require_here(what: str, at) -> None:
             for got, wanted, extent in zip(at, indices, fused.shape):
@@ -316,6 +323,20 @@ class Emission:
             return value
         indices = [tirx.const(i, "int32") if isinstance(i, int) else i for i in indices]
         return evaluate(len(fused.blocks) - 1, indices)
+
+
+def _bound(value):
+    """A float in a variable; TVM's simplifier fails on a bound vector of truth values."""
+    return T.bind(value) if "float" in str(value.ty.dtype) else value
+
+
+def _in_scratch(value):
+    """A value in memory that TVM's simplifier does not look through; LLVM keeps it in a register all the same."""
+    lanes = lanes_of(value)
+    scratch = T.alloc_buffer((lanes,), str(value.ty.dtype).split("x")[0])
+    every = tirx.Ramp(0, 1, lanes) if lanes > 1 else 0
+    T.buffer_store(scratch, value, [every])
+    return scratch[every]
 
 
 def _added_vector(block, result, axes: tuple[int, ...]):

@@ -10,7 +10,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import Schedule, renew_defs
 
-from schedules.fused import leaf_blocks
+from schedules.fused import MOST_READS, leaf_blocks
 from schedules.target import CpuTarget
 
 _SPATIAL, _REDUCE = 0, 2  # tirx.IterVar types
@@ -26,8 +26,10 @@ def schedule(func: tirx.PrimFunc, target: CpuTarget) -> tirx.PrimFunc:
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     outputs = list(sch.mod["main"].params)
     for block in blocks[:-1]:
-        if not _reduces(sch, block) and not any(
-            b.same_as(sch.get(block).writes[0].source) for b in outputs
+        if (
+            not _reduces(sch, block)
+            and _reads(sch.get(block).body) <= MOST_READS
+            and not any(b.same_as(sch.get(block).writes[0].source) for b in outputs)
         ):
             sch.compute_inline(block)
     for block in sch.get_child_blocks(sch.get_sblock("root")):
@@ -38,6 +40,13 @@ def schedule(func: tirx.PrimFunc, target: CpuTarget) -> tirx.PrimFunc:
     result = sch.mod["main"].without_attr("global_symbol")
     name = (func.attrs or {}).get("global_symbol")
     return result if name is None else result.with_attr("global_symbol", str(name))
+
+
+def _reads(body) -> int:
+    """How often a block reads memory for one element."""
+    found = []
+    tvm_ffi.structural_walk(body, (tvm.ir.expr.TensorLoad, found.append))
+    return len(found)
 
 
 def _regular(func: tirx.PrimFunc) -> bool:

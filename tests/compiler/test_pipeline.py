@@ -132,6 +132,54 @@ def test_what_follows_a_layer(tail, dtype, rng, host_tiers):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6, err_msg=target.name)
 
 
+_ACTIVATIONS = (relax.op.nn.silu, relax.op.tanh, relax.op.nn.gelu, relax.op.sigmoid) * 2
+
+
+def _many_activations(bb, y):
+    for activation in _ACTIVATIONS:
+        y = bb.emit(activation(y))
+    return relax.op.multiply(y, y)
+
+
+def _gated(bb, y):
+    """A recurrent cell's: what one kernel computes from several activations of one value, again and again."""
+    for _ in range(3):
+        gate, state = bb.emit(relax.op.sigmoid(y)), bb.emit(relax.op.tanh(y))
+        y = bb.emit(relax.op.add(bb.emit(relax.op.multiply(gate, state)), y))
+    return relax.op.greater(y, relax.const(0.5))
+
+
+@pytest.mark.timeout(
+    60
+)  # each activation took twenty times as long to compile as the one before it
+@pytest.mark.parametrize(
+    "tail, dtype",
+    [(_many_activations, "float32"), (_gated, "bool")],
+    ids=["one after the other", "gated"],
+)
+@pytest.mark.parametrize("layer", [True, False], ids=["behind a layer", "alone"])
+def test_activations_of_activations_compile_in_seconds(layer, tail, dtype, rng):
+    target = detect_host()
+    mod = _after_dense(tail) if layer else _alone(tail)
+    x = rng.standard_normal((3, 8)).astype("float32")
+    wanted = evaluate(mod, [x], dtype="float64")[0]
+    variant = compiled(mod, target)
+    assert len(variant.kernels) == 1
+    outputs = [TensorSpec("y", wanted.shape, dtype)]
+    found = from_variant(variant, [TensorSpec("x", (3, 8), "float32")], outputs, target)(x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6)
+
+
+def _alone(tail):
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((3, 8), "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = bb.emit_output(tail(bb, x))
+        bb.emit_func_output(y)
+    return bb.finalize()
+
+
 def test_products_of_activations_count_their_operations():
     """Causal attention only what it sees: 3 queries see 1, 2 and 3 of 5 keys."""
 
