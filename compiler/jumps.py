@@ -246,12 +246,16 @@ def _moved_back(moved: np.ndarray, at: np.ndarray, shape: tuple[int, ...]) -> np
 
 def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     """What of a tensor could be one of `shape`: itself, channels last (with unused channels at the end, within a border,
-    or flattened), a matrix with unused columns, in planes of several channels, flattened."""
+    or flattened), a matrix with unused columns, in planes of several channels (with unused ones at the end), flattened."""
     found = []
     if tensor.ndim == 4:
         images, planes, pixels, together = tensor.shape
-        if (images, planes * together, pixels) == (*shape[:2], math.prod(shape[2:])):
-            found.append(tensor.transpose(0, 1, 3, 2).reshape(shape))
+        if (images, pixels) == (shape[0], math.prod(shape[2:])) and len(shape) > 1:
+            if (
+                0 <= planes * together - shape[1] < together
+            ):  # the last plane may have unused channels
+                channels = tensor.transpose(0, 1, 3, 2).reshape(images, -1, pixels)
+                found.append(channels[:, : shape[1]].reshape(shape))
         if (images, planes * together, pixels) == (1, shape[-1], math.prod(shape[:-1])):
             found.append(tensor.transpose(0, 2, 1, 3).reshape(shape))
     if tensor.ndim == 4 and len(shape) == 4:

@@ -52,9 +52,9 @@ def windowed(problem: Problem, x, outside):
     return lambda n, i, j, c, r, s: padded[n, i * sh + r * dh, j * sw + s * dw, c]
 
 
-def largest_of(problem: Problem, x, notes: dict, plane: int = 0):
+def largest_of(problem: Problem, x, notes: dict, plane: int = 0, together: int = 1):
     """te tensor of the maxima over windows of x [N, H, W, C]: channels last, or, of a `plane` given, [N, C, plane], which
-    repeats the last one behind its pixels."""
+    repeats the last one behind its pixels, or [N, C / together, plane, together]."""
     largest = te.comm_reducer(pooling.larger, pooling.lowest, name="max")
     value = windowed(problem, x, pooling.lowest(str(x.dtype)))
     r, s = te.reduce_axis((0, problem.r), "r"), te.reduce_axis((0, problem.s), "s")
@@ -62,13 +62,14 @@ def largest_of(problem: Problem, x, notes: dict, plane: int = 0):
     def at(n, i, j, c):
         return largest(value(n, i, j, c, r, s), axis=[r, s])
 
-    def of_plane(n, c, q):
+    def of_plane(n, p, q, *rest):
         pixel = tirx.min(q, problem.oh * problem.ow - 1)
+        c = p * together + rest[0] if rest else p
         return at(n, pixel // problem.ow, pixel % problem.ow, c)
 
-    shape = (
-        (problem.n, problem.c, plane) if plane else (problem.n, problem.oh, problem.ow, problem.c)
-    )
+    shape = (problem.n, problem.oh, problem.ow, problem.c)
+    if plane:
+        shape = (problem.n, problem.c // together, plane, *([together] if together > 1 else []))
     return te.compute(shape, of_plane if plane else at, name="max_pool", attrs=notes)
 
 
@@ -78,8 +79,9 @@ def largest_reference(attrs: dict, y: np.ndarray) -> np.ndarray:
     y = y if last else y.transpose(0, 2, 3, 1)
     p = pool_windows(attrs, *y.shape)
     top, left, bottom, right = p.padding
-    padded = np.pad(y, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=-np.inf)
-    found = np.full((p.n, p.oh, p.ow, p.c), -np.inf, y.dtype)
+    least = -np.inf if y.dtype.kind == "f" else np.iinfo(y.dtype).min
+    padded = np.pad(y, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=least)
+    found = np.full((p.n, p.oh, p.ow, p.c), least, y.dtype)
     for r in range(p.r):
         for s in range(p.s):
             first, left = r * p.dilation[0], s * p.dilation[1]

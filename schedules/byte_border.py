@@ -4,7 +4,8 @@
     Y[n, i, j, c] = X[n, i - top, j - left, c] inside the image, `value` around it
 
 A vector of pixels is computed channel by channel, put together to 32-bit numbers of a pixel each, and stored without the
-bytes that no channel has. For that X, or what it is computed from, has to be planar; else pixels go one by one.
+bytes that no channel has, unless pixels are to be quads. For that X, or what it is computed from, has to be planar; else
+pixels go one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MOST_CHANNELS = 3  # and a byte to spare in 32 bits
 
 @dataclass(frozen=True)
 class Problem(Annotated):
-    """An image [n, h, w, c] within [n, rows, columns, c], from row `top` and column `left`."""
+    """An image [n, h, w, c] within [n, rows, columns, c], from row `top` and column `left`; pixels have `value`
+    behind their channels, too, if each is to have `together` bytes."""
 
     n: int
     h: int
@@ -39,6 +41,12 @@ class Problem(Annotated):
     rows: int
     columns: int
     value: int
+    together: int = 0
+
+    @property
+    def pixel(self) -> int:
+        """Bytes of a pixel."""
+        return self.together or self.c
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
@@ -53,8 +61,7 @@ class _Border:
     def __init__(self, kernel: Emission, problem: Problem, lanes: int):
         self.kernel, self.problem, self.lanes = kernel, problem, lanes
         self.image = kernel.fused.anchor.reads[0].source
-        c, shape = problem.c, kernel.fused.shape
-        row = (*shape[:2], problem.columns * c)
+        row = (problem.n, problem.rows, problem.columns * problem.pixel)
         self.rows = T.decl_buffer(row, "uint8", data=kernel.output.data)
         self.planar = self._is_planar()
 
@@ -95,30 +102,41 @@ class _Border:
         self._fill(at, end, problem.columns - end)
 
     def _fill(self, at: tuple, first: int, pixels: int) -> None:
-        c, value = self.problem.c, T.uint8(self.problem.value)
-        for offset, lanes in pieces(pixels * c, 4 * self.lanes):
-            start, vector = first * c + offset, value if lanes == 1 else T.broadcast(value, lanes)
+        each, value = self.problem.pixel, T.uint8(self.problem.value)
+        for offset, lanes in pieces(pixels * each, 4 * self.lanes):
+            start = first * each + offset
+            vector = value if lanes == 1 else T.broadcast(value, lanes)
             T.buffer_store(
                 self.rows, vector, [*at, start if lanes == 1 else T.ramp(start, 1, lanes)]
             )
 
     def _pixels(self, at: tuple, source: tuple, first, lanes: int) -> None:
         """`lanes` pixels from column `first` of the image."""
-        c = self.problem.c
+        c, each = self.problem.c, self.problem.pixel
         columns = first if lanes == 1 else T.ramp(first, 1, lanes)
-        start = (first + self.problem.left) * c
+        start = (first + self.problem.left) * each
         values = [self.kernel.operand(self.image, [*source, columns, k]) for k in range(c)]
         if lanes == 1:
-            for k, value in enumerate(values):
+            behind = [T.uint8(self.problem.value)] * (each - c)
+            for k, value in enumerate([*values, *behind]):
                 T.buffer_store(self.rows, value, [*at, start + k])
             return
         number = _wide(values[0])
         for k, value in enumerate(values[1:], 1):
             moved = tirx.shift_left(_wide(value), T.broadcast(T.int32(8 * k), lanes))
             number = number | moved
+        for k in range(c, each):
+            number = number | T.broadcast(T.int32(_signed(self.problem.value << 8 * k)), lanes)
         pixels = T.bind(tirx.reinterpret(f"uint8x{4 * lanes}", T.bind(number)))
-        order = [4 * pixel + k for pixel in range(lanes) for k in range(c)]
-        T.buffer_store(self.rows, tirx.Shuffle([pixels], order), [*at, T.ramp(start, 1, c * lanes)])
+        if each < 4:
+            order = [4 * pixel + k for pixel in range(lanes) for k in range(c)]
+            pixels = tirx.Shuffle([pixels], order)
+        T.buffer_store(self.rows, pixels, [*at, T.ramp(start, 1, each * lanes)])
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same bits as an unsigned number."""
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _wide(value):

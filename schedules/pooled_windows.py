@@ -3,7 +3,8 @@
 
 As `sparse_windows`, but a tile is a band of pooled lines. Of few output channels at a time the convolution's lines of the
 band are made, which stay in the nearest cache; what each pooled line sees of them is reduced first down, then along the
-line, and goes through the epilogue into planes, or, with the other channels of its part, to channels last.
+line, and goes through the epilogue into planes, or, with the other channels of its part, to channels last or into planes
+of quads.
 
 Pixels of the padding take no part in a maximum: instead a window sees one of its own pixels twice. Every window must
 hold one (`pooling.reaches_image`).
@@ -11,6 +12,7 @@ hold one (`pooling.reaches_image`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from schedules.emission import covering, ramp, widest_lanes
 from schedules.fused import Fused
 from schedules.pooling import larger
 from schedules.sparse_bands import Bands
-from schedules.sparse_elements import FloatElements
+from schedules.sparse_elements import elements_of
 from schedules.sparse_groups import VECTORS_OF_ELEMENTS
 from schedules.sparse_panel import scratch
 from schedules.sparse_planes import default_point as planes_point
@@ -32,8 +34,9 @@ from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.sparse_windows import WindowsKernel, window_of
 from schedules.target import CpuTarget
 
-# Shares of the second-level cache that a band's panel, and the sums of a few channels, may take.
-_PANEL_SHARE, _SUMS_SHARE = 0.4, 1 / 32
+# Shares of the second-level cache that a band's panel, and the sums of a few channels, may take; of the first-level cache, a
+# panel of quads, which are a quarter as many (measured on Cascade Lake).
+_PANEL_SHARE, _SUMS_SHARE, _QUADS_SHARE = 0.4, 1 / 32, 0.8
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Point(Annotated):
 
     vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
     rows     output channels computed at once, a divisor of the block
-    part     output channels whose pooled lines are kept before they are stored channels last
+    part     output channels whose pooled lines are kept before they are stored, but in planes of one channel each
     splits   tasks that share one band, each with its own parts; each packs the panel again
     lines    lines of the convolution in a band
     """
@@ -65,20 +68,23 @@ def pooled_lines(pool: windows.Problem, lines: int) -> int:
 
 
 def default_point(problem: Problem, pool: windows.Problem, target: CpuTarget) -> Point:
-    """The longest bands whose panel and sums stay near."""
+    """The longest bands whose panel and sums stay near, as long as the others if that leaves half of them."""
     base = planes_point(problem, target)
     vectors = base.vectors if base.rows > 1 else min(VECTORS_OF_ELEMENTS, target.registers // 2)
-    count = 1
+    room = int(_PANEL_SHARE * target.l2_bytes)
+    if problem.together > 1:
+        room = int(_QUADS_SHARE * target.l1_bytes)
 
     def fits(pooled: int) -> bool:
         window = window_of(problem, band_lines(pool, pooled))
         panel = 4 * problem.channels * window.channel
         sums = 4 * base.rows * window.line * band_lines(pool, pooled)
-        return panel <= _PANEL_SHARE * target.l2_bytes and sums <= _SUMS_SHARE * target.l2_bytes
+        return panel <= room and sums <= _SUMS_SHARE * target.l2_bytes
 
-    while count < pool.oh and not fits(-(-pool.oh // count)):
-        count += 1
-    pooled = -(-pool.oh // count)
+    heights = [-(-pool.oh // count) for count in range(1, pool.oh + 1)]
+    longest = next((n for n in heights if fits(n)), 1)
+    equal = next((n for n in heights if n <= longest and pool.oh % n == 0), 1)
+    pooled = equal if 2 * equal >= longest else longest
     part, splits = max(target.lanes, problem.block, 64), 1
     tasks = problem.batch * -(-pool.oh // pooled)
     if target.threads > 1 and tasks < 2 * target.threads:
@@ -92,7 +98,8 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     pool = windows.Problem.from_dict(fused.point["pool"])
     point = Point.from_dict(fused.point["point"])
     with fused.emit() as kernel:
-        _Pooled(kernel, problem, pool, point, target).emit()
+        elements = elements_of(fused.point, target)
+        _Pooled(kernel, problem, pool, point, target, elements).emit()
     return kernel.func
 
 
@@ -100,17 +107,20 @@ class _Pooled(Bands, WindowsKernel):
     """Emits one kernel. `first_line` is the convolution's first line of a band, `first_pooled` the first that is pooled."""
 
     def __init__(
-        self, kernel, problem: Problem, pool: windows.Problem, point: Point, target: CpuTarget
-    ):
+        self, kernel, problem: Problem, pool: windows.Problem, point: Point, target: CpuTarget, elements
+    ):  # fmt: skip
         self.pool = pool
-        super().__init__(kernel, problem, point, target, FloatElements())
-        self.by_quads = False
         self.pooled = pooled_lines(pool, point.lines)
+        super().__init__(kernel, problem, point, target, elements)
+        self.by_quads = self.staging = False
         self.width = -(-self.pooled * pool.ow // self.lanes) * self.lanes
 
     def _stores_once(self) -> bool:
-        whole = self.pool.ow % widest_lanes(self.pool.ow, self.lanes) == 0
-        return whole if self.problem.planes_out else self._stores_channels_once()
+        if not self.problem.planes_out:
+            return self._stores_channels_once()
+        pool, together = self.pool, self.problem.together > 1
+        run = math.gcd(pool.oh, self.pooled) * pool.ow if together else pool.ow
+        return run % widest_lanes(pool.ow, self.lanes) == 0
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
@@ -124,9 +134,11 @@ class _Pooled(Bands, WindowsKernel):
             self.image = T.Bind(task // splits // count)
             self.first_pooled = T.Bind(task // splits % count * self.pooled)
             self.first_line = T.Bind(self.first_pooled * self.pool.stride[0] - self.pool.padding[0])
-            panel = scratch(p.channels * self.window.channel + sparse_windows.SLACK)
-            sums = scratch(self.point.rows * self.band)
-            self.kept = None if p.planes_out else scratch(self.parts[-1][1] * self.width)
+            dtype = self.elements.dtype
+            panel = scratch(p.channels * self.window.channel + sparse_windows.SLACK, dtype)
+            sums = scratch(self.point.rows * self.band, dtype)
+            at_once = p.planes_out and p.together == 1
+            self.kept = None if at_once else scratch(self.parts[-1][1] * self.width, dtype)
             if p.planes_in:
                 self._copy_band(panel)
             else:
@@ -135,19 +147,23 @@ class _Pooled(Bands, WindowsKernel):
                 first_channel, channels = self._part(part)
                 self.first_channel = first_channel
                 self._multiply_band(panel, sums, part, tiles)
-                if not p.planes_out:
+                if self.kept is not None:
                     self._store_kept(first_channel, channels)
 
+    def _pooled_lines(self):
+        """Pooled lines of a band: the last one may have fewer."""
+        if self.pool.oh % self.pooled == 0:
+            return self.pooled
+        return T.Bind(tirx.min(self.pool.oh - self.first_pooled, self.pooled))
+
     def _store_band(self, sums, channel) -> None:
-        count = self.pool.oh - self.first_pooled
-        whole = self.pool.oh % self.pooled == 0
-        lines = self.pooled if whole else T.Bind(tirx.min(count, self.pooled))
+        lines = self._pooled_lines()
         # One loop, not one in another: LLVM takes the deeper one for the hotter, and its constants registers from sums.
         with T.serial(0, self.point.rows * lines) as i, self._output(channel, i // lines) as output:
             begin, o = output
             line = T.Bind(i % lines)
             found = self._pooled_line(sums, begin, line)
-            if self.problem.planes_out:
+            if self.kept is None:
                 self._store_line(found, o, T.Bind(self.first_pooled + line))
             else:
                 start = T.Bind((o - self.first_channel) * self.width + line * self.pool.ow)
@@ -155,12 +171,30 @@ class _Pooled(Bands, WindowsKernel):
                     T.buffer_store(self.kept, value, [ramp(start + column, lanes)])
 
     def _store_kept(self, first_channel, channels) -> None:
-        """Store the pooled lines of a part, channels last."""
-        if self.problem.outputs < self.lanes:
+        """Store the pooled lines of a part, channels last or in planes of quads."""
+        if self.problem.planes_out:
+            self._store_kept_quads(first_channel, channels)
+        elif self.problem.outputs < self.lanes:
             self._store_few(self.kept, 0, self.width)
         else:
             vectors = self.width // self.lanes
             self._store(self.kept, 0, first_channel, channels, vectors, self.width)
+
+    def _store_kept_quads(self, first_channel, channels) -> None:
+        """Store the pooled lines of a part, which follow one another in each plane, the last vector overlapping."""
+        together, lanes = self.problem.together, widest_lanes(self.pool.ow, self.lanes)
+        pixels = T.Bind(T.int32(0) + self._pooled_lines() * self.pool.ow)
+        first = T.Bind(self.first_pooled * self.pool.ow)
+        with T.serial(0, channels // together) as plane:
+            begin = T.Bind(plane * (together * self.width))
+            o = T.Bind(first_channel + plane * together)
+            with T.serial(0, (pixels + lanes - 1) // lanes) as j:
+                at = T.Bind(tirx.min(j * lanes, pixels - lanes))
+                values = [
+                    T.Bind(self.kept[ramp(begin + i * self.width + at, lanes)])
+                    for i in range(together)
+                ]
+                self._store_plane(values, o, T.Bind(first + at), lanes)
 
     def _store_line(self, found: list, channel, line) -> None:
         """Store a pooled line into its channel's plane, and behind the last one what ends the plane."""

@@ -16,7 +16,7 @@ from schedules.fused import Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
 
-_LOWEST = {"float32": float("-inf"), "uint8": 0}
+_LOWEST = {"float32": float("-inf"), "int32": -(2**31), "uint8": 0}
 
 
 def lowest(dtype: str):

@@ -12,6 +12,7 @@ from passes.quantized.operators import (
     INT8_AVERAGE_POOL,
     INT8_CONV2D,
     INT8_DENSE,
+    INT8_POOLED_CONV2D,
     QUANTIZE,
     QUANTIZE_DYNAMIC,
     STEPS,
@@ -24,6 +25,7 @@ from passes.quantized.reference import (
     int8_average_pool,
     int8_conv2d,
     int8_dense,
+    int8_pooled_conv2d,
     quantize,
     quantize_dynamic,
     steps,
@@ -39,6 +41,7 @@ FAMILY = Family(
     lowerings={**LOWERINGS, QUANTIZE_DYNAMIC: lower_quantize_dynamic, STEPS: lower_steps},
     references={
         INT8_CONV2D: int8_conv2d,
+        INT8_POOLED_CONV2D: int8_pooled_conv2d,
         INT8_DENSE: int8_dense,
         INT8_AVERAGE_POOL: int8_average_pool,
         QUANTIZE: quantize,

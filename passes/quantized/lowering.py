@@ -32,6 +32,7 @@ from passes.quantized.operators import (
     INT8_AVERAGE_POOL,
     INT8_CONV2D,
     INT8_DENSE,
+    INT8_POOLED_CONV2D,
     QUANTIZE,
 )
 from passes.sparse.operators import image_of
@@ -148,6 +149,21 @@ def define_border(border: byte_border.Problem):
 
         shape = (border.n, border.rows, border.columns, border.c)
         return te.compute(shape, pixel, name="border", attrs=notes)
+
+    return define
+
+
+def define_planes_of_quads(image: tuple[int, ...]):
+    """te function x uint8 `image` [n, h, w, c], up to 3 channels -> [n, 1, h * w, 4], zeros behind the channels."""
+    n, h, w, c = image
+    border = byte_border.Problem(n, h, w, c, 0, 0, h, w, 0, QUAD)
+    notes = annotations("byte_border", problem=border.to_dict())
+
+    def define(x):
+        def byte(b, _plane, q, k):
+            return te.if_then_else(k < c, x[b, q // w, q % w, k], tirx.const(0, "uint8"))
+
+        return te.compute((n, 1, h * w, QUAD), byte, name="planes_of_quads", attrs=notes)
 
     return define
 
@@ -273,7 +289,7 @@ def _lower_depthwise(bb, x, weight: np.ndarray, problem: Problem, zero_point: in
 
 
 def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
-    """`kerf.int8_conv2d` (channels last, or in planes) and `kerf.int8_dense`."""
+    """`kerf.int8_conv2d` and `kerf.int8_pooled_conv2d` (channels last, or in planes), and `kerf.int8_dense`."""
     attrs, x, weight = attrs_of(call), call.args[0], const_array(call.args[1])
     if weight.ndim == 2:
         rows = math.prod(image_of(call))
@@ -294,9 +310,12 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         weight = weight.transpose(0, 3, 1, 2).reshape(problem.o, -1, problem.r, 1)
         weight, problem = pad_channels(weight), rows
     elif problem.group_inputs % QUAD:
-        x = _copied(bb, define_pad_channels(shape_of(x), problem.groups), x, "pad_channels")
+        if attrs.get("planes_in"):  # of an image, which comes channels last
+            x = _copied(bb, define_planes_of_quads(shape_of(x)), x, "planes_of_quads")
+        else:
+            x = _copied(bb, define_pad_channels(shape_of(x), problem.groups), x, "pad_channels")
         weight = pad_channels(weight)
-        problem = replace(problem, c=shape_of(x)[-1])
+        problem = replace(problem, c=weight.shape[1] * problem.groups)
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
         return lower_sparse(bb, call, x, weight, problem, target)
@@ -319,6 +338,7 @@ def _copied(bb: relax.BlockBuilder, define_copy, x: relax.Expr, hint: str) -> re
 
 LOWERINGS: dict[str, Lowering] = {
     INT8_CONV2D: lower_layer,
+    INT8_POOLED_CONV2D: lower_layer,
     INT8_DENSE: lower_layer,
     INT8_AVERAGE_POOL: lower_average_pool,
     QUANTIZE: lower_quantize,

@@ -2,6 +2,7 @@
 """Lower integer layers whose weight has zeros: the sparse kernels, with quads of four input channels as their elements.
 
     rewrite: kerf.int8_conv2d(x, w, grain="block:4x4")  ->  call_tir(sparse_conv, (x, pointer, index, values, order, slot)) + starts
+    rewrite: kerf.int8_pooled_conv2d(x, w, grain)  ->  the same with the maxima over windows in one kernel
 
 A quad is 4 bytes, as a float is: its pattern, its packing, its panels and its planes are those of `passes/sparse`. Pixels
 outside the image are the zero point, so that all sums of an output channel start alike.
@@ -9,24 +10,27 @@ outside the image are the zero point, so that all sums of an output channel star
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tvm import relax, tirx
 
 from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
-from passes.quantized.operators import QUAD
+from passes.max_pooling import largest_of, pool_of
+from passes.quantized.operators import GRAINS, QUAD
 from passes.sparse.format import block_pattern
 from passes.sparse.lowering import definition, pack_at, structure_for
 from passes.sparse.operators import image_of
-from schedules import sparse_windows
+from schedules import pooled_windows, sparse_windows
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
 from schedules.terms import reads_signed_pixels
 from schedules.windows import Problem as Windows
 
-# Grain of an integer weight -> grain of the matrix of its quads: output channels that share a pattern.
-_OF_QUADS = {"in:4": "element", "block:4x4": "out:4", "block:8x4": "out:8"}
+# Grain of an integer weight -> grain of the matrix of its quads.
+_OF_QUADS = {grain: f"out:{n}" if n > 1 else "element" for grain, n in GRAINS.items()}
 
 
 def quads_of(weight: np.ndarray) -> np.ndarray:
@@ -38,13 +42,7 @@ def quads_of(weight: np.ndarray) -> np.ndarray:
 
 def stored_share(weight: np.ndarray, grain: str) -> float:
     """Share of a weight [O, C, R, S] (channels a multiple of 4) that a grain stores."""
-    outputs = _outputs(grain)
-    return float(block_pattern(quads_of(weight), outputs).mean())
-
-
-def _outputs(grain: str) -> int:
-    name = _OF_QUADS[grain]
-    return 1 if name == "element" else int(name.split(":")[1])
+    return float(block_pattern(quads_of(weight), GRAINS[grain]).mean())
 
 
 def _product_with(zero_point: int, shift: int, planes: bool):
@@ -70,7 +68,7 @@ def _product_with(zero_point: int, shift: int, planes: bool):
 def problem_of(call: relax.Call, windows: Windows, weight: np.ndarray) -> Problem:
     """The kernel's problem, of a weight [O, C/groups, R, S] padded to multiples of 4 channels per group, in quads."""
     attrs, p = attrs_of(call), windows
-    block = _outputs(attrs["grain"])
+    block = GRAINS[attrs["grain"]]
     planes = {side: bool(attrs.get(side, 0)) for side in ("planes_in", "planes_out")}
     more = {
         "block": block, "stored": int(block_pattern(quads_of(weight), block).sum()), "together": QUAD
@@ -83,31 +81,53 @@ def problem_of(call: relax.Call, windows: Windows, weight: np.ndarray) -> Proble
     )  # fmt: skip
 
 
+def _define_pooled(problem: Problem, pool: Windows, lines: int, packed, notes: dict, product, zero):
+    """The te function of a convolution and the maxima over the windows `pool` of its sums, in the layout that `problem` says."""
+    channels_last = replace(problem, planes_out=False)
+    sums = definition(
+        channels_last, lines, packed, (pool.n, pool.h, pool.w, pool.c), {}, product, zero
+    )
+    plane = pool.oh * pool.ow if problem.planes_out else 0
+
+    def define(x, *indexed):
+        return largest_of(pool, sums(x, *indexed), notes, plane, QUAD)
+
+    return define
+
+
 def lower_sparse(
     bb: relax.BlockBuilder, call: relax.Call, x, weight: np.ndarray, windows: Windows, target: CpuTarget,
 ) -> relax.Expr:  # fmt: skip
-    """A layer of either operator, x and weight [O, C/groups, R, S] padded to multiples of 4 channels per group."""
+    """A layer of any operator, x and weight [O, C/groups, R, S] padded to multiples of 4 channels per group."""
     attrs, shape, quads = attrs_of(call), shape_of(call), quads_of(weight)
     grain, zero_point = attrs["grain"], attrs["zero_point"]
     problem = problem_of(call, windows, weight)
     dense = len(shape_of(call.args[1])) == 2
-    structure = structure_for(problem)
-    point = structure.default_point(problem, target)
+    pool = pool_of(call, image_of(call)) if "pool_size" in attrs else None
+    if pool is None:
+        structure = structure_for(problem)
+        point = structure.default_point(problem, target)
+    else:
+        structure, point = pooled_windows, pooled_windows.default_point(problem, pool, target)
     quads = quads[:, :, 0, 0] if dense else quads
     packed = pack_at(quads, _OF_QUADS[grain], problem, structure, point)
     arrays = [relax.const(a) for a in packed.arrays()]
     loops = structure.__name__.rpartition(".")[2]
     notes = annotations(
-        loops, problem=problem.to_dict(), point=point.to_dict(), zero_point=zero_point
-    )
+        loops, problem=problem.to_dict(), point=point.to_dict(), zero_point=zero_point,
+        **({} if pool is None else {"pool": pool.to_dict()}),
+    )  # fmt: skip
     shift = 128 if reads_signed_pixels(target) else 0
     product = _product_with(zero_point, shift, problem.planes_in)
-    lines = point.lines if structure is sparse_windows else 0
-    kernel = definition(
-        problem, lines, packed, shape, notes, product, tirx.const(0, "int32"), image_of(call)
-    )
+    lines = point.lines if structure in (sparse_windows, pooled_windows) else 0
     kind = "dense" if dense else f"conv{windows.r}x{windows.s}"
     hint = f"int8_sparse_{kind}_{grain.replace(':', '')}"
+    zero, image = tirx.const(0, "int32"), image_of(call)
+    if pool is None:
+        kernel = definition(problem, lines, packed, shape, notes, product, zero, image)
+    else:
+        kernel = _define_pooled(problem, pool, lines, packed, notes, product, zero)
+        hint += f"_max_pool{pool.r}x{pool.s}"
     total = call_te(bb, kernel, x, *arrays, hint=hint, indices=(1, 2, 4, 5))
     if zero_point == shift:
         return total

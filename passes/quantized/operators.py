@@ -3,6 +3,7 @@
 
 `kerf.int8_conv2d(x, w)`        uint8 image, int8 constant [O, C/groups, R, S] -> int32, attributes of `kerf.conv2d` and
                                 `zero_point`: the sum of (x - zero_point) * w, exactly; pixels outside the image count 0
+`kerf.int8_pooled_conv2d(x, w)` the maxima over windows of the former's sums (`passes/max_pooling.py`), with a `grain`
 `kerf.int8_dense(x, w)`         uint8 [..., K], int8 constant [O, K] -> int32, attributes `name` and `zero_point`
 `kerf.int8_average_pool(x)`     uint8 image -> float32: the mean of (x - zero_point) over each window
 `kerf.quantize(x)`              float32 -> uint8: round(x / scale) + zero_point, saturated; ties to even, NaN -> zero_point
@@ -12,7 +13,7 @@
 `kerf.steps(x, z)`              uint8, float32 scalar -> float32: x - z, exact; x lies in memory
 `kerf.dequantize_add(y, x)`     float32, uint8 of one shape -> float32: y + (x - zero_point) * scale, rounded once
 
-Both layer operators take an attribute `grain` ("in:4", "block:4x4", "block:8x4"): their kernel then skips what is zero of
+All layer operators take an attribute `grain` ("in:4", "block:4x4", "block:8x4"): their kernel then skips what is zero of
 the weight at that grain, and their activations may lie in planes of quads (`passes/sparse/operators.py`); an average pool
 with an attribute `image`, [N, H, W], takes the mean of such planes. What turns a sum into the next layer's input is made of ordinary Relax operators and those above:
 
@@ -41,6 +42,7 @@ from passes.sparse.operators import infer_conv2d_in_planes, infer_dense_in_plane
 from schedules.errors import KerfError
 
 INT8_CONV2D = "kerf.int8_conv2d"
+INT8_POOLED_CONV2D = "kerf.int8_pooled_conv2d"
 INT8_DENSE = "kerf.int8_dense"
 INT8_AVERAGE_POOL = "kerf.int8_average_pool"
 QUANTIZE = "kerf.quantize"
@@ -49,7 +51,8 @@ QUANTIZE_DYNAMIC = "kerf.quantize_dynamic"
 STEPS = "kerf.steps"
 DEQUANTIZE_ADD = "kerf.dequantize_add"
 
-GRAINS = ("in:4", "block:4x4", "block:8x4")
+# Grains whose zeros kernels skip, of quads of input channels, and the output channels that share a pattern.
+GRAINS = {"in:4": 1, "block:4x4": 4, "block:8x4": 8}
 QUAD = 4  # neighbouring channels that one dot product adds up, and that planes hold side by side
 
 
@@ -88,7 +91,11 @@ def _infer_average_pool(call: relax.Call) -> relax.TensorType:
 @functools.cache
 def register() -> None:
     """Register the integer operators; idempotent."""
-    layers = {INT8_CONV2D: infer_conv2d_in_planes, INT8_DENSE: infer_dense_in_planes}
+    layers = {
+        INT8_CONV2D: infer_conv2d_in_planes,
+        INT8_POOLED_CONV2D: infer_conv2d_in_planes,
+        INT8_DENSE: infer_dense_in_planes,
+    }
     for name, infer in layers.items():
         register_operator(name, _typed("int32", functools.partial(infer, together=QUAD)))
     register_operator(INT8_AVERAGE_POOL, _infer_average_pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from passes.max_pooling import largest_reference
 from passes.numpy_images import conv2d
 
 
@@ -12,6 +13,11 @@ def int8_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """The sum of (x - zero_point) * w as int32. float64 holds every sum (below 2^53) exactly, and has a matrix product."""
     centred = x.astype(np.float64) - attrs["zero_point"]
     return conv2d(attrs, centred, w.astype(np.float64)).astype(np.int32)
+
+
+def int8_pooled_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The maxima over windows of `int8_conv2d`."""
+    return largest_reference(attrs, int8_conv2d(attrs, x, w))
 
 
 def int8_dense(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -107,8 +107,10 @@ def pack_at(
     if structure is sparse_vector:
         return pack(weight, grain, part=problem.block)
     if structure is sparse_chain:
-        # Planes are written from registers, one behind the other, which hardware prefetchers follow.
-        return pack(weight, grain, groups=problem.groups, part=point.part, by_fill=False)
+        # Planes are written from registers, one behind the other, which hardware prefetchers follow; not so where the sums of
+        # an element's channels are kept, and loops of two and more non-zeros end where the ones before did.
+        kept = point.rows < problem.together and problem.stored >= 2 * problem.blocks
+        return pack(weight, grain, groups=problem.groups, part=point.part, by_fill=kept)
     if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]

@@ -23,7 +23,13 @@ from passes.layers import (
     operator_call,
     shape_of,
 )
-from passes.quantized.operators import INT8_AVERAGE_POOL, INT8_CONV2D, INT8_DENSE, QUAD
+from passes.quantized.operators import (
+    INT8_AVERAGE_POOL,
+    INT8_CONV2D,
+    INT8_DENSE,
+    INT8_POOLED_CONV2D,
+    QUAD,
+)
 from passes.rewriting import (
     Graph,
     axes_of,
@@ -65,7 +71,7 @@ def is_sparse(value) -> bool:
 
 def is_integer(value) -> bool:
     """Whether a value is a layer of bytes."""
-    return is_call(value, INT8_CONV2D) or is_call(value, INT8_DENSE)
+    return any(is_call(value, op) for op in (INT8_CONV2D, INT8_POOLED_CONV2D, INT8_DENSE))
 
 
 def _is_matrix_product(call: relax.Call) -> bool:
@@ -117,12 +123,21 @@ def _reads_planes(call: relax.Call) -> bool:
         return False
     if _is_matrix_product(call):
         return _pixels(shape) >= FEWEST_PIXELS and _is_one_image(shape)
-    strides = attrs_of(call)["strides"]
+    return _fits_lines(call)
+
+
+def _fits_lines(call: relax.Call) -> bool:
+    """Whether a convolution's planes are worth copying line by line."""
     return (
         _pixels(shape_of(call)) >= FEWEST_PIXELS
-        and shape[2] >= _SHORTEST_LINE
-        and max(strides) <= _LARGEST_STRIDE
+        and shape_of(call.args[0])[2] >= _SHORTEST_LINE
+        and max(attrs_of(call)["strides"]) <= _LARGEST_STRIDE
     )
+
+
+def _is_part_of_quad(call: relax.Call) -> bool:
+    """Whether windows are over an image of fewer channels than a quad has."""
+    return shape_of(call.args[0])[-1] < QUAD and math.prod(shape_of(call.args[1])[2:]) > 1
 
 
 def _writes_planes(call: relax.Call) -> bool:
@@ -245,8 +260,10 @@ class Planner:
             return graph.substitute(value)
         reads = self._reads(value)
         if (image := self._image_in_planes(value)) is not None:
-            shape = planes_shape(*shape_of(image)[:2], math.prod(shape_of(image)[2:]))
-            x = relax.op.reshape(graph.substitute(image), shape)
+            x = graph.substitute(image)
+            if not is_integer(value):
+                shape = planes_shape(*shape_of(image)[:2], math.prod(shape_of(image)[2:]))
+                x = relax.op.reshape(x, shape)
             return in_planes(value, x, True, var in self.planes)
         if not reads and var not in self.planes:
             return graph.substitute(value)
@@ -269,9 +286,12 @@ class Planner:
         return relax.op.reshape(mean, shape_of(var))
 
     def _image_in_planes(self, value: relax.Call) -> relax.Var | None:
-        """The tensor [N, C, H, W] that a sparse layer's few channels were made channels last from, if it is to read that."""
-        if not is_sparse(value) or is_integer(value) or _is_matrix_product(value):
+        """The tensor [N, C, H, W] that a sparse layer's few channels were made channels last from, if it is to read that; for a
+        layer of bytes the image [N, H, W, C] whose channels fill no quad: its lowering makes one plane of it."""
+        if not is_sparse(value) or _is_matrix_product(value):
             return None
+        if is_integer(value):
+            return value.args[0] if _is_part_of_quad(value) and _fits_lines(value) else None
         moved = self.values.get(value.args[0])
         if not is_call(moved, "relax.permute_dims") or tuple(permutation(moved)) != TO_LAST:
             return None

@@ -3,12 +3,15 @@
 
     rewrite: y = kerf.sparse_conv2d(x, w); z = relu(y + b); max_pool2d(z)
              ->  y = kerf.pooled_conv2d(x, w); relu(y + b)
+    rewrite: y = kerf.int8_conv2d(x, w, grain); z = kerf.quantize(astype(y + b) * m); max_pool2d(z)
+             ->  y = kerf.int8_pooled_conv2d(x, w, grain); kerf.quantize(astype(y + b) * m)
     requires: NCHW, as canonicalized
     ensures: the same values, bit for bit but for the sign of zeros
 
 What never falls commutes with a maximum: rounding does not fall, so adding a finite number to a channel, multiplying it by a
-positive one, bounding it and ReLU may come after the maximum as well as before it. All of them leave NaN what it is, and
-so does the maximum. A window that holds nothing of the image would become what follows of minus infinity, and stays.
+positive one, bounding it and ReLU may come after the maximum as well as before it; of integer sums, which no addition
+takes beyond 32 bits, also their conversion to floats and rounding to bytes. All of them leave NaN what it is, and so does
+the maximum. A window that holds nothing of the image would become what follows of minus infinity, and stays.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import DataType, relax
 
 from passes.layers import (
     attrs_of,
@@ -29,13 +32,14 @@ from passes.layers import (
     operator_call,
     shape_of,
 )
+from passes.quantized.operators import GRAINS, INT8_CONV2D, INT8_POOLED_CONV2D, QUAD, QUANTIZE
 from passes.rewriting import Graph, ints, rewrite_function, rewrite_module
 from passes.sparse.format import block_of
 from passes.sparse.operators import POOLED_CONV2D, SPARSE_CONV2D, register
 from schedules import sparse_groups
 from schedules.errors import Declined
 
-# Bytes of the convolution's result up to which it stays near until it is read again: at 392 KiB nothing is gained, at 784
+# Bytes of what is pooled up to which it stays near until it is read again: at 392 KiB nothing is gained, at 784
 # the two kernels take .77 of the time (3x3, out:4 at 10 %, measured on Cascade Lake).
 _NEAR = 512 * 1024
 
@@ -61,16 +65,23 @@ _RISING: dict[str, Callable[[np.ndarray], bool]] = {
     "relax.maximum": _number,
     "relax.minimum": _number,
 }
+# Operators whose result rises with their first operand, whatever it is; of floats that are made of integers none is NaN.
+_RISING_ALONE = ("relax.nn.relu", "relax.nn.relu6", QUANTIZE)
+# Convolution by dtype of its sums, and what computes it with the maxima over windows.
+_POOLED = {"float32": (SPARSE_CONV2D, POOLED_CONV2D), "int32": (INT8_CONV2D, INT8_POOLED_CONV2D)}
 _FIRST_ONLY = ("relax.subtract", "relax.divide")  # a constant less the tensor falls with it
 
 
 def rising_operand(call: relax.Expr) -> int | None:
-    """Which operand of a float32 operator its result rises with, element by element, and is as large as; None if unknown."""
+    """Which operand of an operator its result rises with, element by element, and is as large as; None if unknown."""
     if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.Op):
         return None
     name = call.op.name
-    if name in ("relax.nn.relu", "relax.nn.relu6"):
+    if name in _RISING_ALONE:
         return 0
+    if name == "relax.astype":
+        types = [str(e.ty.dtype) for e in (call.args[0], call)]
+        return 0 if types == ["int32", "float32"] else None
     if name == "relax.nn.leakyrelu":
         return 0 if 0 < float(call.attrs.alpha) < math.inf else None
     if name not in _RISING:
@@ -104,7 +115,14 @@ def _attributes(pool: relax.Call) -> dict | Declined:
 
 
 def _few_channels(conv: relax.Call) -> bool:
-    return sparse_groups.few_channels(attrs_of(conv)["groups"], shape_of(conv.args[0])[1])
+    channels = shape_of(conv.args[0])[1]
+    elements = -(-channels // QUAD) if is_call(conv, INT8_CONV2D) else channels
+    return sparse_groups.few_channels(attrs_of(conv)["groups"], elements)
+
+
+def _outputs_of_grain(grain: str) -> int:
+    """Output channels that share a pattern."""
+    return GRAINS[grain] if grain in GRAINS else block_of(grain)
 
 
 def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
@@ -117,7 +135,7 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         value, once = graph.definition(x), once and graph.is_read_once(x)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
-        if is_call(value, SPARSE_CONV2D):
+        if any(is_call(value, conv) for conv, _ in _POOLED.values()):
             break
         position = rising_operand(value)
         if position is None:
@@ -125,19 +143,25 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         chain.append((value, position))
         x = value.args[position]
     layer = attrs_of(value)["name"]
+    if str(pool.attrs.layout) != "NCHW" or "grain" not in attrs_of(value):
+        return None
+    if str(value.ty.dtype) not in _POOLED:
+        return None
+    if str(value.ty.dtype) == "float32" and any(is_call(c, QUANTIZE) for c, _ in chain):
+        return Declined(f"{layer}: its sums, which may be NaN, are rounded to bytes before")
     if not once:
         return Declined(f"{layer}: others read its result before it is pooled")
-    if str(pool.attrs.layout) != "NCHW" or str(value.ty.dtype) != "float32":
-        return None
     attributes = _attributes(pool)
     if isinstance(attributes, Declined):
         return Declined(f"{layer}: {attributes.reason}")
-    if 4 * math.prod(shape_of(value)) <= _NEAR:
+    if DataType(pool.ty.dtype).itemsize * math.prod(shape_of(value)) <= _NEAR:
         return Declined(f"{layer}: its result stays near until it is pooled")
-    if block_of(attrs_of(value)["grain"]) == 1 and not _few_channels(value):
+    if _outputs_of_grain(attrs_of(value)["grain"]) == 1 and not _few_channels(value):
         return Declined(f"{layer}: single output channels over many channels are faster by pixels")
     attributes["flops"] = 2 * multiply_accumulates(value)
-    new = operator_call(POOLED_CONV2D, list(value.args), **attrs_of(value), **attributes)
+    new = operator_call(
+        _POOLED[str(value.ty.dtype)][1], list(value.args), **attrs_of(value), **attributes
+    )
     for call, position in reversed(chain):
         args = list(call.args)
         args[position] = new
