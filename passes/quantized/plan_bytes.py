@@ -30,6 +30,9 @@ _CARRIERS = frozenset(
      "relax.expand_dims"]
 )  # fmt: skip
 
+# What only moves or picks values does so in its reader's kernel, and leaves nothing in memory.
+_MOVES = (_CARRIERS - {"relax.nn.max_pool2d"}) | {"relax.strided_slice", "relax.take"}
+
 
 def is_operator(value, names: Collection[str]) -> bool:
     return (
@@ -227,9 +230,8 @@ def _joins_later(plan: BytesPlan, var: relax.Var, reader, position) -> bool:
     if other in plan.held or other in plan.uses.outputs or len(plan.uses.readers[other]) != 1:
         return False
     roots = [_root(plan, v, position) for v in (var, other)]
-    if any(
-        r not in plan.uses.definitions or is_elementwise(plan.uses.definitions[r]) for r in roots
-    ):
+    made = [plan.uses.definitions.get(r) for r in roots]
+    if any(v is None or is_elementwise(v) or is_operator(v, _MOVES) for v in made):
         return False
     return position[roots[0]] > position[roots[1]]
 

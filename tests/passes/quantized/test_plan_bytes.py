@@ -39,6 +39,29 @@ def test_a_float_operand_joins_a_sum_only_where_a_kernel_can_end_with_it(rng, sh
     assert (second.name in names) is not shared
 
 
+def test_a_part_of_a_layers_result_is_picked_in_the_sum_and_needs_no_bytes(rng):
+    """A gate of a recurrent cell: a slice of what one layer computes for all steps and one of what it carries on."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((4, 16), "float32"))
+
+    def layer(data, name):
+        weight = relax.const(rng.standard_normal((16, 16)).astype(np.float32))
+        return builder.emit(dense(data, weight, name=name))
+
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            first, second = (
+                builder.emit(relax.op.strided_slice(layer(x, name), [1], [0], [16], [2]))
+                for name in ("first", "second")
+            )
+            total = builder.emit(relax.op.add(second, first))
+            weight = relax.const(rng.standard_normal((16, 8)).astype(np.float32))
+            out = builder.emit_output(builder.emit(dense(total, weight, name="int8")))
+        builder.emit_func_output(out)
+    held = {var.name for var in plan_bytes(builder.get(), ["int8"]).held}
+    assert held == {total.name}
+
+
 def pooled(rng, reader, *, also_floats=False, layer="stem"):
     """Max pooling behind two convolutions; `reader(builder, maxima)` makes the output of what it gives."""
     builder = relax.BlockBuilder()
