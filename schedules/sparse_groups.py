@@ -114,14 +114,15 @@ class GroupsKernel(Bands, Planes):
             self.image = T.Bind(task // splits // count)
             self.first_line = T.Bind(task // splits % count * self.lines) if count > 1 else 0
             panel = scratch(-(-self._panel_size() // lanes) * lanes, self.elements.dtype)
-            self._clear_all(panel, 0, -(-self._panel_size() // lanes))
+            outside = T.broadcast(self.panel.outside, lanes)
+            self._fill_all(panel, 0, -(-self._panel_size() // lanes), outside)
             self._compute_band(panel, tiles, share)
 
-    def _clear_all(self, buffer, first, vectors) -> None:
-        """Zeros in `vectors` vectors of a buffer, from number `first` on."""
+    def _fill_all(self, buffer, first, vectors, value) -> None:
+        """`value` in `vectors` vectors of a buffer, from number `first` on."""
         with T.serial(0, vectors) as i:
             at = T.ramp((first + i) * self.lanes, 1, self.lanes)
-            T.buffer_store(buffer, self._zeros(), [at])
+            T.buffer_store(buffer, value, [at])
 
     def _compute_band(self, panel, tiles: tuple[int, int, int], share) -> None:
         """The share-th part of the groups for a band of `tiles` (`tiles_of`)."""
@@ -177,7 +178,8 @@ class GroupsKernel(Bands, Planes):
             self._store_lines(sums, begin, o)
 
     def _store_lines(self, sums, begin, channel) -> None:
-        """Store the sums of a channel's band, from `begin` on, through the epilogue, without what lies beyond its lines."""
+        """Store the sums of the band of a plane's channels, from `begin` on, through the epilogue, without what lies beyond
+        its lines."""
         p, window = self.problem, self.window
         count = p.out_height - self.first_line
         lines = T.Bind(tirx.min(count, self.lines)) if p.out_height % self.lines else self.lines
@@ -185,6 +187,8 @@ class GroupsKernel(Bands, Planes):
             start = T.Bind(begin + line * window.line)
             pixel = T.Bind((self.first_line + line) * p.out_width)
             for column, lanes in covering(p.out_width, self.lanes):
-                value = sums[ramp(start + column, lanes)]
-                self._store_plane([value], channel, T.Bind(pixel + column), lanes)
+                values = [
+                    sums[ramp(start + (i * self.band + column), lanes)] for i in range(p.together)
+                ]
+                self._store_plane(values, channel, T.Bind(pixel + column), lanes)
         self._store_behind(sums, begin, channel)

@@ -4,6 +4,7 @@
 As `sparse_groups`, but every output channel is a sum over all input channels. A panel holds a band of as many planes as the
 nearest cache takes; every output channel walks its non-zeros in it, and its sums of the band are kept, in the second-level
 cache, from one panel to the next. One channel alone uses each line that it loads once, so that what counts is where it lies.
+An element of the output may hold several channels, whose sums are stored together.
 Indices are places in a panel, counted from its first channel.
 """
 
@@ -16,6 +17,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
+from schedules.emission import ramp
 from schedules.fused import Fused
 from schedules.sparse_groups import GroupsKernel
 from schedules.sparse_panel import scratch
@@ -53,7 +55,7 @@ class Point(Annotated):
 
 def suits(problem: Problem) -> bool:
     """Whether this is the kernel to use: single output channels of more than one tap."""
-    between = problem.planes_in and problem.planes_out and problem.together == 1
+    between = problem.planes_in and problem.planes_out
     return between and problem.block == 1 and problem.taps > 1 and problem.groups == 1
 
 
@@ -82,8 +84,9 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     point = min(points(), key=lambda p: work(problem, p, target))
     tasks, splits = problem.batch * bands(problem, point.lines), 1
     if tasks < 2 * target.threads and target.threads > 1:
-        splits = min(target.threads, problem.outputs)
-    return replace(point, part=problem.outputs // splits, splits=splits)
+        splits = min(target.threads, problem.outputs // problem.together)
+    planes = problem.outputs // problem.together // splits
+    return replace(point, part=planes * problem.together, splits=splits)
 
 
 def work(problem: Problem, point: Point, target: CpuTarget) -> float:
@@ -109,8 +112,12 @@ class _Near(GroupsKernel):
         super().__init__(kernel, problem, point, target, elements)
         self.group_inputs = point.channels
         self.chunks = -(-problem.channels // point.channels)
+        self.staging = self._stages()
         self.point = replace(self.point, part=point.part)
         self.parts = parts_of(problem.outputs, point.part)
+
+    def _bias(self):
+        return None  # sums are kept from one panel to the next: the epilogue adds it
 
     def _compute_band(self, panel, tiles: tuple[int, int, int], share) -> None:
         """The share-th part of the output channels for a band: panel by panel, then stored."""
@@ -119,7 +126,7 @@ class _Near(GroupsKernel):
         parts = self._share_of_parts(share)
         with T.serial(*parts) as part:
             first_channel, channels = self._part(part)
-            self._clear_all(sums, first_channel * vectors, channels * vectors)
+            self._fill_all(sums, first_channel * vectors, channels * vectors, self._zeros())
         with T.serial(0, self.chunks) as chunk:
             self._copy_group(panel, chunk)
             with T.serial(0, tiles[0]) as tile, T.serial(*parts) as part:
@@ -127,11 +134,27 @@ class _Near(GroupsKernel):
                 self._either(
                     count, tiles[1], lambda n: self._add_panel(panel, sums, chunk, part, n)
                 )
+        together = self.problem.together
+        if self.staging:
+            self.staged = scratch(self.band, self.elements.dtype)
         with T.serial(*parts) as part:
             first_channel, channels = self._part(part)
-            with T.serial(0, channels) as c:
-                channel = T.Bind(first_channel + c)
-                self._store_lines(sums, T.Bind(channel * self.band), channel)
+            with T.serial(0, channels // together) as plane:
+                channel = T.Bind(first_channel + plane * together)
+                begin = T.Bind(channel * self.band)
+                if self.staging:
+                    self._store_plane_staged(sums, begin, channel)
+                else:
+                    self._store_lines(sums, begin, channel)
+
+    def _store_plane_staged(self, sums, begin, channel) -> None:
+        """Complete the elements of a plane's band from its channels' sums, from `begin` on, and store their lines."""
+        together, lanes = self.problem.together, self.lanes
+        with T.serial(0, self.band // lanes) as j:
+            at = T.Bind(j * lanes)
+            values = [sums[ramp(begin + i * self.band + at, lanes)] for i in range(together)]
+            self._stage(values, 0, channel, at)
+        self._store_staged(channel, together)
 
     def _add_panel(self, panel, sums, chunk, part, vectors: int) -> None:
         """Add what a panel holds to a tile's sums of a part's output channels."""

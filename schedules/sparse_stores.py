@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.byte_stores import Cell, store_cells, store_quads
-from schedules.emission import pieces, ramp
+from schedules.byte_stores import Cell, quads_of, store_cells, store_quads
+from schedules.emission import covering, pieces, ramp
 from schedules.sparse_panel import joined_quads, scratch, transpose
 from schedules.windows import prefetch, splat
 
@@ -87,6 +87,39 @@ class Stores:
         with T.If(line < self.lines), T.Then():
             last = T.Bind(sums[begin + line * self.window.line + (p.out_width - 1)])
             self._repeat([last], channel, p.image_pixels, p.plane_out)
+
+    def _stages(self) -> bool:
+        """Whether the elements of a band, of several channels each, are complete before lines are picked from it: if nothing
+        is read by pixel."""
+        joined = self.problem.planes_out and self.problem.together > 1
+        return (
+            joined and not self.kernel.follows_pixels and str(self.kernel.output.dtype) == "uint8"
+        )
+
+    def _stage(self, values: list, plane, channel, at) -> None:
+        """Complete a vector of elements of the plane number `plane` of a part, of the channels from `channel` on."""
+        last = self.problem.outputs // self.problem.together - 1
+        of = T.Bind(tirx.min(channel // self.problem.together, last))
+        made = quads_of(self.kernel, self.target, values, (self.image, of, T.int32(0), self.lanes))
+        T.buffer_store(self.staged, made, [ramp(T.Bind(plane * self.band + at), self.lanes)])
+
+    def _store_staged(self, first_channel, channels) -> None:
+        """Copy a part's elements of a band to their planes, without what lies beyond the lines of the output."""
+        p, window, together = self.problem, self.window, self.problem.together
+        planes = p.outputs // together
+        size = p.batch * planes * p.image_pixels
+        out = T.decl_buffer((size,), self.elements.dtype, data=self.kernel.output.data)
+        with T.serial(0, channels // together) as plane, T.serial(0, self.lines) as line:
+            row = T.Bind(self.first_line + line)
+            with T.If(row < p.out_height), T.Then():
+                start = T.Bind(plane * self.band + line * window.line)
+                to = T.Bind(
+                    (self.image * planes + first_channel // together + plane) * p.image_pixels
+                    + row * p.out_width
+                )
+                for column, lanes in covering(p.out_width, self.lanes):
+                    value = self.staged[ramp(start + column, lanes)]
+                    T.buffer_store(out, value, [ramp(to + column, lanes)])
 
     def _store_kept_planes(self, sums, first, first_channel, channels, vectors: int) -> None:
         """Store a part's sums of a tile, kept `[channel][pixel]`, into their planes."""

@@ -18,7 +18,6 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from schedules.annotated import Annotated
-from schedules.byte_stores import quads_of
 from schedules.emission import covering, ramp
 from schedules.fused import Fused
 from schedules.sparse_panel import columns_of, scratch, small
@@ -150,9 +149,7 @@ class WindowsKernel(Planes):
         super().__init__(kernel, problem, whole, target, elements)
         self.lines = point.lines
         self.window = window_of(problem, point.lines)
-        # Elements of several channels are complete before lines are picked from a band, if nothing is read by pixel.
-        joined = problem.planes_out and problem.together > 1
-        self.staging = joined and not kernel.follows_pixels and str(kernel.output.dtype) == "uint8"
+        self.staging = self._stages()
 
     def emit(self) -> None:
         p, splits, lanes, window = self.problem, self.point.splits, self.lanes, self.window
@@ -231,13 +228,6 @@ class WindowsKernel(Planes):
         with T.If(row < self.problem.out_height), T.Then():
             yield row
 
-    def _stage(self, values: list, plane, channel, at) -> None:
-        """Complete a vector of elements of the plane number `plane` of a part, of the channels from `channel` on."""
-        last = self.problem.outputs // self.problem.together - 1
-        of = T.Bind(tirx.min(channel // self.problem.together, last))
-        made = quads_of(self.kernel, self.target, values, (self.image, of, T.int32(0), self.lanes))
-        T.buffer_store(self.staged, made, [ramp(T.Bind(plane * self.band + at), self.lanes)])
-
     def _keep(self, acc: list, sums, base, vectors: int, channel) -> None:
         together, lanes = self.problem.together, self.lanes
         if not self.staging or self.point.rows < together:
@@ -257,24 +247,6 @@ class WindowsKernel(Planes):
             self._stage(values, plane, channel, self.first + j * self.lanes)
 
         self._each_kept(sums, first_channel, channels, vectors, stage)
-
-    def _store_staged(self, first_channel, channels) -> None:
-        """Copy a part's elements of a band to their planes, without what lies beyond the lines of the output."""
-        p, window, together = self.problem, self.window, self.problem.together
-        planes = p.outputs // together
-        size = p.batch * planes * p.image_pixels
-        out = T.decl_buffer((size,), self.elements.dtype, data=self.kernel.output.data)
-        with T.serial(0, channels // together) as plane, T.serial(0, self.lines) as line:
-            row = T.Bind(self.first_line + line)
-            with T.If(row < p.out_height), T.Then():
-                start = T.Bind(plane * self.band + line * window.line)
-                to = T.Bind(
-                    (self.image * planes + first_channel // together + plane) * p.image_pixels
-                    + row * p.out_width
-                )
-                for column, lanes in covering(p.out_width, self.lanes):
-                    value = self.staged[ramp(start + column, lanes)]
-                    T.buffer_store(out, value, [ramp(to + column, lanes)])
 
     def _place(self, row, first, width):
         if self.staging:  # elements need no place for sums, only their row

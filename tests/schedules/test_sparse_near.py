@@ -79,7 +79,7 @@ def test_only_single_output_channels_between_planes_are_taken():
     assert chosen(block=4) is sparse_windows
     assert chosen(groups=4) is sparse_groups
     assert chosen(channels=3) is sparse_groups
-    assert chosen(together=4) is sparse_windows
+    assert chosen(together=4) is sparse_near
     assert chosen(planes_in=False) is sparse_windows
     assert chosen(planes_in=False, planes_out=False) is sparse_planes
     assert chosen(kernel=(1, 1), padding=(0, 0, 0, 0)) is not sparse_near
