@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
-from compiler.frontend.picking import pad_with_own, pick
+from compiler.frontend.picking import pad_with_own, pick, written_into
 from compiler.frontend.support import Refused, constant, dtype_of
 from passes.layers import is_const, shape_of
 
@@ -133,6 +134,24 @@ def _gather_elements(c: Converter, x: relax.Expr, indices: relax.Expr) -> relax.
     if any(i != d for a, (i, d) in enumerate(zip(shape_of(indices), shape_of(x))) if a != axis):
         raise Refused("indices that do not span the whole tensor")
     return op.gather_elements(x, _indices(c, indices, shape_of(x)[axis]), axis)
+
+
+def _scatter(c: Converter, x: relax.Expr, _indices: Any, values: relax.Expr) -> relax.Expr:
+    """Values at constant indices: into the leading axes, or (ScatterElements) along one."""
+    if c.attr("reduction", "none") != "none":
+        raise Refused(f"reduction {c.attr('reduction')}")
+    indices, shape = c.array(1), shape_of(x)
+    places = np.arange(math.prod(shape)).reshape(shape)
+    if c.node.op_type == "ScatterND":
+        at, extents = tuple(np.moveaxis(indices, -1, 0)), shape[: indices.shape[-1]]
+    else:
+        axis = c.attr("axis", 0) % len(shape)
+        at = tuple(np.indices(indices.shape))
+        at, extents = (*at[:axis], indices, *at[axis + 1 :]), shape
+    for index, extent in zip(at, extents):
+        if index.size and not (-extent <= index.min() and index.max() < extent):
+            raise Refused(f"an index out of range for an axis of {extent}")
+    return written_into(c, x, values, places[at])
 
 
 def _pad(c: Converter, x: relax.Expr, *_unused: Any) -> relax.Expr:
@@ -302,4 +321,5 @@ CONVERTERS: dict[str, Callable] = {
     "SpaceToDepth": _space_to_depth, "Resize": _resize, "ArgMax": _argument(op.argmax), "ArgMin": _argument(op.argmin),
     "ReduceMean": _reduce(op.mean), "ReduceSum": _reduce(op.sum), "ReduceMax": _reduce(op.max), "ReduceMin": _reduce(op.min),
     "ReduceL2": _reduce(_l2), "ReduceL1": _reduce(_l1), "ReduceSumSquare": _reduce(_sum_of_squares),
+    "ScatterND": _scatter, "ScatterElements": _scatter,
 }  # fmt: skip

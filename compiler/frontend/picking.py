@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors made of slices of another, in a constant order: nearest interpolation, padding with a tensor's own values."""
+"""Tensors made of elements of others, in a constant order: nearest interpolation, padding with a tensor's own values, values
+written into a tensor."""
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 from tvm import relax
 from tvm.relax import op
 
-from compiler.frontend.support import constant
+from compiler.frontend.support import Refused, constant
 from passes.layers import shape_of
 
 
@@ -33,3 +35,17 @@ def pad_with_own(
 ) -> relax.Expr:
     """x with so many slices before and behind, as `numpy.pad` makes them in the modes "reflect", "edge" and "wrap"."""
     return pick(c, x, axis, np.pad(np.arange(shape_of(x)[axis]), widths, mode))
+
+
+def written_into(
+    c: Converting, x: relax.Expr, values: relax.Expr, places: np.ndarray
+) -> relax.Expr:
+    """x with `values` at the flat positions `places`, one for each of them. Raises Refused where two are the same."""
+    if len(np.unique(places)) != places.size:
+        raise Refused("several values for one element")
+    size = math.prod(shape_of(x))
+    source = np.arange(size)
+    source[places.reshape(-1)] = size + np.arange(places.size)
+    flat = [c.emit(op.reshape(t, (-1,))) for t in (x, values)]
+    found = pick(c, c.emit(op.concat(flat, 0)), 0, source)
+    return op.reshape(found, shape_of(x))

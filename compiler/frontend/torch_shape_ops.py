@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
-from compiler.frontend.picking import pad_with_own, pick
+from compiler.frontend.picking import pad_with_own, pick, written_into
 from compiler.frontend.support import Refused, constant, dtype_of, is_bool
 from passes.layers import shape_of
 
@@ -216,6 +217,23 @@ def _index(c: Converter, x: relax.Expr, indices: list) -> relax.Expr:
     return op.index_tensor(x, [_normalised(c, i, shape_of(x)[axis]) for axis, i in used])
 
 
+def _copy(c: Converter, x: relax.Expr, values: relax.Expr, *_unused: Any) -> relax.Expr:
+    return op.broadcast_to(c.cast(values, dtype_of(x)), shape_of(x))
+
+
+def _scatter(key: Callable) -> Callable:
+    """x with `values` where `key(axis's arguments)` indexes an axis."""
+
+    def convert(
+        c: Converter, x: relax.Expr, values: relax.Expr, axis: int = 0, *where: Any
+    ) -> relax.Expr:
+        places = np.arange(math.prod(shape_of(x))).reshape(shape_of(x))
+        places = places[(slice(None),) * (axis % places.ndim) + (key(*where),)]
+        return written_into(c, x, c.cast(values, dtype_of(x)), places)
+
+    return convert
+
+
 def _gather(
     c: Converter, x: relax.Expr, axis: int, indices: relax.Expr, _sparse: bool = False
 ) -> relax.Expr:
@@ -375,5 +393,6 @@ CONVERTERS: dict[str, Callable] = {
     "index_select.default": _index_select, "index.Tensor": _index, "gather.default": _gather, "constant_pad_nd.default": _pad, "pad.default": _pad_mode,
     "flip.default": _flip, "roll.default": _roll, "repeat.default": _repeat, "tril.default": _triangle(op.tril), "triu.default": _triangle(op.triu),
     "pixel_shuffle.default": _pixel_shuffle, "upsample_nearest2d.vec": _nearest, "upsample_bilinear2d.vec": _bilinear,
-    "one_hot.default": _one_hot,
+    "one_hot.default": _one_hot, "copy.default": _copy, "slice_scatter.default": _scatter(lambda *ends: slice(*ends or (None,))),
+    "select_scatter.default": _scatter(lambda index: index),
 }  # fmt: skip

@@ -81,6 +81,8 @@ CASES = [
     Case("Resize", (X,), (None, None, SIZES), {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     Case("Pad", (X,), (i(0, 1, 2, 0, 1, 0, 1, 3),), {"mode": "edge"}), Case("Pad", (X,), (i(1, 2), None, i(-1)), {"mode": "wrap"}),
     Case("GatherND", (SMALL, i(2, 0, -1, 3).reshape(2, 2))), Case("GatherND", (SMALL,), (i(1, -1, 0, 2, 3, 4).reshape(2, 3),)), Case("GatherND", (SMALL,), (i(-1, 0).reshape(2, 1),)),
+    Case("ScatterND", (SMALL,), (i(2, 0, -1, 3).reshape(2, 2), f(2, 5))), Case("ScatterND", (SMALL,), (i(1).reshape(1, 1), f(1, 4, 5))),
+    Case("ScatterElements", (SMALL,), (i(3, 0, -2, 1, 0, 2).reshape(3, 2, 1), f(3, 2, 1)), {"axis": 1}),
     *[Case("Einsum", shapes, (), {"equation": equation}) for equation, shapes in (
         ("bik,bjk->bij", (f(2, 3, 5), f(2, 4, 5))), ("bik,ko->bio", (f(2, 3, 5), f(5, 4))), ("bhid,bjhd->bhij", (f(2, 3, 4, 5), f(2, 6, 3, 5))),
         ("ij,jk", (f(3, 4), f(4, 2))), ("ba,cb", (f(3, 4), f(2, 3))), ("i,j->ji", (f(3), f(4))), ("i,i->", (f(5), f(5))), ("ijk->ki", (f(2, 3, 4),)), ("ij->", (f(2, 3),)),
@@ -195,6 +197,13 @@ def test_operator_like_onnxruntime(case):
             "batch dimensions",
         ),
         (Case("GatherND", (SMALL,), (i(3, 0).reshape(1, 2),)), "out of range"),
+        (Case("ScatterND", (SMALL,), (i(1, 1).reshape(2, 1), f(2, 4, 5))), "several values"),
+        (Case("ScatterND", (SMALL,), (i(3).reshape(1, 1), f(1, 4, 5))), "out of range"),
+        (Case("ScatterND", (SMALL, i(0).reshape(1, 1), f(1, 4, 5))), "computed at run time"),
+        (
+            Case("ScatterND", (SMALL,), (i(1).reshape(1, 1), f(1, 4, 5)), {"reduction": "add"}),
+            "reduction add",
+        ),
         (Case("Einsum", (f(2, 3), f(3, 4)), (), {"equation": "...j,jk->...k"}), "equation"),
         (Case("Pad", (X,), (i(-1, 0), None, i(-1)), {"mode": "edge"}), "negative padding"),
         (Case("Reshape", (SMALL, i(12, 5))), "computed at run time|depends on data"),

@@ -72,6 +72,15 @@ POSITIVE = [
     lambda x: x.log2(),
 ]
 
+
+def shifted(x):
+    """As decoders are given their own tokens: assignments to parts of a tensor."""
+    y = x.new_zeros(x.shape)
+    y[:, 1:] = x[:, :-1].clone()
+    y[:, 0] = 2
+    return y
+
+
 MOVING = [
     lambda x: x[:, -1], lambda x: x[..., -2], lambda x: x[-1], lambda x: x[:, 1:-1], lambda x: x[:, ::2], lambda x: x[:, -3:], lambda x: x[:, :100],
     lambda x: x.transpose(1, -1), lambda x: x.permute(2, 0, 3, 1), lambda x: x.flatten(1), lambda x: x.unflatten(1, (2, -1)), lambda x: x.reshape(2, -1),
@@ -82,6 +91,8 @@ MOVING = [
     lambda x: x.index_select(1, torch.tensor([0, 3, 3])), lambda x: x[:, torch.tensor([0, -1, 2])], lambda x: x[torch.tensor([0, -1]), torch.tensor([2, -2])],
     lambda x: torch.gather(x, 3, torch.arange(3).expand(2, 6, 9, 3)), lambda x: torch.ones_like(x) * x, lambda x: torch.full_like(x, 2.0) + x, lambda x: x.narrow(1, 2, 3),
     lambda x: torch.einsum("nchw,ncHw->nhH", x, x), lambda x: torch.zeros(3) + x[0, 0, 0, 0], lambda x: x.view(2, 6, -1).mT,
+    shifted, lambda x: x.slice_scatter(x[:, :2] * 2, 1, -4, 5, 2), lambda x: x.select_scatter(x[..., 0], 3, -2),
+    lambda x: torch.zeros_like(x).copy_(x[:, :1]),
 ]  # fmt: skip
 
 REDUCING = [
