@@ -17,25 +17,22 @@ class Bands:
         """The output channels of a part, `rows` at a time, for all `tiles` (`tiles_of`) of a band."""
         p, rows = self.problem, self.point.rows
         first_channel, channels = self._part(part)
-        count, most, _ = tiles
         with T.serial(0, (channels + p.block - 1) // p.block) as b:
             at = T.Bind(first_channel // p.block + b)
             span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
             block = T.Bind(self.order[at].astype("int32"))
             with T.serial(0, p.block // rows) as half:
                 channel = T.Bind(first_channel + block * p.block + half * rows)
-                with T.serial(0, count) as tile:
-                    first, vectors = self._tile(tile, tiles)
+
+                def multiply(first, vectors: int, half=half, channel=channel, span=span) -> None:
                     self.first = first
-                    self._fetch_stores(channel, first, most)
+                    self._fetch_stores(channel, first, vectors)
+                    acc = self._multiply_rows(
+                        panel, None, 0, span, 0, half * rows, vectors, channel
+                    )
+                    self._keep(acc, sums, first, vectors, channel)
 
-                    def multiply(
-                        n: int, first=first, half=half, channel=channel, span=span
-                    ) -> None:
-                        acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, n, channel)
-                        self._keep(acc, sums, first, n, channel)
-
-                    self._either(vectors, most, multiply)
+                self._each_tile(tiles, multiply)
                 self._store_band(sums, channel)
 
     def _fetch_stores(self, channel, first, vectors: int) -> None:

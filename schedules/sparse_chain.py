@@ -3,9 +3,8 @@
 
 As `sparse_planes`, but sums go from registers through the epilogue into planes `y[n, o, pixel]`. A panel holds as many pixels
 as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
-reads and writes long runs of each plane, which hardware prefetchers follow. Panels of the last pixels overlap the ones
-before them. Planes of whole cache lines, and long ones, are not copied: a run of tiles of them is read where it lies, and no
-two runs overlap.
+reads and writes long runs of each plane, which hardware prefetchers follow. Planes of whole cache lines, and long ones, are
+not copied: a panel is then part of each, where it lies.
 
 Where an element of the output holds several channels that are not computed at once, each tile walks all blocks instead, and its
 sums are kept until those of a plane's channels are complete.
@@ -13,7 +12,6 @@ sums are kept until those of a plane's channels are complete.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -42,9 +40,10 @@ _LONG_PLANE = 4096
 _LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = INDICES_BEHIND, 16
-# What one more tile costs a block, in multiplications of one vector with one row of it, and one more run, in those of all rows;
-# and panels that overlap, which cannot be written over a residual.
-_TILE_COST, _RUN_COST, _OVERLAP_COST = 6.0, 1.0, 1.05
+# What one more tile costs a block, and one more run of tiles, in multiplications of one vector with one row of it.
+_TILE_COST, _RUN_COST = 6.0, 1.0
+# Pixel vectors of a plane which 4 output channels at a time hold whole: faster than 8 of parts of it.
+_SHORT_PLANE = 6
 # Output channels whose sums of a tile are kept until a plane's are complete.
 _KEPT_CHANNELS = 32
 
@@ -55,7 +54,7 @@ class Point(Annotated):
 
     vectors  pixel vectors of a tile: accumulators per output channel (some tiles have one less)
     rows     output channels computed at once, a divisor of the block
-    span     pixel vectors of a panel, or of the longest run of planes read in place
+    span     pixel vectors of a panel (some have one less)
     part     output channels of a task
     splits   tasks that share one panel, each with its own parts; each fills the panel again
     """
@@ -91,6 +90,8 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     base = planes_point(problem, target)
     total = -(-problem.computed // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
+    if rows == 8 and total <= _SHORT_PLANE:
+        rows, vectors = 4, total
     if _lies_in_place(problem):
         tiles = 1 if problem.together > 1 else _runs(problem, target, rows, vectors)
     else:
@@ -126,14 +127,12 @@ def _panels(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int
 def _least_work(problem: Problem, target: CpuTarget, rows: int, vectors: int, fit: int) -> int:
     """Parts of at most `fit` vectors of planes, for tiles of `rows` by `vectors`: those of the least estimated work."""
     total = -(-problem.computed // target.lanes)
-    fewest, in_place = -(-total // fit), _lies_in_place(problem)
+    fewest = -(-total // fit)
 
     def work(parts: int) -> float:
-        span = -(-total // parts)
-        tiles = _TILE_COST / rows * -(-span // vectors) * parts
-        if in_place:
-            return total + tiles + _RUN_COST * parts
-        return (parts * span + tiles) * (_OVERLAP_COST if total % parts else 1)
+        shorter, longer = total // parts, total % parts
+        tiles = parts * -(-shorter // vectors) + longer * (shorter % vectors == 0)
+        return parts * _RUN_COST + tiles * _TILE_COST / rows
 
     return min(range(fewest, min(2 * fewest, total) + 1), key=work)
 
@@ -148,11 +147,7 @@ class _Chain(Planes):
 
     def __init__(self, kernel, problem: Problem, point: Point, target: CpuTarget, elements):
         whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, point.part, point.splits)
-        self.total = -(-problem.computed // target.lanes)
-        self.panels = -(-self.total // point.span)
-        # Runs differ by a vector at most.
-        self.span = -(-self.total // self.panels) if _lies_in_place(problem) else point.span
-        self.short = 0
+        self.span = point.span
         super().__init__(kernel, problem, whole, target, elements)
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
@@ -165,41 +160,42 @@ class _Chain(Planes):
 
     def emit(self) -> None:
         p, splits, lanes = self.problem, self.point.splits, self.lanes
-        tasks = p.batch * self.panels * splits
+        division = runs, most, _ = tiles_of(p.computed, lanes, self.span)
+        tasks = p.batch * runs * splits
         loop = T.parallel if self.threads > 1 and tasks > 1 else T.serial
         with loop(0, tasks) as task:
-            share, number = task % splits, task // splits % self.panels
-            self.image = T.Bind(task // splits // self.panels)
+            share = task % splits
+            self.image = T.Bind(task // splits // runs)
+            first, span = self._tile(T.Bind(task // splits % runs), division)
             panel = self.x
-            if self.in_place:
-                self._run(number)
-            else:
-                last = max(0, p.computed - self.span * lanes)
-                self.first = T.Bind(tirx.min(number * (self.span * lanes), last))
+            if not self.in_place:
                 panel = scratch(p.panel_rows * self.row, self.elements.dtype)
-                self._fill(panel)
-            if self.point.rows < p.together:
-                self._multiply_tiles(panel, share)
-            else:
-                with T.serial(*self._share_of_parts(share)) as part:
-                    first_channel, channels = self._part(part)
-                    self._multiply_part(panel, first_channel, channels)
+            self._either(span, most, lambda n: self._run(panel, first, n, share))
 
-    def _run(self, number) -> None:
-        """The number-th run of planes that are read where they lie: `span` vectors, or one less, so that none is in two."""
-        long = self.total - self.panels * (self.span - 1)
-        first = number * self.span
-        if long < self.panels:
-            self.short = T.Bind(tirx.Select(number < long, T.int32(0), T.int32(1)))
-            first = first - tirx.max(number - long, 0)
-        self.first = T.Bind(first * self.lanes)
+    def _run(self, panel, first, span: int, share) -> None:
+        """The share-th part of the output channels for `span` vectors from `first` on."""
+        p, lanes = self.problem, self.lanes
+        self.first, self.span = first, span
+        if p.computed % lanes:
+            self.first = T.Bind(tirx.min(first, max(0, p.computed - span * lanes)))
+        self.tiles = tiles_of(span * lanes, lanes, self.point.vectors)
+        if not self.in_place:
+            self._fill(panel)
+        if self.point.rows < p.together:
+            self._each_tile(self.tiles, lambda tile, n: self._multiply_tile(panel, share, tile, n))
+            return
+        with T.serial(*self._share_of_parts(share)) as part:
+            first_channel, channels = self._part(part)
+            self._multiply_part(panel, first_channel, channels)
 
     def _stores_once(self) -> bool:
-        apart = _lies_in_place(self.problem) or self.total % self.span == 0
-        return apart and self.problem.computed % self.lanes == 0
+        return self.problem.computed % self.lanes == 0
 
     def _start(self, first, vector):
-        return tirx.min(first + vector * self.lanes, self.problem.computed - self.lanes)
+        start = first + vector * self.lanes
+        if self.problem.computed % self.lanes == 0:
+            return start
+        return tirx.min(start, self.problem.computed - self.lanes)
 
     def _fill(self, panel) -> None:
         p = self.problem
@@ -225,6 +221,7 @@ class _Chain(Planes):
                 h = T.Bind((top + line) * p.strides[0])
                 row = T.Bind((self.image * p.channels + c) * p.plane_in + h * p.width)
                 start = T.Bind(begin + (top + line) * p.out_width - self.first)
+                self.panel.fetch_line(row + p.plane_in)
                 for column, x, lanes in pieces:
                     value = self.panel.every(row, x, lanes)
                     T.buffer_store(panel, value, [ramp(start + column, lanes)])
@@ -261,25 +258,26 @@ class _Chain(Planes):
         p, rows = self.problem, self.point.rows
         with T.serial(0, (channels + p.block - 1) // p.block) as b:
             span, first = self._block(first_channel, b)
-            with T.serial(0, p.block // rows) as half, self._tiles() as (vectors, most):
+            with T.serial(0, p.block // rows) as half:
                 channel = T.Bind(first + half * rows)
-                self._fetch_planes(channel, self.first + self.tile, most)
 
-                def multiply(count: int, half=half, channel=channel, span=span) -> None:
-                    self._begin(self.first + self.tile, count)
-                    acc = self._multiply_rows(panel, None, 0, span, 0, half * rows, count, channel)
-                    self._store_planes(acc, self.first + self.tile, channel, count)
+                def multiply(tile, vectors: int, half=half, channel=channel, span=span) -> None:
+                    self.tile = tile
+                    start = T.Bind(self.first + tile)
+                    self._fetch_planes(channel, start, vectors)
+                    self._begin(start, vectors)
+                    acc = self._multiply_rows(
+                        panel, None, 0, span, 0, half * rows, vectors, channel
+                    )
+                    self._store_planes(acc, start, channel, vectors)
 
-                self._either(vectors, most, multiply)
+                self._each_tile(self.tiles, multiply)
 
-    def _multiply_tiles(self, panel, share) -> None:
-        with self._tiles() as (vectors, most):
-            self._either(vectors, most, lambda n: self._multiply_tile(panel, share, n))
-
-    def _multiply_tile(self, panel, share, vectors: int) -> None:
+    def _multiply_tile(self, panel, share, tile, vectors: int) -> None:
         """The share-th part of the output channels for one tile."""
         p, rows = self.problem, self.point.rows
-        start = T.Bind(self.first + self.tile)
+        self.tile = tile
+        start = T.Bind(self.first + tile)
         self._begin(start, vectors)
         width = vectors * self.lanes
         with T.serial(*self._share_of_parts(share)) as part:
@@ -303,15 +301,6 @@ class _Chain(Planes):
         span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
         block = T.Bind(self.order[at].astype("int32"))
         return span, T.Bind(first_channel + block * p.block)
-
-    @contextmanager
-    def _tiles(self):
-        """A loop over the tiles of a panel; (vectors of one, the most it has)."""
-        tiles, most, large = tiles_of(self.span * self.lanes, self.lanes, self.point.vectors)
-        division = tiles, most, large if most == 1 else large - self.short
-        with T.serial(0, tiles - self.short if most == 1 else tiles) as tile:
-            self.tile, vectors = self._tile(tile, division)
-            yield vectors, most
 
     def _fetch_ahead(self, panel, n, width: int) -> None:
         p = self.problem

@@ -155,6 +155,7 @@ class GroupsKernel(Bands, Planes):
                     c * window.channel + up * (window.phases[1] * window.plane) + line * window.line
                 )
                 row = T.Bind(plane + h * p.width)
+                self.panel.fetch_line(row + p.plane_in)
 
                 def copy(row=row, to=to) -> None:
                     for aside, pieces in enumerate(asides):

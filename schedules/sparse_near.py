@@ -129,11 +129,13 @@ class _Near(GroupsKernel):
             self._fill_all(sums, first_channel * vectors, channels * vectors, self._zeros())
         with T.serial(0, self.chunks) as chunk:
             self._copy_group(panel, chunk)
-            with T.serial(0, tiles[0]) as tile, T.serial(*parts) as part:
-                self.first, count = self._tile(tile, tiles)
-                self._either(
-                    count, tiles[1], lambda n: self._add_panel(panel, sums, chunk, part, n)
-                )
+
+            def add(first, vectors: int, chunk=chunk) -> None:
+                self.first = first
+                with T.serial(*parts) as part:
+                    self._add_panel(panel, sums, chunk, part, vectors)
+
+            self._each_tile(tiles, add)
         together = self.problem.together
         if self.staging:
             self.staged = scratch(self.band, self.elements.dtype)

@@ -9,8 +9,11 @@ from tvm.tirx.script.builder import ir as T
 from schedules.emission import covering, ramp, widest_lanes
 from schedules.sparse_elements import FloatElements, QuadElements
 from schedules.sparse_problem import Problem
-from schedules.windows import prefetch
+from schedules.target import CpuTarget
+from schedules.windows import LINE_WORDS, prefetch
 
+# Share of the second-level cache up to which planes are still there when they are read or written again.
+NEAR = 0.5
 # Pixel vectors between packing and prefetching: large images come from beyond the second-level cache.
 _VECTORS_AHEAD = 2
 
@@ -18,8 +21,11 @@ _VECTORS_AHEAD = 2
 class Panel:
     """Fills panels of a problem from `x`, the flat channels-last input, `lanes` pixels at a time."""
 
-    def __init__(self, problem: Problem, lanes: int, x, elements: FloatElements | QuadElements):
-        self.problem, self.lanes, self.x, self.elements = problem, lanes, x, elements
+    def __init__(
+        self, problem: Problem, target: CpuTarget, x, elements: FloatElements | QuadElements
+    ):
+        self.problem, self.lanes, self.x, self.elements = problem, target.lanes, x, elements
+        self.room = NEAR * target.l2_bytes
         self.outside = tirx.const(elements.outside, elements.dtype)
 
     def copy(self, panel, image, starts: list, width) -> None:
@@ -39,6 +45,14 @@ class Panel:
         first = min(x // 2 * 2, self.problem.width - 2 * lanes)
         both = [self.x[ramp(row + (first + i * lanes), lanes)] for i in range(2)]
         return tirx.Shuffle(both, [x - first + 2 * i for i in range(lanes)])
+
+    def fetch_line(self, row) -> None:
+        """Ask for the line of planes that begins at `row`, if all of them take more than the second-level cache keeps: what is
+        read of one plane is too short for a hardware prefetcher."""
+        p = self.problem
+        if 4 * p.batch * p.channels * p.plane_in > self.room:
+            for column in range(0, p.width, LINE_WORDS):
+                prefetch(self.x[row + column], near=True)
 
     def pack(self, panel, start_of, vectors, width, end=None) -> None:
         """`panel[tap * C + c][pixel]` for `vectors` vectors, number g from output pixel `start_of(g)`; zero where a tap

@@ -28,8 +28,9 @@ from schedules.emission import widest_lanes
 from schedules.errors import ScheduleError
 from schedules.fused import Emission, Fused
 from schedules.sparse_elements import FloatElements, QuadElements, elements_of
-from schedules.sparse_panel import Panel, scratch, small, transpose_quads
+from schedules.sparse_panel import Panel, scratch
 from schedules.sparse_problem import Problem, parts_of, tiles_of
+from schedules.sparse_products import Products
 from schedules.sparse_stores import Stores
 from schedules.target import CpuTarget
 from schedules.windows import LINE_BYTES, prefetch
@@ -101,7 +102,7 @@ def emitted(fused: Fused, target: CpuTarget, points: type, kernels: type) -> tir
     return kernel.func
 
 
-class Planes(Stores):
+class Planes(Products, Stores):
     """Emits one kernel. Python loops unroll, `T.serial` loops.
 
     Sums are kept `[channel][pixel]` in the order of the channels, or, where a block is a multiple of 4 channels and one
@@ -129,7 +130,7 @@ class Planes(Stores):
         )
         self.pointer, self.index = buffers["pointer"], buffers["index"]
         self.values, self.order = buffers["values"], buffers["order"]
-        self.panel = Panel(problem, self.lanes, self.x, elements)
+        self.panel = Panel(problem, target, self.x, elements)
         self.parts = parts_of(problem.outputs, point.part)
         self.chunks = -(-problem.panel_rows // point.chunk)
         # Tiles of planes end within an image, where the last vectors overlap.
@@ -206,7 +207,7 @@ class Planes(Stores):
         """Where tile number `tile` of a `division` (`tiles_of`) begins, and how many vectors it has."""
         tiles, most, large = division
         first, vectors = T.Bind(tile * (most * self.lanes)), most
-        if not (isinstance(large, int) and large == tiles):
+        if large < tiles:
             vectors = T.Bind(tirx.Select(tile < large, _i(most), _i(most - 1)))
             first = T.Bind(first - tirx.max(tile - large, 0) * self.lanes)
         return first, vectors
@@ -221,6 +222,16 @@ class Planes(Stores):
                 body(most)
             with T.Else():
                 body(most - 1)
+
+    def _each_tile(self, division: tuple[int, int, int], body) -> None:
+        """`body(first, vectors)` for the tiles of a `division` (`tiles_of`): the large ones in a loop, those with one vector
+        less in another."""
+        tiles, most, large = division
+        behind = large * most * self.lanes
+        for count, vectors, lead in ((large, most, 0), (tiles - large, most - 1, behind)):
+            if count:
+                with T.serial(0, count) as tile:
+                    body(T.Bind(tile * (vectors * self.lanes) + lead), vectors)
 
     def _compute(self, panel, sums, first, vectors, most: int, share) -> None:
         """The share-th part of the output channels for `vectors` (`most` or one less) vectors from pixel `first`."""
@@ -254,9 +265,6 @@ class Planes(Stores):
         if channels != self.point.part and count > 1:
             channels = T.Bind(tirx.Select(part == count - 1, _i(channels), _i(self.point.part)))
         return T.Bind(part * self.point.part), channels
-
-    def _zeros(self):
-        return T.broadcast(tirx.const(0, self.elements.dtype), self.lanes)
 
     def _sums_size(self, vectors: int) -> int:
         block = self.problem.block
@@ -300,98 +308,6 @@ class Planes(Stores):
     def _place(self, row, first, width):
         """Where in the sums those of row `row` of a part begin."""
         return row * width
-
-    def _stride(self, width: int):
-        """Sums of a row."""
-        return width
-
-    def _multiply_rows(
-        self, panel, sums, base, span, first_row, lane, vectors: int, channel
-    ) -> list:
-        """`rows` channels from `channel` on: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of
-        each, panel rows from `first_row`. The sums of further chunks begin with those from `base`."""
-        lanes, rows = self.lanes, self.point.rows
-        width = vectors * lanes
-        # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.
-        acc = [small((width,), self.elements.dtype) for _ in range(rows)]
-        for r in range(rows):
-            first = self._zeros()
-            if self.bias is not None:
-                at = channel + r
-                if self.problem.outputs % self.problem.block:  # what only fills the last block
-                    at = tirx.min(at, self.problem.outputs - 1)
-                first = T.Bind(T.broadcast(self.bias[at], lanes))
-            for j in range(vectors):
-                start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else first
-                T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
-        begin, end = span
-        with T.serial(0, end - begin) as i:
-            n = T.Bind(begin + i)
-            row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
-            x = [
-                T.Bind(panel[T.ramp(row + self._vector(j, vectors), 1, lanes)])
-                for j in range(vectors)
-            ]
-            self._fetch_ahead(panel, n, width)
-            for r in range(rows):
-                weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
-                for j in range(vectors):
-                    at = T.ramp(j * lanes, 1, lanes)
-                    held = self.elements.add(acc[r][at], weight, x[j], lanes)
-                    T.buffer_store(acc[r], held, [at])
-        return acc
-
-    def _kept(self, base, row: int, vector: int, width: int):
-        """Where in the sums a vector of a tile's row is kept."""
-        return T.ramp(base + (row * self._stride(width) + vector * self.lanes), 1, self.lanes)
-
-    def _keep(self, acc: list, sums, base, vectors: int, channel) -> None:
-        """Sums of the channels from `channel` on from registers to where the store will find them."""
-        lanes = self.lanes
-        width = vectors * lanes
-        if not self.by_quads:
-            for r, row in enumerate(acc):
-                for j in range(vectors):
-                    at = T.ramp(j * lanes, 1, lanes)
-                    T.buffer_store(sums, row[at], [self._kept(base, r, j, width)])
-            return
-        for r in range(0, len(acc), 4):
-            for j in range(vectors):
-                at = T.ramp(j * lanes, 1, lanes)
-                columns = transpose_quads([acc[r + i][at] for i in range(4)], lanes)
-                for q, value in enumerate(columns):
-                    place = base + r * width + (4 * j + q) * lanes
-                    T.buffer_store(sums, value, [T.ramp(place, 1, lanes)])
-
-    def _fetch_ahead(self, panel, n, width: int) -> None:
-        """Fetch what a non-zero after number n will read."""
-
-    def _fetch_row(self, panel, n, width: int, lines: int) -> None:
-        """Fetch what non-zero number n will read, some `lines` of the panel, into the first-level cache."""
-        position = T.Bind(self.index[n].astype("int32"))
-        start = T.Bind(self._panel_start(position, width))
-        for j in range(lines):
-            prefetch(panel[start + j * self.lanes], near=True)
-
-    def _panel_start(self, position, width: int):
-        """Where in the panel the vectors of a packed position begin."""
-        if self.in_place:
-            return position * self.problem.plane_in + self.start
-        return position * width
-
-    def _vector(self, number: int, vectors: int):
-        """Where behind that a tile's vector lies."""
-        # The last one ends with the image.
-        if self.in_place and number == vectors - 1:
-            return self.last
-        return number * self.lanes
-
-    def _begin(self, first, vectors: int) -> None:
-        """A tile from pixel `first` of its image on: where its planes are read, if they are read where they lie."""
-        if self.in_place:
-            image = self.problem.channels * self.problem.plane_in
-            self.start = T.Bind(self.image * image + first)
-            self.last = T.Bind(self._start(first, vectors - 1) - first)
 
     def _fetch_output(self, first, first_channel, width: int, b) -> None:
         """While block number b of a part is computed, fetch its share of the lines that the part is stored with.

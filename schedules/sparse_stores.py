@@ -13,11 +13,8 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules.byte_stores import Cell, quads_of, store_cells, store_quads
 from schedules.emission import covering, pieces, ramp
-from schedules.sparse_panel import joined_quads, scratch, transpose
+from schedules.sparse_panel import NEAR, joined_quads, scratch, transpose
 from schedules.windows import prefetch, splat
-
-# Share of the second-level cache up to which planes are still there when they are written again.
-_NEAR = 0.5
 
 
 class Stores:
@@ -46,7 +43,7 @@ class Stores:
         """Before `rows` channels from `channel` on are multiplied for a tile from `pixel` on, ask for the lines they will be
         stored in, where the output is large: so many planes are more streams than a hardware prefetcher follows."""
         p = self.problem
-        if p.together > 1 or 4 * p.pixels * p.outputs <= _NEAR * self.target.l2_bytes:
+        if p.together > 1 or 4 * p.pixels * p.outputs <= NEAR * self.target.l2_bytes:
             return
         pixel = T.Bind(pixel)
         for r, j in itertools.product(range(self.point.rows), range(vectors)):

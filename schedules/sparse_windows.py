@@ -187,19 +187,18 @@ class WindowsKernel(Planes):
 
     def _compute_band(self, panel, sums, division: tuple[int, int, int], share) -> None:
         """The share-th part of the output channels of a whole band, stored line by line into their planes."""
-        tiles, most, _ = division
         with T.serial(*self._share_of_parts(share)) as part:
             first_channel, channels = self._part(part)
-            with T.serial(0, tiles) as tile:
-                first, vectors = self._tile(tile, division)
+
+            def multiply(
+                first, vectors: int, first_channel=first_channel, channels=channels
+            ) -> None:
                 self.first = first
+                self._multiply(panel, sums, first, first_channel, channels, vectors)
+                if self.staging and self.point.rows < self.problem.together:
+                    self._stage_kept(sums, first_channel, channels, vectors)
 
-                def multiply(count: int, first=first) -> None:
-                    self._multiply(panel, sums, first, first_channel, channels, count)
-                    if self.staging and self.point.rows < self.problem.together:
-                        self._stage_kept(sums, first_channel, channels, count)
-
-                self._either(vectors, most, multiply)
+            self._each_tile(division, multiply)
             if self.staging:
                 self._store_staged(first_channel, channels)
             else:
@@ -280,6 +279,7 @@ class WindowsKernel(Planes):
                     with T.Then():
                         plane = (self.image * p.channels + c) * p.plane_in
                         row = T.Bind(plane + h * p.width)
+                        self.panel.fetch_line(row + p.plane_in)
                         for aside, columns in enumerate(asides):
                             self._copy_line(
                                 panel, T.Bind(start + aside * window.plane), row, columns

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the sparse kernels multiply: the non-zeros of a few output channels with vectors of a panel, in registers."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from schedules.sparse_panel import small, transpose_quads
+from schedules.windows import prefetch
+
+
+class Products:
+    """The products of `sparse_planes.Planes`, which has the members they use."""
+
+    def _zeros(self):
+        return T.broadcast(tirx.const(0, self.elements.dtype), self.lanes)
+
+    def _stride(self, width: int):
+        """Sums of a row."""
+        return width
+
+    def _multiply_rows(
+        self, panel, sums, base, span, first_row, lane, vectors: int, channel
+    ) -> list:
+        """`rows` channels from `channel` on: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of
+        each, panel rows from `first_row`. The sums of further chunks begin with those from `base`."""
+        lanes, rows = self.lanes, self.point.rows
+        width = vectors * lanes
+        # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.
+        acc = [small((width,), self.elements.dtype) for _ in range(rows)]
+        for r in range(rows):
+            first = self._zeros()
+            if self.bias is not None:
+                at = channel + r
+                if self.problem.outputs % self.problem.block:  # what only fills the last block
+                    at = tirx.min(at, self.problem.outputs - 1)
+                first = T.Bind(T.broadcast(self.bias[at], lanes))
+            for j in range(vectors):
+                start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else first
+                T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
+        begin, end = span
+        with T.serial(0, end - begin) as i:
+            n = T.Bind(begin + i)
+            row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
+            x = [
+                T.Bind(panel[T.ramp(row + self._vector(j, vectors), 1, lanes)])
+                for j in range(vectors)
+            ]
+            self._fetch_ahead(panel, n, width)
+            for r in range(rows):
+                weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
+                for j in range(vectors):
+                    at = T.ramp(j * lanes, 1, lanes)
+                    held = self.elements.add(acc[r][at], weight, x[j], lanes)
+                    T.buffer_store(acc[r], held, [at])
+        return acc
+
+    def _kept(self, base, row: int, vector: int, width: int):
+        """Where in the sums a vector of a tile's row is kept."""
+        return T.ramp(base + (row * self._stride(width) + vector * self.lanes), 1, self.lanes)
+
+    def _keep(self, acc: list, sums, base, vectors: int, channel) -> None:
+        """Sums of the channels from `channel` on from registers to where the store will find them."""
+        lanes = self.lanes
+        width = vectors * lanes
+        if not self.by_quads:
+            for r, row in enumerate(acc):
+                for j in range(vectors):
+                    at = T.ramp(j * lanes, 1, lanes)
+                    T.buffer_store(sums, row[at], [self._kept(base, r, j, width)])
+            return
+        for r in range(0, len(acc), 4):
+            for j in range(vectors):
+                at = T.ramp(j * lanes, 1, lanes)
+                columns = transpose_quads([acc[r + i][at] for i in range(4)], lanes)
+                for q, value in enumerate(columns):
+                    place = base + r * width + (4 * j + q) * lanes
+                    T.buffer_store(sums, value, [T.ramp(place, 1, lanes)])
+
+    def _fetch_ahead(self, panel, n, width: int) -> None:
+        """Fetch what a non-zero after number n will read."""
+
+    def _fetch_row(self, panel, n, width: int, lines: int) -> None:
+        """Fetch what non-zero number n will read, some `lines` of the panel, into the first-level cache."""
+        position = T.Bind(self.index[n].astype("int32"))
+        start = T.Bind(self._panel_start(position, width))
+        for j in range(lines):
+            prefetch(panel[start + j * self.lanes], near=True)
+
+    def _panel_start(self, position, width: int):
+        """Where in the panel the vectors of a packed position begin."""
+        if self.in_place:
+            return position * self.problem.plane_in + self.start
+        return position * width
+
+    def _vector(self, number: int, vectors: int):
+        """Where behind that a tile's vector lies."""
+        if self.in_place and number == vectors - 1:
+            return self.last
+        return number * self.lanes
+
+    def _begin(self, first, vectors: int) -> None:
+        """A tile from pixel `first` of its image on: where its planes are read, if they are read where they lie."""
+        if self.in_place:
+            image = self.problem.channels * self.problem.plane_in
+            self.start = _fixed(self.image * image + first)
+            self.last = (vectors - 1) * self.lanes
+            if self.problem.computed % self.lanes:  # the last one ends with the image
+                self.last = T.Bind(self._start(first, vectors - 1) - first)
+
+
+def _fixed(value):
+    """`value` where it is, not simplified into the addresses that it is added to: constant parts of these stay apart."""
+    kept = small((1,), "int32")
+    T.buffer_store(kept, value, [0])
+    return T.Bind(kept[0])
