@@ -8,8 +8,8 @@ generated here is linked both into what verification and timing run and into the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import tvm
@@ -24,13 +24,18 @@ _NEEDLESS_PASSES = ["s_tir.CompactBufferAllocation"]
 # made itself and constants whose size loading checked. Their own checks were half of a small network's code.
 _CONFIG = {"tirx.disable_assert": True}
 
+_SILENCE = 10.0  # seconds without a word
+
 
 def generate_code(
-    functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target
+    functions: Mapping[str, tirx.PrimFunc],
+    target: tvm.target.Target,
+    progress: Callable[[str], None] | None = None,
 ) -> list[tvm.runtime.Module]:
     """One static library for each function, in their order; whatever the number of threads, the same code.
 
-    Raises UserError if there is no room for object files in the directory for temporary ones.
+    `progress` hears every few seconds how many there are. Raises UserError if there is no room for object files in the
+    directory for temporary ones.
     """
     with tempfile.TemporaryDirectory(prefix="kerf-") as directory:
         check_space(Path(directory), CODE_BYTES)
@@ -40,6 +45,13 @@ def generate_code(
                 pool.submit(_compile, name, function, target, Path(directory) / f"{index}.o")
                 for index, (name, function) in enumerate(functions.items())
             ]
+            pending = set(work)
+            while pending:
+                finished, pending = wait(pending, _SILENCE, FIRST_EXCEPTION)
+                for done in finished:
+                    done.result()  # raises what it raised
+                if pending and progress is not None:
+                    progress(f"{len(work) - len(pending)} of {len(work)} kernels compiled")
             return [done.result() for done in work]
         finally:  # after an error, or Ctrl-C, nothing more is begun
             pool.shutdown(cancel_futures=True)

@@ -58,6 +58,16 @@ def test_the_error_of_one_kernel_ends_it(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_long_work_is_not_silent(monkeypatch):
+    monkeypatch.setattr(code_generation, "_SILENCE", 0.0)
+    monkeypatch.setattr(code_generation, "usable_cores", lambda: 1)
+    said: list[str] = []
+    generate_code(functions(3), detect_host().tvm(), said.append)
+    assert said[0] == "0 of 3 kernels compiled" and set(said) <= {
+        f"{i} of 3 kernels compiled" for i in range(3)
+    }
+
+
 def test_a_full_directory_for_temporary_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     usage = namedtuple("usage", "total used free")
