@@ -38,7 +38,11 @@ from passes.layers import (
     register_operator,
     shape_of,
 )
-from passes.sparse.operators import infer_conv2d_in_planes, infer_dense_in_planes
+from passes.sparse.operators import (
+    hold_together,
+    infer_conv2d_in_planes,
+    infer_dense_in_planes,
+)
 from schedules.errors import KerfError
 
 INT8_CONV2D = "kerf.int8_conv2d"
@@ -99,6 +103,8 @@ def register() -> None:
     for name, infer in layers.items():
         register_operator(name, _typed("int32", functools.partial(infer, together=QUAD)))
     register_operator(INT8_AVERAGE_POOL, _infer_average_pool)
+    for name in (*layers, INT8_AVERAGE_POOL):
+        hold_together(name, QUAD)
     register_operator(QUANTIZE, _typed("uint8"), elementwise=True)
     register_operator(DEQUANTIZE, _infer_floats_of_bytes, elementwise=True)
     register_operator(QUANTIZE_DYNAMIC, _typed("uint8"), elementwise=True)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import math
 
+import tvm
 from tvm import relax
 
 from passes.layers import (
@@ -43,6 +44,8 @@ POOLED_CONV2D = "kerf.pooled_conv2d"
 MEAN_OF_PLANES = "kerf.mean_of_planes"
 TRANSPOSE = "kerf.transpose"
 
+# Attribute of operators, see `hold_together`.
+_TOGETHER = "kerf.together"
 # Lines from one plane of a matrix to the next whose multiples are avoided.
 _CROWDED = 8
 
@@ -55,6 +58,19 @@ def register() -> None:
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
     register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
     register_operator(TRANSPOSE, _infer_transpose)
+
+
+def hold_together(name: str, channels: int) -> None:
+    """Say of a registered operator that an element of the planes which it may read and write holds so many neighbouring
+    channels, and not one."""
+    tvm.ir.register_op_attr(name, _TOGETHER, channels)
+
+
+def together_of(value) -> int:
+    """The channels that `hold_together` was told of a value's operator."""
+    op = value.op if isinstance(value, relax.Call) else None
+    said = op.get_attr(_TOGETHER) if isinstance(op, tvm.ir.Op) and op.has_attr(_TOGETHER) else None
+    return int(said or 1)  # of an operator that was told nothing TVM may have the attribute, None
 
 
 def sparse_call(call: relax.Call, grain: str) -> relax.Call:

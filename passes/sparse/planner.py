@@ -23,13 +23,6 @@ from passes.layers import (
     operator_call,
     shape_of,
 )
-from passes.quantized.operators import (
-    INT8_AVERAGE_POOL,
-    INT8_CONV2D,
-    INT8_DENSE,
-    INT8_POOLED_CONV2D,
-    QUAD,
-)
 from passes.rewriting import (
     Graph,
     axes_of,
@@ -45,6 +38,7 @@ from passes.sparse.operators import (
     in_planes,
     mean_of_planes,
     planes_shape,
+    together_of,
 )
 from schedules import sparse_groups
 
@@ -71,7 +65,12 @@ def is_sparse(value) -> bool:
 
 def is_integer(value) -> bool:
     """Whether a value is a layer of bytes."""
-    return any(is_call(value, op) for op in (INT8_CONV2D, INT8_POOLED_CONV2D, INT8_DENSE))
+    return together_of(value) > 1 and len(value.args) > 1
+
+
+def _is_integer_mean(value) -> bool:
+    """Whether a value is a mean of bytes over windows."""
+    return together_of(value) > 1 and len(value.args) == 1
 
 
 def _is_matrix_product(call: relax.Call) -> bool:
@@ -119,7 +118,7 @@ def _must_read_planes(call: relax.Call) -> bool:
 def _reads_planes(call: relax.Call) -> bool:
     """Whether a sparse layer is to read planes if its input may lie in them."""
     shape = shape_of(call.args[0])
-    if not _gains(call) or (is_integer(call) and shape_of(call.args[1])[1] % QUAD):
+    if not _gains(call) or shape_of(call.args[1])[1] % together_of(call):
         return False
     if _is_matrix_product(call):
         return _pixels(shape) >= FEWEST_PIXELS and _is_one_image(shape)
@@ -137,18 +136,20 @@ def _fits_lines(call: relax.Call) -> bool:
 
 def _is_part_of_quad(call: relax.Call) -> bool:
     """Whether windows are over an image of fewer channels than a quad has."""
-    return shape_of(call.args[0])[-1] < QUAD and math.prod(shape_of(call.args[1])[2:]) > 1
+    return (
+        shape_of(call.args[0])[-1] < together_of(call) and math.prod(shape_of(call.args[1])[2:]) > 1
+    )
 
 
 def _writes_planes(call: relax.Call) -> bool:
     """Whether a sparse layer may write planes."""
     if _is_matrix_product(call) and not _is_one_image(shape_of(call)):
         return False
-    return _gains(call) and not (is_integer(call) and shape_of(call)[-1] % QUAD)
+    return _gains(call) and shape_of(call)[-1] % together_of(call) == 0
 
 
 def _is_mean_over_pixels(call, shape: tuple[int, ...]) -> bool:
-    if is_call(call, INT8_AVERAGE_POOL):
+    if _is_integer_mean(call):
         attrs = attrs_of(call)
         return tuple(attrs["pool_size"]) == shape[1:3] and not any(attrs["padding"])
     return (
@@ -196,7 +197,7 @@ class Planner:
     def _together(self, value) -> int | None:
         """Channels of a plane that a value would be written in; None if it cannot be."""
         if is_sparse(value):
-            return QUAD if is_integer(value) else 1
+            return together_of(value)
         if not _is_elementwise(value):
             return None
         found = {self.together[v] for v in variables(value) if v in self.together}
@@ -233,7 +234,7 @@ class Planner:
         if is_sparse(read):
             return _reads_planes(read) and self._together(read) == self.together[var]
         if _is_mean_over_pixels(read, shape_of(var)):
-            return is_call(read, "relax.mean") or self.together[var] == QUAD
+            return is_call(read, "relax.mean") or self.together[var] == together_of(read)
         return reader in self.planes and shape_of(reader) == shape_of(var)
 
     def run(self) -> relax.Function:
@@ -275,7 +276,7 @@ class Planner:
             shape, together = shape_of(var), self.together[var]
             args = [self._operand(graph, a, shape, together) for a in value.args]
             return relax.Call(value.op, args, value.attrs, value.ty_args)
-        if is_call(value, INT8_AVERAGE_POOL):
+        if _is_integer_mean(value):
             attrs = attrs_of(value) | {"image": list(shape_of(value.args[0])[:3])}
             return operator_call(value.op.name, [graph.substitute(value.args[0])], **attrs)
         x = graph.substitute(value.args[0])
