@@ -245,13 +245,16 @@ def _template(reason: str) -> str:
 
 
 def _why(row: Row) -> str:
-    """Why a layer is not what was asked for, first or at all, where its signs come from, why its zeros are multiplied; empty
+    """Why a layer is not what was asked for, first or at all, where its signs come from, why it is not pruned or its zeros are
+    multiplied; empty
     where nothing is to say."""
     parts = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
     if row.get("declined"):
         parts.append(row["declined"])
     elif signs := (row.get("found") or {}).get("signs"):
         parts.append(f"signs {signs}")
+    elif vain := (row.get("found") or {}).get("not_pruned"):
+        parts.append(f"not pruned: {vain}")
     elif unused := (row.get("found") or {}).get("zeros_unused"):
         parts.append(f"zeros are not skipped: {unused}")
     return "; ".join(parts)

@@ -181,7 +181,8 @@ def decide(
 def _rewrite_graph(
     before: Treated, family: Family, asked: Mapping[str, Treatment], context: Context
 ) -> Treated:
-    """One family's rewriting. Only layers that it takes keep a pruned weight, so it may have to look twice."""
+    """One family's rewriting. Only layers that it takes, and whose zeros it makes use of, keep a pruned weight, so it may have
+    to look twice."""
     keep = {name for name, treatment in asked.items() if treatment.prune}
     reasons: dict[str, str | None] = {}
     while True:
@@ -193,21 +194,25 @@ def _rewrite_graph(
             raise KerfError(
                 f"the family {family.name!r} did not decide", found=", ".join(sorted(missing))
             )
-        refused = [d for d in done.decisions if d.treatment == "dense" and d.layer in keep]
+        refused = {d.layer: d.declined for d in done.decisions if d.treatment == "dense"}
+        in_vain = {d.layer: d.found.get("zeros_unused") for d in done.decisions}
+        refused |= {name: why for name, why in in_vain.items() if why}
+        refused = {name: why for name, why in refused.items() if name in keep}
         if not refused:
             break
         # Without its pruned weight a layer declines for another reason than the one that counts.
-        reasons |= {d.layer: d.declined for d in refused}
+        reasons |= refused
         keep -= reasons.keys()
     reference = done.reference
     if reference is None:
         reference = _prune_layers(before.reference, pruned)
     own = {d.layer: replace(d, pruned=d.pruned or d.layer in keep) for d in done.decisions}
-    own |= {
-        name: replace(own[name], declined=reason)
-        for name, reason in reasons.items()
-        if own[name].treatment == "dense"
-    }
+    for name, reason in reasons.items():
+        if own[name].treatment == "dense":
+            own[name] = replace(own[name], declined=reason)
+        else:
+            found = {k: v for k, v in own[name].found.items() if k != "zeros_unused"}
+            own[name] = replace(own[name], found={**found, "not_pruned": reason})
     decisions = [own.get(d.layer, d) for d in before.decisions]
     notes = (*before.notes, *done.notes)
     return Treated(reference, done.treated, decisions, done.floats or before.floats, notes)

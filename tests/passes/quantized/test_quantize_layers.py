@@ -322,15 +322,22 @@ def test_pruned_weights_keep_their_zeros_and_name_their_grain(build, observing, 
      ((34, 1), {"density": 0.1, "grain": "block:4x4"}, None),
      ((32, 1), {"density": 0.1, "grain": "block:4x4"}, None)],
 )  # fmt: skip
-def test_zeros_that_are_not_skipped_say_why(build, observing, rng, channels, parameters, words):
+def test_layers_are_pruned_only_where_zeros_are_skipped(
+    build, observing, rng, channels, parameters, words
+):
     shape, groups = (1, channels[0], 8, 8), channels[1]
     mod = build([shape], lambda b, x: conv(b, x, rng, 32, name="a", groups=groups))
     context = Context(NAMED["avx512"], observing([[floats(rng, *shape)]]))
     treatment = Treatment("int8", {**PLAIN, **parameters}, prune=True)
-    (decision,) = treat_layers(mod, {"a": treatment}, context).decisions
-    assert decision.treatment == "int8"
-    assert ("zeros_unused" in decision.found) == (words is not None)
-    assert (words or "") in decision.found.get("zeros_unused", "")
+    found = treat_layers(mod, {"a": treatment}, context)
+    (decision,), (call,) = found.decisions, calls(found.treated, int8.INT8_CONV2D)
+    assert decision.treatment == "int8" and decision.pruned == (words is None)
+    assert ("not_pruned" in decision.found) == (words is not None)
+    assert (words or "") in decision.found.get("not_pruned", "")
+    assert "zeros_unused" not in decision.found
+    assert (np.count_nonzero(const_array(call.args[1])) > 0.9 * np.prod(decision.weight_shape)) == (
+        words is not None
+    )
 
 
 def test_zeros_at_another_grain_say_so(build, observing, rng):
