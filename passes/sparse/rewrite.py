@@ -30,10 +30,11 @@ from schedules.errors import Declined
 
 
 def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Context) -> Rewritten:
-    """See `Family.rewrite`. A layer that lost channels counts as taken, even where what is left of it is dense, if that
-    is what was asked, or if its zeros were there already: pruning at another grain has to pay for itself.
+    """See `Family.rewrite`. A layer that lost channels counts as taken, even where what is left of it is dense. One that was
+    pruned at a grain that does not take channels must have been worth taking before it lost them.
 
-    A layer is judged alone first: what its neighbours lose may depend on prunings that are yet to be refused.
+    A layer is judged alone first: what its neighbours lose may depend on prunings that are yet to be refused. Refused, it
+    would be the whole dense layer again, not what is left of it.
     """
     densities = {
         name: t.parameters["density"]
@@ -66,11 +67,17 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
         return call if isinstance(outcome, Declined) else outcome
 
     treated = rewrite_layers(compacted, take)
+    smaller = {a.name for a in asked if a.name not in refused and channels[a.name].changed}
     decisions = [
-        _decision(layer, treatments[layer.name], outcomes[layer.name], channels[layer.name])
+        _decision(
+            layer,
+            treatments[layer.name],
+            outcomes[layer.name],
+            channels[layer.name],
+            layer.name in smaller,
+        )
         for layer in asked
     ]
-    smaller = {d.layer for d in decisions if d.treatment != "dense" and channels[d.layer].changed}
     units = units_of(mod, smaller, blocks) if smaller else {}
     decisions = [replace(d, unit=units.get(d.layer)) for d in decisions]
     return Rewritten(treated, decisions, reference=mod if densities else None)
@@ -106,9 +113,13 @@ def units_of(mod: tvm.IRModule, names: Set[str], blocks: Mapping[str, int]) -> d
 
 
 def _decision(
-    layer: Layer, treatment: Treatment, outcome: relax.Call | Declined, channels: LayerChannels
+    layer: Layer,
+    treatment: Treatment,
+    outcome: relax.Call | Declined,
+    channels: LayerChannels,
+    smaller: bool,
 ) -> Decision:
-    taken = not isinstance(outcome, Declined) or smaller_as_asked(treatment, channels)
+    taken = not isinstance(outcome, Declined) or smaller
     decision = decide(layer, treatment, None if taken else outcome.reason)
     facts, declined = dict(decision.found), decision.declined
     if isinstance(outcome, relax.Call):

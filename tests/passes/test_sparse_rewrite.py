@@ -112,6 +112,27 @@ def test_what_declines_says_why_with_its_pruned_weight_not_with_its_own(network)
     assert "density 90%" in by_name["b"].declined
 
 
+def test_what_is_left_of_a_layer_stays_dense_but_small_where_its_zeros_no_longer_pay(build, rng):
+    """19 kernels of 192 are left, in 7 filters: the layer was worth taking whole, and would be that again if refused."""
+
+    def body(builder, x):
+        stem = rng.standard_normal((64, 3, 7, 7)).astype("float32")
+        stem[:7] *= 10
+        y = builder.emit(conv2d(x, relax.const(stem), name="stem", padding=(3,) * 4))
+        pointwise = relax.const(rng.standard_normal((64, 64, 1, 1)).astype("float32"))
+        return conv2d(y, pointwise, name="next")
+
+    found, by_name = treat(
+        build([(1, 3, 56, 56)], body), names=("stem",), grain="kernel", density=0.1
+    )
+    decision = by_name["stem"]
+    assert decision.treatment == "sparse" and decision.pruned and decision.declined is None
+    assert decision.found["outputs"] == [64, 7]
+    # Both are dense operators.
+    assert shapes(found.treated) == {"stem": (7, 3, 7, 7), "next": (64, 7, 1, 1)}
+    assert np.count_nonzero(layers_of(found.treated)[0].weight) == 19 * 49
+
+
 def test_weights_that_are_not_numbers_cannot_be_pruned(build):
     weight = np.full((64, 64, 3, 3), np.nan, np.float32)
     mod = build([(1, 64, 8, 8)], lambda _b, x: conv2d(x, relax.const(weight), name="l"))
