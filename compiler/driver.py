@@ -303,9 +303,8 @@ def compile_variants(
     from passes.treat_layers import treat_layers
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:
-        return pipeline.compile_graph(
-            name, pipeline.fuse_graph(pipeline.lay_out(mod), options.target), options.target
-        )
+        fused = pipeline.fuse_graph(pipeline.lay_out(mod), options.target)
+        return pipeline.compile_graph(name, fused, options.target, progress=say)
 
     def graphs_of(found) -> Graphs:
         notes = (*found.notes, *left_apart(found.treated))

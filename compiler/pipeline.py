@@ -165,7 +165,11 @@ def _mark_crops() -> tvm.transform.Pass:
 
 
 def compile_graph(
-    name: str, graph: FusedGraph, target: CpuTarget, earlier: CompiledVariant | None = None
+    name: str,
+    graph: FusedGraph,
+    target: CpuTarget,
+    earlier: CompiledVariant | None = None,
+    progress: Progress | None = None,
 ) -> CompiledVariant:
     """Schedule and compile one variant. One compiled `earlier` for the same target and model lends its code if that is
     the same, whatever the constants are."""
@@ -196,7 +200,7 @@ def compile_graph(
     program = tvm.IRModule({"main": lowered["main"]}, attrs=lowered.attrs)
     executable = relax.build(program, tvm_target, relax_pipeline=None)
     executable.mod.clear_imports()  # the empty C source of a program without kernels
-    for code in generate_code(functions, tvm_target):
+    for code in generate_code(functions, tvm_target, progress):
         executable.mod.import_module(code)
     return CompiledVariant(
         name=name,
