@@ -93,6 +93,12 @@ def offsets(problem: Problem, lines: int) -> np.ndarray:
     return c + (r % sh * window.phases[1] + s % sw) * window.plane + r // sh * window.line + s // sw
 
 
+def lines_of(point) -> int:
+    """The output lines of a tile of any sparse kernel's point, where indices are places in padded planes; 0 where they are
+    panel rows."""
+    return getattr(point, "lines", 0)
+
+
 def bands(problem: Problem, lines: int) -> int:
     """Tiles of one image."""
     return -(-problem.out_height // lines)

@@ -22,7 +22,7 @@ from passes.quantized.operators import GRAINS, QUAD
 from passes.sparse.format import block_pattern
 from passes.sparse.lowering import definition, pack_at, structure_for
 from passes.sparse.operators import image_of
-from schedules import pooled_windows, sparse_near, sparse_windows
+from schedules import pooled_windows, sparse_windows
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
@@ -119,8 +119,7 @@ def lower_sparse(
     )  # fmt: skip
     shift = 128 if reads_signed_pixels(target) else 0
     product = _product_with(zero_point, shift, problem.planes_in)
-    in_windows = structure in (sparse_windows, sparse_near, pooled_windows)
-    lines = point.lines if in_windows else 0
+    lines = sparse_windows.lines_of(point)
     kind = "dense" if dense else f"conv{windows.r}x{windows.s}"
     hint = f"int8_sparse_{kind}_{grain.replace(':', '')}"
     zero, image = tirx.const(0, "int32"), image_of(call)

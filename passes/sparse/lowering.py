@@ -137,10 +137,8 @@ def lower_at(
     notes = annotations(loops, problem=problem.to_dict(), point=point.to_dict())
     kind = "dense" if weight.ndim == 2 else "conv{}x{}".format(*problem.kernel)
     hint = f"sparse_{kind}_{attrs['grain'].replace(':', '')}"
-    in_windows = structure in (sparse_windows, sparse_groups, sparse_near)
-    lines = point.lines if in_windows else 0
     define = definition(
-        problem, lines, packed, shape_of(call), notes, rows=image_of(call),
+        problem, sparse_windows.lines_of(point), packed, shape_of(call), notes, rows=image_of(call),
         by_group=structure is sparse_groups,
     )  # fmt: skip
     return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))
