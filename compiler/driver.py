@@ -299,7 +299,7 @@ def compile_variants(
     """
     from compiler import pipeline
     from compiler.pipeline import Graphs
-    from passes.sparse.pool_convolutions import left_apart
+    from passes.pool_convolutions import left_apart
     from passes.treat_layers import treat_layers
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:

@@ -106,8 +106,8 @@ def canonical_passes() -> list[tvm.transform.Pass]:
 def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
     """Channels last for the whole graph, planes where sparse layers hand them to one another; pooling in convolutions."""
     from passes.channels_last import ChannelsLast
+    from passes.pool_convolutions import PoolConvolutions
     from passes.sparse.keep_planes import KeepPlanes
-    from passes.sparse.pool_convolutions import PoolConvolutions
 
     return tvm.transform.Sequential([PoolConvolutions(), ChannelsLast(), KeepPlanes()])(mod)
 

@@ -196,7 +196,7 @@ def _evaluate_jumping(
 ) -> tuple[dict, Steps]:
     """As `_evaluate_both`, but from one rounding to steps to the next, on the kernels' own steps."""
     from passes.evaluate import evaluate
-    from passes.sparse.pool_convolutions import PoolConvolutions
+    from passes.pool_convolutions import PoolConvolutions
 
     graph = PoolConvolutions()(graph)  # steps that are pooled in the same kernel lie nowhere
     written = written_tensors(model, arrays, float_jump_sizes(graph, jumping))

@@ -12,6 +12,7 @@ from tvm import relax
 
 from passes.layers import attrs_of, const_array, shape_of
 from passes.treatment import Decision, Treatment
+from schedules.errors import Declined
 from schedules.preparation import Source
 from schedules.target import CpuTarget
 
@@ -63,6 +64,18 @@ class Rewritten:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """How a convolution takes the maximum over windows of its result: as `operator`, with the attributes of
+    `passes/max_pooling.py`, where `suits(call)`, of the convolution in NCHW; Declined says why not, False that there is
+    nothing to say. `rounding` names operators that round its result to steps, rising with their first argument, which
+    may come after the maximum as well."""
+
+    operator: str
+    suits: Callable[[relax.Call], bool | Declined]
+    rounding: Sequence[str] = ()
+
+
 Rewrite = Callable[[tvm.IRModule, Mapping[str, Treatment], Context], Rewritten]
 
 
@@ -111,6 +124,7 @@ class Family:
     calibration data shows of layers, for `inspect`.
     `jumps` names the operators that round to steps, element by element and rising with their first argument: a kernel may
     be a step off where the value lies at a tie, which verification has to know (`compiler/jumps.py`).
+    `pooling` is how the family's convolutions, by operator, take the maxima of the pooling behind them.
     """
 
     name: str
@@ -128,3 +142,4 @@ class Family:
     observed_in: Callable[[tvm.IRModule, Context], Mapping[str, Mapping]] | None = None
     samples: Callable[[], Sequence] = tuple
     jumps: Sequence[str] = ()
+    pooling: Mapping[str, Pooling] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tvm import te, tirx
 
+from schedules import windows
 from schedules.emission import emitting
 from schedules.fused import Fused, annotations
 from schedules.preparation import Source
@@ -36,6 +37,7 @@ from schedules.winograd_points import (
     transformed_point,
     transforming_point,
 )
+from schedules.winograd_pooled import PooledEmitter
 
 __all__ = [
     "LOOPS", "SIZES", "Emitter", "Point", "Problem", "cost", "default_point", "define_stages", "define_winograd", "direct_cost", "pack_weights", "packed_rows", "schedule", "stages", "transformed_point", "transforming_point", "weight_source",
@@ -182,11 +184,16 @@ def define_stages(
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
-    """The kernel for a fused Winograd convolution."""
+    """The kernel for a fused Winograd convolution, or one whose maxima over the windows `pool` are taken."""
     problem, point = (
         Problem.from_dict(fused.point["problem"]),
         Point.from_dict(fused.point["point"]),
     )
-    with emitting(fused, stages(point)) as (kernel, _):
-        Emitter(kernel, problem, point, target, *kernel.inputs).emit()
+    pool = fused.point.get("pool")
+    with emitting(fused, stages(point) + (2 if pool else 0)) as (kernel, _):
+        given = (kernel, problem, point, target, *kernel.inputs)
+        if pool:
+            PooledEmitter(*given, windows.Problem.from_dict(pool)).emit()
+        else:
+            Emitter(*given).emit()
     return kernel.func

@@ -75,28 +75,36 @@ class Emitter:
             self.kernel.write_over_residual()
 
     def emit(self) -> None:
-        point = self.point
-        whole, rest = divmod(self.problem.o, point.panel)
+        self._gather()
+        with self._blocks():
+            self._emit_block()
+
+    def _gather(self) -> None:
+        """What is read in place of a strided convolution's image."""
         if self.problem.stride > 1:
             self.phases = gather_phases(
-                self.x, self.problem, point.m, self.target.lanes, self.parallel
+                self.x, self.problem, self.point.m, self.target.lanes, self.parallel
             )
-        with self._blocks():
-            span = self._span(whole)
-            v = workspace(point.block * self.strides[1])
-            kept: dict = {}
-            for source, branches in enumerate(self.groups):
-                with loop(point.block, parallel=self.by_channels) as tile:
-                    self._transform_input(v, tile, source)
-                if source + 1 < len(self.groups):
-                    kept |= {b: self._keep(whole + bool(rest)) for b in branches}
-                if whole:
-                    with loop(whole // span, parallel=self.by_channels) as part:
-                        panels = Span(part * span, span, span * point.panel)
-                        self._emit_span(v, panels, branches, kept)
-                if rest:
-                    panels = Span(tirx.const(whole, "int32"), 1, rest)
+
+    def _emit_block(self) -> None:
+        """All output channels of the block of tiles from `base` on."""
+        point = self.point
+        whole, rest = divmod(self.problem.o, point.panel)
+        span = self._span(whole)
+        v = workspace(point.block * self.strides[1])
+        kept: dict = {}
+        for source, branches in enumerate(self.groups):
+            with loop(point.block, parallel=self.by_channels) as tile:
+                self._transform_input(v, tile, source)
+            if source + 1 < len(self.groups):
+                kept |= {b: self._keep(whole + bool(rest)) for b in branches}
+            if whole:
+                with loop(whole // span, parallel=self.by_channels) as part:
+                    panels = Span(part * span, span, span * point.panel)
                     self._emit_span(v, panels, branches, kept)
+            if rest:
+                panels = Span(tirx.const(whole, "int32"), 1, rest)
+                self._emit_span(v, panels, branches, kept)
 
     @contextmanager
     def _blocks(self):

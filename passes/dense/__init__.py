@@ -9,6 +9,7 @@ from passes.dense import (
     attention,
     broadcast,
     conv2d,
+    conv2d_max_pool,
     depth_to_space,
     matmul,
     normalization,
@@ -17,12 +18,14 @@ from passes.dense import (
 )
 from passes.evaluate import LAYER_REFERENCES
 from passes.family import Family
+from passes.layers import CONV2D_MAX_POOL
 
 FAMILY = Family(
     name="dense",
     register=layers.register,
     lowerings={
         **conv2d.LOWERINGS,
+        **conv2d_max_pool.LOWERINGS,
         **depth_to_space.LOWERINGS,
         **matmul.LOWERINGS,
         **pooling.LOWERINGS,
@@ -32,5 +35,6 @@ FAMILY = Family(
         **normalization.LOWERINGS,
         **row_sum.LOWERINGS,
     },
-    references=LAYER_REFERENCES,
+    pooling=conv2d_max_pool.POOLING,
+    references={**LAYER_REFERENCES, CONV2D_MAX_POOL: conv2d_max_pool.reference},
 )

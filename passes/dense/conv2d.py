@@ -149,7 +149,7 @@ def problem_of(call: relax.Call) -> contraction.Problem:
 def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
     """Winograd's algorithm where it pays, channel by channel or in small groups where they are, else a contraction."""
     problem, weight = problem_of(call), const_array(call.args[1])
-    planes = _planes_of(bb, call.args[0], problem)
+    planes = planes_of(bb, call.args[0], problem)
     if (fast := winograd.lower(bb, call, target, planes)) is not None:
         return fast
     kind = f"{problem.r}x{problem.s}" + (
@@ -183,7 +183,7 @@ def lower_conv2d(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) ->
     return call_te(bb, define, x, packed, hint=f"conv{kind}_{size}{groups}")
 
 
-def _planes_of(
+def planes_of(
     bb: relax.BlockBuilder, x: relax.Expr, problem: contraction.Problem
 ) -> relax.Expr | None:
     """The image [N, C, H, W] that `x` is the channels-last form of, if it has few channels: read where it is, it is not

@@ -90,7 +90,8 @@ def _one(low, high):
     return tirx.Select(tirx.all(low, high), tirx.const(1.0, "float32"), tirx.const(0.0, "float32"))
 
 
-def _hint(kind: str, problem: Problem) -> str:
+def hint(kind: str, problem: Problem) -> str:
+    """What a pooling kernel is called."""
     return f"{kind}_pool{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}"
 
 
@@ -103,7 +104,7 @@ def lower_max_pool(
         return None
     lanes = target.lanes if dtype == "float32" else 4 * target.lanes
     define = define_max_pool(problem, pooling.default_point(problem, target, lanes))
-    return call_te(bb, define, call.args[0], hint=_hint("max", problem))
+    return call_te(bb, define, call.args[0], hint=hint("max", problem))
 
 
 def lower_average_pool(
@@ -120,7 +121,7 @@ def lower_average_pool(
     if counting == "window" and any(p > g for p, g in zip(problem.padding, given)):
         return None
     define = define_average_pool(problem, pooling.default_point(problem, target), counting)
-    return call_te(bb, define, call.args[0], hint=_hint("average", problem))
+    return call_te(bb, define, call.args[0], hint=hint("average", problem))
 
 
 LOWERINGS: dict[str, Lowering] = {

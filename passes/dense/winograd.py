@@ -18,8 +18,10 @@ from passes.family import LoweredCall
 from passes.hoist_constants import handle_of
 from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
-from schedules import winograd
+from passes.max_pooling import largest_of
+from schedules import windows, winograd
 from schedules.errors import Declined
+from schedules.fused import annotations
 from schedules.spaces import point_for
 from schedules.target import CpuTarget
 
@@ -27,10 +29,10 @@ from schedules.target import CpuTarget
 _WORTH = 0.9
 
 
-def problem_of(call: relax.Call, planar: bool = False) -> winograd.Problem | Declined:
-    """The problem of a `kerf.conv2d` call, or why Winograd's algorithm does not apply to it. `planar`: its image can be
-    had as [N, C, H, W]."""
-    attrs, (o, c, r, s) = attrs_of(call), shape_of(call.args[1])
+def unsuited(call: relax.Call, planar: bool = False) -> Declined | None:
+    """Why Winograd's algorithm does not apply to a `kerf.conv2d` call, in whichever layout; `planar`: its image can be had
+    as [N, C, H, W]."""
+    attrs, (_, _, r, s) = attrs_of(call), shape_of(call.args[1])
     stride = max(attrs["strides"])
     if stride > 1 and not planar:
         return Declined(f"Winograd: strides of {stride} over an image of channels last")
@@ -41,14 +43,21 @@ def problem_of(call: relax.Call, planar: bool = False) -> winograd.Problem | Dec
         ("strides", [stride, stride]),
         ("dilation", [1, 1]),
         ("groups", 1),
-        ("layout", "NHWC"),
     ):
         if attrs[key] != wanted:
             return Declined(f"Winograd: {key} is {attrs[key]}, not {wanted}")
     if attrs.get("winograd", "auto") == "never":
         return Declined("Winograd: forbidden for this layer")
+    return None
+
+
+def problem_of(call: relax.Call, planar: bool = False) -> winograd.Problem | Declined:
+    """The problem of a `kerf.conv2d` call in NHWC, or why there is none: `unsuited`."""
+    if (declined := unsuited(call, planar)) is not None:
+        return declined
+    attrs, (o, c, kernel, _) = attrs_of(call), shape_of(call.args[1])
     n, h, w, _ = shape_of(call.args[0])
-    return winograd.Problem(n, h, w, c, o, tuple(attrs["padding"]), r, stride)
+    return winograd.Problem(n, h, w, c, o, tuple(attrs["padding"]), kernel, max(attrs["strides"]))
 
 
 def choose(problem: winograd.Problem, target: CpuTarget) -> int | Declined:
@@ -89,16 +98,24 @@ def lower_at(
     problem: winograd.Problem,
     point: winograd.Point,
     x: relax.Expr | None = None,
+    pool: windows.Problem | None = None,
 ) -> LoweredCall:
-    """The kernel at a point, whatever the cost rule says; of the image `x`, the call's own if None."""
+    """The kernel at a point, whatever the cost rule says; of the image `x`, the call's own if None; with the maxima over the
+    windows `pool`, if given."""
     source = winograd.weight_source([const_array(call.args[1])], point, problem.stride)
     packed = relax.const(source.prepared())
     height, width = problem.output_hw
 
     def define(x, u):
-        return winograd.define_winograd(x, u, problem, point)
+        if pool is None:
+            return winograd.define_winograd(x, u, problem, point)
+        notes = annotations(
+            winograd.LOOPS, problem=problem.to_dict(), point=point.to_dict(), pool=pool.to_dict()
+        )
+        return largest_of(pool, winograd.define_stages(x, u, problem, point, "winograd"), notes)
 
     kernel = f"_{problem.kernel}x{problem.kernel}s{problem.stride}" if problem.stride > 1 else ""
     hint = f"winograd{point.m}{kernel}_{height}x{width}_{problem.c}_{problem.o}"
+    hint += f"_max_pool{pool.r}x{pool.s}" if pool is not None else ""
     lowered = call_te(bb, define, call.args[0] if x is None else x, packed, hint=hint)
     return LoweredCall(lowered, {handle_of(packed): source})

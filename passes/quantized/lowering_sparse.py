@@ -21,8 +21,10 @@ from passes.max_pooling import largest_of, pool_of
 from passes.quantized.operators import GRAINS, QUAD
 from passes.sparse.format import block_pattern
 from passes.sparse.lowering import definition, pack_at, structure_for
+from passes.sparse.lowering_pooled import pays
 from passes.sparse.operators import image_of
 from schedules import pooled_windows, sparse_windows
+from schedules.errors import Declined
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
@@ -38,6 +40,14 @@ def quads_of(weight: np.ndarray) -> np.ndarray:
     o, c, r, s = weight.shape
     moved = weight.reshape(o, c // QUAD, QUAD, r, s).transpose(0, 1, 3, 4, 2)
     return np.ascontiguousarray(moved).view(np.int32)[..., 0]
+
+
+def suits(conv: relax.Call) -> bool | Declined:
+    """Whether to pool where a `kerf.int8_conv2d` in NCHW is computed: those of sparse weights."""
+    attrs = attrs_of(conv)
+    if "grain" not in attrs:
+        return False
+    return pays(GRAINS[attrs["grain"]], attrs["groups"], -(-shape_of(conv.args[0])[1] // QUAD))
 
 
 def stored_share(weight: np.ndarray, grain: str) -> float:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from passes.family import Family
+from passes.family import Family, Pooling
 from passes.sparse.attention_planes import (
     ATTENTION_PLANES,
     attention_of_planes,
@@ -11,7 +11,7 @@ from passes.sparse.attention_planes import (
 )
 from passes.sparse.detect import found
 from passes.sparse.lowering import lower_mean_of_planes, lower_sparse, lower_transpose
-from passes.sparse.lowering_pooled import lower_pooled
+from passes.sparse.lowering_pooled import lower_pooled, suits
 from passes.sparse.operators import (
     MEAN_OF_PLANES,
     POOLED_CONV2D,
@@ -57,4 +57,5 @@ FAMILY = Family(
     rewrite=rewrite,
     found=found,
     samples=samples,
+    pooling={SPARSE_CONV2D: Pooling(POOLED_CONV2D, suits)},
 )

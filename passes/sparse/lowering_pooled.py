@@ -13,12 +13,28 @@ from tvm import relax
 from passes.layers import attrs_of, const_array, shape_of
 from passes.lower import call_te
 from passes.max_pooling import largest_of, pool_of
+from passes.sparse.format import block_of
 from passes.sparse.lowering import definition, pack_at, problem_of
 from passes.sparse.operators import image_of
-from schedules import pooled_windows, windows
+from schedules import pooled_windows, sparse_groups, windows
+from schedules.errors import Declined
 from schedules.fused import annotations
 from schedules.sparse_problem import Problem
 from schedules.target import CpuTarget
+
+
+def pays(outputs: int, groups: int, channels: int) -> bool | Declined:
+    """Whether to pool where sums are computed that `outputs` channels share a pattern of; over single channels, or quads
+    of them."""
+    if outputs == 1 and not sparse_groups.few_channels(groups, channels):
+        return Declined("single output channels over many channels are faster by pixels")
+    return True
+
+
+def suits(conv: relax.Call) -> bool | Declined:
+    """Whether to pool where a `kerf.sparse_conv2d` in NCHW is computed."""
+    attrs = attrs_of(conv)
+    return pays(block_of(attrs["grain"]), attrs["groups"], shape_of(conv.args[0])[1])
 
 
 def lower_pooled(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:

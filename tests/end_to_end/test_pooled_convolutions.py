@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import compiler
-from passes.sparse import pool_convolutions
+from passes import pool_convolutions
 from tests.end_to_end.test_tiny_models import _zoo
 
 torch = pytest.importorskip("torch")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from passes import pool_convolutions
 from passes.evaluate import evaluate
 from passes.layers import attrs_of, conv2d, is_call, shape_of
+from passes.pool_convolutions import PoolConvolutions, left_apart
 from passes.rewriting import bindings_of
-from passes.sparse import pool_convolutions
 from passes.sparse.family import FAMILY
 from passes.sparse.operators import POOLED_CONV2D, sparse_call
-from passes.sparse.pool_convolutions import PoolConvolutions, left_apart
 from tests.passes.conftest import build_function
 
 op = relax.op

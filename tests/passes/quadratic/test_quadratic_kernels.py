@@ -255,7 +255,9 @@ def test_winograd_is_chosen_where_it_pays(host_tiers):
     target = NAMED["avx512"]
     padding = (1, 1, 1, 1)
     assert winograd.choose(Problem(1, 28, 28, 128, 128, padding, form="rgb"), target) == 4
-    assert isinstance(winograd.choose(Problem(1, 3, 3, 8, 8, padding, form="rgb"), target), Declined)
+    assert isinstance(
+        winograd.choose(Problem(1, 3, 3, 8, 8, padding, form="rgb"), target), Declined
+    )
     _, call = Sample("rgb", (1, 28, 28, 8), (8, 8, 3, 3), (2, 2)).call(
         {b: np.zeros((8, 8, 3, 3), np.float32) for b in "rgb"}, np.zeros((2, 8), np.float32)
     )

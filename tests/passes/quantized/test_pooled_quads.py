@@ -11,14 +11,13 @@ import tvm
 from tvm import relax
 
 from compiler import pipeline
-from passes import layers
+from passes import layers, pool_convolutions
 from passes.evaluate import evaluate
 from passes.layers import attrs_of, is_call
+from passes.pool_convolutions import PoolConvolutions, left_apart
 from passes.quantized import FAMILY
 from passes.quantized import operators as int8
 from passes.rewriting import bindings_of
-from passes.sparse import pool_convolutions
-from passes.sparse.pool_convolutions import PoolConvolutions, left_apart
 from schedules.target import detect_host
 
 op = relax.op

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take the maximum over windows where a convolution is made, so that its whole result never exists.
 
-    rewrite: y = kerf.sparse_conv2d(x, w); z = relu(y + b); max_pool2d(z)
-             ->  y = kerf.pooled_conv2d(x, w); relu(y + b)
-    rewrite: y = kerf.int8_conv2d(x, w, grain); z = kerf.quantize(astype(y + b) * m); max_pool2d(z)
-             ->  y = kerf.int8_pooled_conv2d(x, w, grain); kerf.quantize(astype(y + b) * m)
+    rewrite: y = kerf.conv2d(x, w); z = relu(y + b); max_pool2d(z)
+             ->  y = kerf.conv2d_max_pool(x, w); relu(y + b)
+    and so of every convolution for which its family has such an operator (`Family.pooling`)
     requires: NCHW, as canonicalized
     ensures: the same values, bit for bit but for the sign of zeros
 
@@ -23,6 +22,8 @@ import numpy as np
 import tvm
 from tvm import DataType, relax
 
+from passes import families
+from passes.family import Pooling
 from passes.layers import (
     attrs_of,
     const_array,
@@ -32,11 +33,7 @@ from passes.layers import (
     operator_call,
     shape_of,
 )
-from passes.quantized.operators import GRAINS, INT8_CONV2D, INT8_POOLED_CONV2D, QUAD, QUANTIZE
 from passes.rewriting import Graph, ints, rewrite_function, rewrite_module
-from passes.sparse.format import block_of
-from passes.sparse.operators import POOLED_CONV2D, SPARSE_CONV2D, register
-from schedules import sparse_groups
 from schedules.errors import Declined
 
 # Bytes of what is pooled up to which it stays near until it is read again: at 392 KiB nothing is gained, at 784
@@ -65,10 +62,7 @@ _RISING: dict[str, Callable[[np.ndarray], bool]] = {
     "relax.maximum": _number,
     "relax.minimum": _number,
 }
-# Operators whose result rises with their first operand, whatever it is; of floats that are made of integers none is NaN.
-_RISING_ALONE = ("relax.nn.relu", "relax.nn.relu6", QUANTIZE)
-# Convolution by dtype of its sums, and what computes it with the maxima over windows.
-_POOLED = {"float32": (SPARSE_CONV2D, POOLED_CONV2D), "int32": (INT8_CONV2D, INT8_POOLED_CONV2D)}
+_RISING_ALONE = ("relax.nn.relu", "relax.nn.relu6")  # with their first operand, whatever it is
 _FIRST_ONLY = ("relax.subtract", "relax.divide")  # a constant less the tensor falls with it
 
 
@@ -114,40 +108,34 @@ def _attributes(pool: relax.Call) -> dict | Declined:
     }  # fmt: skip
 
 
-def _few_channels(conv: relax.Call) -> bool:
-    channels = shape_of(conv.args[0])[1]
-    elements = -(-channels // QUAD) if is_call(conv, INT8_CONV2D) else channels
-    return sparse_groups.few_channels(attrs_of(conv)["groups"], elements)
-
-
-def _outputs_of_grain(grain: str) -> int:
-    """Output channels that share a pattern."""
-    return GRAINS[grain] if grain in GRAINS else block_of(grain)
+def _poolings() -> dict[str, Pooling]:
+    return {name: pooling for family in families() for name, pooling in family.pooling.items()}
 
 
 def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
     """What computes a max_pool2d with the convolution behind it in one operator, or why not; None if there is none."""
     if not is_call(pool, "relax.nn.max_pool2d"):
         return None
+    poolings = _poolings()
+    rounding = {name for pooling in poolings.values() for name in pooling.rounding}
     chain: list[tuple[relax.Call, int]] = []
     x, once = pool.args[0], True
     while True:
         value, once = graph.definition(x), once and graph.is_read_once(x)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
-        if any(is_call(value, conv) for conv, _ in _POOLED.values()):
+        if value.op.name in poolings:
             break
-        position = rising_operand(value)
+        position = 0 if value.op.name in rounding else rising_operand(value)
         if position is None:
             return None
         chain.append((value, position))
         x = value.args[position]
-    layer = attrs_of(value)["name"]
-    if str(pool.attrs.layout) != "NCHW" or "grain" not in attrs_of(value):
+    pooling, layer = poolings[value.op.name], attrs_of(value)["name"]
+    suits = pooling.suits(value)
+    if str(pool.attrs.layout) != "NCHW" or suits is False:
         return None
-    if str(value.ty.dtype) not in _POOLED:
-        return None
-    if str(value.ty.dtype) == "float32" and any(is_call(c, QUANTIZE) for c, _ in chain):
+    if any(c.op.name not in pooling.rounding for c, _ in chain if c.op.name in rounding):
         return Declined(f"{layer}: its sums, which may be NaN, are rounded to bytes before")
     if not once:
         return Declined(f"{layer}: others read its result before it is pooled")
@@ -156,12 +144,10 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         return Declined(f"{layer}: {attributes.reason}")
     if DataType(pool.ty.dtype).itemsize * math.prod(shape_of(value)) <= _NEAR:
         return Declined(f"{layer}: its result stays near until it is pooled")
-    if _outputs_of_grain(attrs_of(value)["grain"]) == 1 and not _few_channels(value):
-        return Declined(f"{layer}: single output channels over many channels are faster by pixels")
+    if isinstance(suits, Declined):
+        return Declined(f"{layer}: {suits.reason}")
     attributes["flops"] = 2 * multiply_accumulates(value)
-    new = operator_call(
-        _POOLED[str(value.ty.dtype)][1], list(value.args), **attrs_of(value), **attributes
-    )
+    new = operator_call(pooling.operator, list(value.args), **attrs_of(value), **attributes)
     for call, position in reversed(chain):
         args = list(call.args)
         args[position] = new
@@ -192,5 +178,6 @@ class PoolConvolutions:
     """See the module's docstring."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        register()
+        for family in families():
+            family.register()
         return rewrite_module(mod, lambda func: rewrite_function(func, (_rule,)))
