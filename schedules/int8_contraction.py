@@ -58,6 +58,7 @@ def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
         terms = QuadTerms(kernel, target, whole)
         if "step" in fused.point:
             terms.x = _overlapping(terms.x, problem, fused.point["step"])
+            terms.overlapping = True
         Contraction(kernel, fused.shape, in_quads(problem), point, target.threads, terms).emit()
     return kernel.func
 
@@ -72,6 +73,7 @@ def _overlapping(x, problem: Problem, step: int):
 
 _SUMS = 24  # of a tile, at most: with the weights and pixels of a step they fill the registers
 _FEW_STEPS = 8  # too few for a loop
+_OVERLAPPING_STEPS = 3
 _STAYS = 0.6  # share of the first-level cache: weights that are still there when the next tile needs them
 _TOGETHER = 4  # vectors of bytes in one store
 
@@ -135,6 +137,15 @@ def _panels_first(quads: Problem, point: Point, target: CpuTarget) -> bool:
     return pixels <= 2 * target.l1_bytes
 
 
+def _rows_by_panel(quads: Problem, point: Point, target: CpuTarget) -> bool:
+    """Whether all rows for one panel beat all panels for one row: one panel stays in the first-level cache, several do not."""
+    if quads.flat or not _panel_stays(quads, point.nv, target):
+        return False
+    several = not _panel_stays(quads, len(vectors(quads.group_outputs, target.lanes)), target)
+    pixels = QUAD * quads.n * quads.h * quads.w * quads.c
+    return several and pixels <= contraction.NEAR * target.l2_bytes
+
+
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The tile with the least estimated time, and the order that moves the least memory."""
     quads = in_quads(problem)
@@ -142,7 +153,11 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     if target.threads == 1 and point.order == "blocks" and _panels_first(quads, point, target):
         fetched = contraction.WEIGHTS_OR_PIXELS + contraction.OUTPUT
         point = replace(point, order="panels", prefetch=fetched)
+    elif target.threads == 1 and point.order == "blocks" and _rows_by_panel(quads, point, target):
+        point = replace(point, block=quads.rows)
     steps = quads.s * quads.c
     if steps <= _FEW_STEPS and quads.groups == 1 and quads.dilation[1] == 1:
-        return replace(point, unroll=steps)  # all those of a kernel row
+        # All those of a kernel row, or, where its taps are one whose pixels overlap, not so many that LLVM keeps what these share.
+        overlap = quads.r > 1 and quads.s == 1
+        return replace(point, unroll=min(steps, _OVERLAPPING_STEPS) if overlap else steps)
     return point

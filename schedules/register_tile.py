@@ -396,6 +396,9 @@ class Contraction(FetchesAhead):
             elif point.prefetch & WEIGHTS_OR_PIXELS and self.problem.flat:
                 self._prefetch_pixels(panel, pixels, steps, i * unroll)
             for j in range(unroll):
+                if j and self.terms.overlapping:
+                    # As below for edges: pixels that steps share would be kept, and the sums spilled.
+                    prefetch(self.terms.pixel_byte(tuple(x_index(valid[0], i * unroll + j))))
                 term(i * unroll + j, banks[j % point.sums])
 
         count, done = steps // unroll, 0

@@ -25,6 +25,7 @@ class FloatTerms:
     starts = bias = None  # sums begin at zero
     branches = 1  # sums per output
     planar = False  # x is [N, H, W, C]
+    overlapping = False  # pixels do not begin within others
 
     def __init__(self, kernel: Emission):
         self.x, self.w = kernel.inputs
@@ -80,6 +81,7 @@ class QuadTerms:
     dtype = "int32"
     branches = 1
     planar = False
+    overlapping = False
 
     def __init__(self, kernel: Emission, target: CpuTarget, whole: bool):
         self.x, self.w, *rest = kernel.inputs

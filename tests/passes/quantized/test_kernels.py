@@ -24,7 +24,7 @@ from passes.quantized.problems import (
     depthwise_problems,
     sparse_problems,
 )
-from schedules import dispatch, int8_depthwise, sparse_elements, terms
+from schedules import dispatch, int8_contraction, int8_depthwise, sparse_elements, terms
 from schedules.errors import KerfError
 from schedules.fused import Emission
 from schedules.target import NAMED, CpuTarget, detect_host
@@ -217,6 +217,15 @@ def test_images_are_quantized_into_their_border(target, rng):
         samples
     )
     check(body, images, target)
+
+
+def test_all_rows_for_one_panel_that_stays_near(rng):
+    """Kernels of more than 1x1 whose weights fill the nearest cache, one of their panels not: every sum, and the order."""
+    sample = SampleProblem((2, 5, 9, 64), (80, 64, 3, 3), 131, (("padding", (1, 1, 1, 1)),))
+    problem = int8_contraction.Problem(2, 5, 9, 64, 80, 3, 3, padding=(1, 1, 1, 1))
+    point = int8_contraction.default_point(problem, tiers()[0])
+    assert (point.order, point.block) == ("blocks", 10)
+    check_samples([sample], tiers()[0], rng)
 
 
 def test_borders_count_nothing(rng):
