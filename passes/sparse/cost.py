@@ -17,6 +17,7 @@ from schedules.target import CpuTarget
 _DENSE_EFFICIENCY = 0.73
 _SPARSE_EFFICIENCY = {1: 0.25, 4: 0.45, 8: 0.45, 16: 0.51}
 # Winograd's gain over the direct kernel: 1.25 at 7x7 pixels, 1.7 at 14x14, 3.1 at 56x56.
+_FIRST_LAYER_GAIN = 1.5  # of a 7x7 of stride 2 over 224x224 pixels
 _WINOGRAD_GAIN, _WINOGRAD_PIXELS, _WINOGRAD_GROWTH, _WINOGRAD_MOST = 1.25, 49, 0.22, 3.1
 # Walking one block's non-zeros for one tile: mispredicted branches, sums in and out, what is left of waiting for the output's
 # lines.
@@ -54,6 +55,15 @@ def has_winograd(problem: Problem) -> bool:
     )  # fmt: skip
 
 
+def is_first_layer(problem: Problem) -> bool:
+    """Whether the dense layer may run as Winograd over the phases of an image: strided, of few channels."""
+    (r, s), (stride, along) = problem.kernel, problem.strides
+    return (
+        r == s and stride == along > 1 and -(-r // stride) in (3, 4) and problem.dilation == (1, 1)
+        and problem.groups == 1 and problem.channels <= 4 and problem.outputs >= 32
+    )  # fmt: skip
+
+
 def estimate(problem: Problem, target: CpuTarget) -> Estimate:
     """Dense and sparse cost of a layer on one core."""
     p = problem
@@ -63,7 +73,9 @@ def estimate(problem: Problem, target: CpuTarget) -> Estimate:
     per_output = p.panel_rows // p.groups
     efficiency = _DENSE_EFFICIENCY if p.groups == 1 else _DENSE_GROUPS_EFFICIENCY
     dense = p.pixels * p.outputs * per_output / target.lanes / efficiency
-    if has_winograd(p):
+    if is_first_layer(p):
+        dense /= _FIRST_LAYER_GAIN
+    elif has_winograd(p):
         grown = (p.pixels / _WINOGRAD_PIXELS) ** _WINOGRAD_GROWTH
         dense /= min(_WINOGRAD_MOST, max(1.0, _WINOGRAD_GAIN * grown))
     multiply = vectors * p.stored * p.block / _SPARSE_EFFICIENCY[p.block]
