@@ -15,7 +15,9 @@ class FloatElements:
     """float32 weights and pixels."""
 
     dtype = "float32"
-    outside = 0.0  # a pixel of the padding
+    outside = outside_planes = (
+        0.0  # a pixel of the padding, as it is multiplied and as planes hold it
+    )
 
     def pixels(self, value):
         """Loaded pixels as they are multiplied."""
@@ -35,7 +37,8 @@ class QuadElements:
         self.dot = dot_product(target)
         # Where the dot product takes signed bytes, 128 is subtracted from every pixel.
         self.flip = _quad(0x80) if reads_signed_pixels(target) else 0
-        self.outside = _quad(zero_point) ^ self.flip
+        self.outside_planes = _quad(zero_point)
+        self.outside = self.outside_planes ^ self.flip
 
     def pixels(self, value):
         if not self.flip:

@@ -26,7 +26,8 @@ class Panel:
     ):
         self.problem, self.lanes, self.x, self.elements = problem, target.lanes, x, elements
         self.room = NEAR * target.l2_bytes
-        self.outside = tirx.const(elements.outside, elements.dtype)
+        outside = elements.outside_planes if problem.planes_in else elements.outside
+        self.outside = tirx.const(outside, elements.dtype)
 
     def copy(self, panel, image, starts: list, width) -> None:
         """`panel[c][pixel]` from planes, a vector from each pixel of `starts`."""

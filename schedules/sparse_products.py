@@ -43,10 +43,10 @@ class Products:
         with T.serial(0, end - begin) as i:
             n = T.Bind(begin + i)
             row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
-            x = [
-                T.Bind(panel[T.ramp(row + self._vector(j, vectors), 1, lanes)])
-                for j in range(vectors)
-            ]
+            x = [panel[T.ramp(row + self._vector(j, vectors), 1, lanes)] for j in range(vectors)]
+            if self.problem.planes_in:  # copied as they lie
+                x = [self.elements.pixels(pixels) for pixels in x]
+            x = [T.Bind(pixels) for pixels in x]
             self._fetch_ahead(panel, n, width)
             for r in range(rows):
                 weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))

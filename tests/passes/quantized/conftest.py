@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import pytest
+import tvm
 
 from passes.evaluate import evaluate
-from passes.quantized import FAMILY
+from passes.quantized import FAMILY, lowering, lowering_sparse
+from schedules import int8_depthwise, sparse_elements, terms
 
 
 @pytest.fixture
@@ -30,3 +32,26 @@ def observing():
         return observe
 
     return make
+
+
+@pytest.fixture
+def signed_pixels(monkeypatch):
+    """Kernels as for a target whose dot product takes signed bytes only."""
+
+    def signed(held, quads, weights, width):
+        wide = f"int32x{width}" if width > 1 else "int32"
+        for byte in range(4):
+            up, down = (tvm.tirx.const(n, "int32") for n in (24 - 8 * byte, 24))
+            if width > 1:
+                up, down = (tvm.tirx.Broadcast(n, width) for n in (up, down))
+            x, w = (
+                tvm.tirx.shift_right(tvm.tirx.shift_left(v, up), down)
+                for v in (quads, tvm.tirx.reinterpret(wide, weights))
+            )
+            held = held + x * w
+        return held
+
+    for module in (terms, int8_depthwise, sparse_elements):
+        monkeypatch.setattr(module, "dot_product", lambda target: signed)
+    for module in (terms, int8_depthwise, sparse_elements, lowering, lowering_sparse):
+        monkeypatch.setattr(module, "reads_signed_pixels", lambda target: True)

@@ -16,7 +16,7 @@ from tvm.relax.backend.cpu_generic import pipeline
 from passes import layers
 from passes.evaluate import evaluate
 from passes.lower import lower_operators
-from passes.quantized import FAMILY, lowering, lowering_sparse, reference
+from passes.quantized import FAMILY, reference
 from passes.quantized import operators as int8
 from passes.quantized.problems import (
     SampleProblem,
@@ -24,7 +24,7 @@ from passes.quantized.problems import (
     depthwise_problems,
     sparse_problems,
 )
-from schedules import dispatch, int8_contraction, int8_depthwise, sparse_elements, terms
+from schedules import dispatch, int8_contraction, int8_depthwise, terms
 from schedules.errors import KerfError
 from schedules.fused import Emission
 from schedules.target import NAMED, CpuTarget, detect_host
@@ -248,26 +248,8 @@ def test_border_pixels_alone(rng):
     assert got[0, 0, 0].any() and not got[0, 2, 3].any() == got[0, 0, 0].any()
 
 
-def test_pixels_read_as_signed_bytes(rng, monkeypatch):
+def test_pixels_read_as_signed_bytes(rng, signed_pixels):
     """Instruction sets with a signed dot product only subtract 128 first: the same sums, by plain arithmetic here."""
-
-    def signed(held, quads, weights, width):
-        wide = f"int32x{width}" if width > 1 else "int32"
-        for byte in range(4):
-            up, down = (tvm.tirx.const(n, "int32") for n in (24 - 8 * byte, 24))
-            if width > 1:
-                up, down = (tvm.tirx.Broadcast(n, width) for n in (up, down))
-            x, w = (
-                tvm.tirx.shift_right(tvm.tirx.shift_left(v, up), down)
-                for v in (quads, tvm.tirx.reinterpret(wide, weights))
-            )
-            held = held + x * w
-        return held
-
-    for module in (terms, int8_depthwise, sparse_elements):
-        monkeypatch.setattr(module, "dot_product", lambda target: signed)
-    for module in (terms, int8_depthwise, sparse_elements, lowering, lowering_sparse):
-        monkeypatch.setattr(module, "reads_signed_pixels", lambda target: True)
     samples = [dense_problems()[i] for i in (2, 10)] + depthwise_problems()[2:3]
     samples += [sparse_problems()[i] for i in (2, 3, 8, 10)]
     check_samples(samples, tiers()[0], rng)

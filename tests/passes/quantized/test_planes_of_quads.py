@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 
 from compiler import pipeline
+from compiler.artifact import CompiledVariant
 from passes import layers
 from passes.evaluate import evaluate
 from passes.layers import attrs_of, is_call
@@ -98,6 +99,16 @@ def sides(mod) -> set:
     return {(a.get("planes_in", 0), a.get("planes_out", 0)) for a in found}
 
 
+def run_in_planes(mod, x: np.ndarray) -> tuple[np.ndarray, CompiledVariant]:
+    """What the compiled network makes of x, and its kernels."""
+    target = detect_host()
+    fused = pipeline.fuse_graph(KeepPlanes()(mod), target)
+    compiled = pipeline.compile_graph("planes", fused, target)
+    machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
+    constants = tuple(tvm.runtime.tensor(np.asarray(c)) for c in compiled.constants)
+    return machine["main"](tvm.runtime.tensor(x), constants).numpy(), compiled
+
+
 @pytest.mark.parametrize(
     ("grain", "shape", "channels"),
     [
@@ -114,14 +125,24 @@ def test_a_residual_network_is_exact_in_planes(grain, shape, channels, rng):
     assert sides(kept) == {(0, 1), (1, 1)}
     x = rng.integers(0, 256, shape).astype("uint8")
     (want,) = evaluate(mod, [x], dtype="float32", references=FAMILY.references)
-    target = detect_host()
-    compiled = pipeline.compile_graph("planes", pipeline.fuse_graph(kept, target), target)
+    got, compiled = run_in_planes(mod, x)
     windows = "sparse_near" if grain == "in:4" else "sparse_windows"
     assert {k.loops for k in compiled.kernels if k.layers} == {"sparse_chain", windows}
-    machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
-    constants = tuple(tvm.runtime.tensor(np.asarray(c)) for c in compiled.constants)
-    got = machine["main"](tvm.runtime.tensor(x), constants).numpy()
     assert len(np.unique(want)) > 3 and np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("grain", ["in:4", "block:4x4"])
+def test_planes_are_read_as_signed_bytes(grain, rng, signed_pixels):
+    """As planes hold them, zero points around images too, and not only where channels last are packed."""
+
+    def body(net, x):
+        y = net.conv(net.conv(x, 8, given=3, made=9), 8, 3, given=9)
+        return net.mean(net.conv(y, 8))
+
+    mod = built((1, 9, 11, 8), grain, rng, body)
+    x = rng.integers(0, 256, (1, 9, 11, 8)).astype("uint8")
+    (want,) = evaluate(mod, [x], dtype="float32", references=FAMILY.references)
+    assert np.array_equal(run_in_planes(mod, x)[0], want)
 
 
 NEAR_MISSES = {
