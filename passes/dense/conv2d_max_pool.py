@@ -25,7 +25,7 @@ from schedules.target import CpuTarget
 def suits(call: relax.Call) -> bool:
     """Whether one kernel may compute a `kerf.conv2d` in NCHW and pool it: strided first layers by Winograd's algorithm."""
     first = shape_of(call.args[0])[1] <= conv2d.MOST_PLANES and max(attrs_of(call)["strides"]) > 1
-    return first and str(call.ty.dtype) == "float32" and winograd.unsuited(call, True) is None
+    return first and str(call.args[0].ty.dtype) == "float32" and winograd.unsuited(call, True) is None
 
 
 def reference(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
