@@ -8,9 +8,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from schedules.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # NotImplementedError and RuntimeError: compressed by an unknown method, encrypted.
 _UNREADABLE = (
@@ -23,6 +26,17 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def aligned(array: np.ndarray, alignment: int = 64) -> np.ndarray:
+    """A copy of `array` whose memory begins at a multiple of `alignment` bytes, as that of torch's tensors does."""
+    import numpy as np
+
+    memory = np.empty(array.nbytes + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def read_npz(path: Path) -> dict:

@@ -25,7 +25,7 @@ from tvm.ir.expr import GenericConst
 from schedules import errors
 
 CONV2D = "kerf.conv2d"
-CONV2D_MAX_POOL = "kerf.conv2d_max_pool"
+POOLED_CONV2D = "kerf.pooled_conv2d"
 DENSE = "kerf.dense"
 DEPTH_TO_SPACE = "kerf.depth_to_space"
 
@@ -206,7 +206,7 @@ def infer_depth_to_space(call: relax.Call) -> relax.TensorType:
 def register() -> None:
     """Register the layer operators and our errors; idempotent, called on first use, never at import."""
     register_operator(CONV2D, infer_conv2d)
-    register_operator(CONV2D_MAX_POOL, infer_conv2d)
+    register_operator(POOLED_CONV2D, infer_conv2d)
     register_operator(DENSE, infer_dense)
     register_operator(DEPTH_TO_SPACE, infer_depth_to_space)
     # Raised inside a pass, an error goes through TVM, which would make a RuntimeError of what it does not know.

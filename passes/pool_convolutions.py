@@ -2,7 +2,7 @@
 """Take the maximum over windows where a convolution is made, so that its whole result never exists.
 
     rewrite: y = kerf.conv2d(x, w); z = relu(y + b); max_pool2d(z)
-             ->  y = kerf.conv2d_max_pool(x, w); relu(y + b)
+             ->  y = kerf.pooled_conv2d(x, w); relu(y + b)
     and so of every convolution for which its family has such an operator (`Family.pooling`)
     requires: NCHW, as canonicalized
     ensures: the same values, bit for bit but for the sign of zeros

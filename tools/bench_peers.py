@@ -60,6 +60,7 @@ def measure(
     import numpy as np
 
     from compiler import peers
+    from compiler.arrays import aligned
     from compiler.artifact import open_artifact
     from compiler.comparison import as_arrays, compare
     from compiler.environment import describe_environment
@@ -70,7 +71,7 @@ def measure(
 
     directory = work / name
     with np.load(directory / f"{name}.npz") as file:
-        inputs = [file[key] for key in file.files]
+        inputs = [aligned(file[key]) for key in file.files]
     with pinned(threads) as cores:
         engines, models, layers, verify, sizes = {}, {}, {}, {}, {}
         for build in builds:

@@ -9,23 +9,23 @@ from passes.dense import (
     attention,
     broadcast,
     conv2d,
-    conv2d_max_pool,
     depth_to_space,
     matmul,
     normalization,
+    pooled_conv2d,
     pooling,
     row_sum,
 )
 from passes.evaluate import LAYER_REFERENCES
 from passes.family import Family
-from passes.layers import CONV2D_MAX_POOL
+from passes.layers import POOLED_CONV2D
 
 FAMILY = Family(
     name="dense",
     register=layers.register,
     lowerings={
         **conv2d.LOWERINGS,
-        **conv2d_max_pool.LOWERINGS,
+        **pooled_conv2d.LOWERINGS,
         **depth_to_space.LOWERINGS,
         **matmul.LOWERINGS,
         **pooling.LOWERINGS,
@@ -35,6 +35,6 @@ FAMILY = Family(
         **normalization.LOWERINGS,
         **row_sum.LOWERINGS,
     },
-    pooling=conv2d_max_pool.POOLING,
-    references={**LAYER_REFERENCES, CONV2D_MAX_POOL: conv2d_max_pool.reference},
+    pooling=pooled_conv2d.POOLING,
+    references={**LAYER_REFERENCES, POOLED_CONV2D: pooled_conv2d.reference},
 )

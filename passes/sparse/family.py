@@ -14,9 +14,9 @@ from passes.sparse.lowering import lower_mean_of_planes, lower_sparse, lower_tra
 from passes.sparse.lowering_pooled import lower_pooled, suits
 from passes.sparse.operators import (
     MEAN_OF_PLANES,
-    POOLED_CONV2D,
     SPARSE_CONV2D,
     SPARSE_DENSE,
+    SPARSE_POOLED_CONV2D,
     TRANSPOSE,
     register,
 )
@@ -38,7 +38,7 @@ FAMILY = Family(
     lowerings={
         SPARSE_CONV2D: lower_sparse,
         SPARSE_DENSE: lower_sparse,
-        POOLED_CONV2D: lower_pooled,
+        SPARSE_POOLED_CONV2D: lower_pooled,
         ATTENTION_PLANES: lower_attention_planes,
         MEAN_OF_PLANES: lower_mean_of_planes,
         TRANSPOSE: lower_transpose,
@@ -46,7 +46,7 @@ FAMILY = Family(
     references={
         SPARSE_CONV2D: sparse_conv2d,
         SPARSE_DENSE: sparse_dense,
-        POOLED_CONV2D: pooled_conv2d,
+        SPARSE_POOLED_CONV2D: pooled_conv2d,
         ATTENTION_PLANES: attention_of_planes,
         MEAN_OF_PLANES: mean_of_planes,
         TRANSPOSE: transpose,
@@ -57,5 +57,5 @@ FAMILY = Family(
     rewrite=rewrite,
     found=found,
     samples=samples,
-    pooling={SPARSE_CONV2D: Pooling(POOLED_CONV2D, suits)},
+    pooling={SPARSE_CONV2D: Pooling(SPARSE_POOLED_CONV2D, suits)},
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lower `kerf.pooled_conv2d`: as `kerf.sparse_conv2d`, and the maximum over windows in the same kernel.
+"""Lower `kerf.sparse_pooled_conv2d`: as `kerf.sparse_conv2d`, and the maximum over windows in the same kernel.
 
-rewrite: kerf.pooled_conv2d(x, w, grain)  ->  call_tir(sparse_conv_max_pool, (x, pointer, index, values, order, slot))
+rewrite: kerf.sparse_pooled_conv2d(x, w, grain)  ->  call_tir(sparse_conv_max_pool, (x, pointer, index, values, order, slot))
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sparse layer operators.
 
-`kerf.sparse_conv2d(x, w)`   as `kerf.conv2d`, attribute `grain` more
-`kerf.sparse_dense(x, w)`    as `kerf.dense`, attribute `grain` more
-`kerf.pooled_conv2d(x, w)`   the first, and the maxima over windows of it (`passes/max_pooling.py`)
+`kerf.sparse_conv2d(x, w)`         as `kerf.conv2d`, attribute `grain` more
+`kerf.sparse_dense(x, w)`          as `kerf.dense`, attribute `grain` more
+`kerf.sparse_pooled_conv2d(x, w)`  the first, and the maxima over windows of it (`passes/max_pooling.py`)
 
 The weight stays dense, zeros included, until it is lowered: it is the definition, and packing depends on the kernel.
 
@@ -40,7 +40,7 @@ from schedules.windows import LINE_WORDS
 
 SPARSE_CONV2D = "kerf.sparse_conv2d"
 SPARSE_DENSE = "kerf.sparse_dense"
-POOLED_CONV2D = "kerf.pooled_conv2d"
+SPARSE_POOLED_CONV2D = "kerf.sparse_pooled_conv2d"
 MEAN_OF_PLANES = "kerf.mean_of_planes"
 TRANSPOSE = "kerf.transpose"
 
@@ -54,7 +54,7 @@ _CROWDED = 8
 def register() -> None:
     """Register the sparse operators; idempotent."""
     register_operator(SPARSE_CONV2D, infer_conv2d_in_planes)
-    register_operator(POOLED_CONV2D, infer_conv2d_in_planes)
+    register_operator(SPARSE_POOLED_CONV2D, infer_conv2d_in_planes)
     register_operator(SPARSE_DENSE, infer_dense_in_planes)
     register_operator(MEAN_OF_PLANES, _infer_mean_of_planes)
     register_operator(TRANSPOSE, _infer_transpose)

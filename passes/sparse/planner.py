@@ -32,9 +32,9 @@ from passes.rewriting import (
     variables,
 )
 from passes.sparse.operators import (
-    POOLED_CONV2D,
     SPARSE_CONV2D,
     SPARSE_DENSE,
+    SPARSE_POOLED_CONV2D,
     in_planes,
     mean_of_planes,
     planes_shape,
@@ -58,7 +58,7 @@ def _pixels(shape: tuple[int, ...]) -> int:
 
 def is_sparse(value) -> bool:
     """Whether a value is a sparse layer, of floats or of bytes."""
-    if any(is_call(value, op) for op in (SPARSE_CONV2D, SPARSE_DENSE, POOLED_CONV2D)):
+    if any(is_call(value, op) for op in (SPARSE_CONV2D, SPARSE_DENSE, SPARSE_POOLED_CONV2D)):
         return True
     return is_integer(value) and "grain" in attrs_of(value)
 

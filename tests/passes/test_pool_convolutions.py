@@ -13,7 +13,7 @@ from passes.layers import attrs_of, conv2d, is_call, shape_of
 from passes.pool_convolutions import PoolConvolutions, left_apart
 from passes.rewriting import bindings_of
 from passes.sparse.family import FAMILY
-from passes.sparse.operators import POOLED_CONV2D, sparse_call
+from passes.sparse.operators import SPARSE_POOLED_CONV2D, sparse_call
 from tests.passes.conftest import build_function
 
 op = relax.op
@@ -79,8 +79,10 @@ def check(mod, rng) -> None:
     found = PoolConvolutions()(mod)
     relax.analysis.well_formed(found)
     assert left_apart(mod) == []
-    assert POOLED_CONV2D in names(found) and "relax.nn.max_pool2d" not in names(found)
-    call = next(b.value for b in bindings_of(found["main"]) if is_call(b.value, POOLED_CONV2D))
+    assert SPARSE_POOLED_CONV2D in names(found) and "relax.nn.max_pool2d" not in names(found)
+    call = next(
+        b.value for b in bindings_of(found["main"]) if is_call(b.value, SPARSE_POOLED_CONV2D)
+    )
     assert shape_of(call) == shape_of(mod["main"].body.body)
     conv_pixels = 9 * 11 * 2
     assert attrs_of(call)["flops"] == 2 * 27 * OUTPUTS * conv_pixels
@@ -175,7 +177,7 @@ def test_single_output_channels_over_many_channels_stay(declines):
     declines(PoolConvolutions(), [image], body(1, "element"))
     for groups, grain in ((2, "element"), (1, "out:4")):
         found = PoolConvolutions()(build_function([image], body(groups, grain)))
-        assert POOLED_CONV2D in names(found)
+        assert SPARSE_POOLED_CONV2D in names(found)
 
 
 def test_dense_convolutions_stay(declines):

@@ -14,7 +14,7 @@ from passes import layers
 from passes.max_pooling import largest_reference
 from passes.sparse import lowering_pooled
 from passes.sparse.lowering import pack_at
-from passes.sparse.operators import POOLED_CONV2D, in_planes, register
+from passes.sparse.operators import SPARSE_POOLED_CONV2D, in_planes, register
 from passes.sparse.reference import sparse_conv2d
 from schedules import pooled_windows, sparse_windows
 from schedules.dispatch import loop_structure
@@ -87,7 +87,7 @@ def fused_kernel(
     with bb.function("main", [given]):
         with bb.dataflow():
             attrs = {"name": "l", "layout": "NHWC", "flops": 0, **sample.attrs()}
-            call = layers.operator_call(POOLED_CONV2D, [like, relax.const(weight)], **attrs)
+            call = layers.operator_call(SPARSE_POOLED_CONV2D, [like, relax.const(weight)], **attrs)
             call = bb.normalize(in_planes(bb.normalize(call), given, *planes))
             problem, pool = lowering_pooled.problems_of(call)
             default = pooled_windows.default_point(problem, pool, target)

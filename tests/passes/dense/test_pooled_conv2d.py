@@ -8,13 +8,13 @@ import pytest
 from tvm import relax
 
 from passes import layers
-from passes.dense import conv2d_max_pool
+from passes.dense import pooled_conv2d
 from passes.dense.activation import LOWERINGS as ACTIVATIONS
 from schedules import winograd_pooled
 from schedules.windows import Problem as Windows
 from schedules.winograd import Problem
 
-LOWERINGS = {layers.CONV2D_MAX_POOL: conv2d_max_pool.lower}
+LOWERINGS = {layers.POOLED_CONV2D: pooled_conv2d.lower}
 
 
 def _pool(size=3, strides=2, padding=(1, 1, 1, 1), dilation=1) -> dict:
@@ -30,7 +30,7 @@ def _call(x, w, padding, pool: dict, **attrs) -> relax.Call:
         strides=(2, 2),
     )  # fmt: skip
     return layers.operator_call(
-        layers.CONV2D_MAX_POOL, list(conv.args), **layers.attrs_of(conv), **pool, **attrs
+        layers.POOLED_CONV2D, list(conv.args), **layers.attrs_of(conv), **pool, **attrs
     )
 
 
@@ -40,7 +40,7 @@ def _expected(x, w, padding, pool: dict, bias=0.0, **attrs) -> np.ndarray:
         **attrs, **pool,
     }  # fmt: skip
     last = x.astype(np.float64).transpose(0, 2, 3, 1)
-    return np.maximum(conv2d_max_pool.reference(given, last, w.astype(np.float64)) + bias, 0)
+    return np.maximum(pooled_conv2d.reference(given, last, w.astype(np.float64)) + bias, 0)
 
 
 def _run(run, x, w, padding, pool: dict, target, bias=0.0, **attrs):
@@ -142,7 +142,7 @@ def test_what_is_no_strided_first_layer_is_left_apart():
     def suits(shape, w, **attrs):
         x = relax.Var("x", relax.TensorType(shape, "float32"))
         call = layers.conv2d(x, relax.const(np.zeros(w, np.float32)), name="layer", **attrs)
-        return conv2d_max_pool.suits(call)
+        return pooled_conv2d.suits(call)
 
     assert suits((1, 3, 64, 64), (16, 3, 7, 7), strides=(2, 2))
     for shape, w, attrs in [

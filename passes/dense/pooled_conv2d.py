@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dense convolution and the maximum over windows of its result: in one kernel by Winograd's algorithm, or in two.
 
-rewrite: y = kerf.conv2d_max_pool(x, w)  ->  y = call_tir(winograd_max_pool, (x, packed G w G^T))
+rewrite: y = kerf.pooled_conv2d(x, w)  ->  y = call_tir(winograd_max_pool, (x, packed G w G^T))
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from tvm import relax
 
 from passes.dense import conv2d, pooling, winograd
 from passes.family import LoweredCall, Lowering, Pooling
-from passes.layers import CONV2D, CONV2D_MAX_POOL, attrs_of, operator_call, shape_of
+from passes.layers import CONV2D, POOLED_CONV2D, attrs_of, operator_call, shape_of
 from passes.lower import call_te
 from passes.max_pooling import largest_reference, pool_of
 from passes.numpy_images import conv2d as conv2d_reference
-from schedules import windows, winograd_pooled
-from schedules import winograd as schedules_winograd
+from schedules import windows, winograd_points, winograd_pooled
 from schedules.errors import Declined
 from schedules.pooling import default_point
 from schedules.target import CpuTarget
@@ -25,7 +24,9 @@ from schedules.target import CpuTarget
 def suits(call: relax.Call) -> bool:
     """Whether one kernel may compute a `kerf.conv2d` in NCHW and pool it: strided first layers by Winograd's algorithm."""
     first = shape_of(call.args[0])[1] <= conv2d.MOST_PLANES and max(attrs_of(call)["strides"]) > 1
-    return first and str(call.args[0].ty.dtype) == "float32" and winograd.unsuited(call, True) is None
+    return (
+        first and str(call.args[0].ty.dtype) == "float32" and winograd.unsuited(call, True) is None
+    )
 
 
 def reference(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -58,11 +59,10 @@ def _lower_in_one(
     m = winograd.choose(problem, target)
     if isinstance(m, Declined) or winograd_pooled.windows_of_row(problem, m, pool) is None:
         return None
-    default = winograd_pooled.default_point(
-        problem, schedules_winograd.default_point(problem, m, target)
-    )
-    return winograd.lower_at(bb, conv, problem, default, planes, pool)
+    alone = winograd_points.default_point(problem, m, target)
+    point = winograd_pooled.default_point(problem, alone)
+    return winograd.lower_at(bb, conv, problem, point, planes, pool)
 
 
-LOWERINGS: dict[str, Lowering] = {CONV2D_MAX_POOL: lower}
-POOLING = {CONV2D: Pooling(CONV2D_MAX_POOL, suits)}
+LOWERINGS: dict[str, Lowering] = {POOLED_CONV2D: lower}
+POOLING = {CONV2D: Pooling(POOLED_CONV2D, suits)}
