@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from compiler import peers
+from compiler.arrays import aligned
 from compiler.environment import describe_environment, versions
 from compiler.measure import (
     Latency,
@@ -326,3 +327,20 @@ def test_useful_operations_are_those_of_nonzero_weights():
         {"name": "d"},
     ]
     assert useful_shares(rows) == pytest.approx({"a": 0.1, "b": 1.0, "c": 1.0, "d": 1.0})
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(()),
+        np.arange(7, dtype=np.int8),
+        np.ones((3, 1, 17), np.float32)[::2],
+        np.zeros((0, 3)),
+    ],
+)
+def test_aligned_arrays_are_equal_and_begin_where_kernels_want(array):
+    for alignment in (64, 4096):
+        found = aligned(array, alignment)
+        assert found.ctypes.data % alignment == 0 or not found.size
+        assert found.flags.c_contiguous and found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
