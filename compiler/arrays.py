@@ -28,7 +28,10 @@ _UNREADABLE = (
 )
 
 
-def aligned(array: np.ndarray, alignment: int = 64) -> np.ndarray:
+ALIGNMENT = 64  # bytes; what kernels may assume of every tensor
+
+
+def aligned(array: np.ndarray, alignment: int = ALIGNMENT) -> np.ndarray:
     """A copy of `array` whose memory begins at a multiple of `alignment` bytes, as that of torch's tensors does."""
     import numpy as np
 

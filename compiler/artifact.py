@@ -35,11 +35,8 @@ if TYPE_CHECKING:
 
 FORMAT = "kerf-artifact"
 FORMAT_VERSION = 3
-_READABLE = (
-    1,
-    2,
-    3,
-)  # constants of the first are stored as they are, those of the second never deflated
+# Constants of the first are stored as they are, those of the second never deflated.
+_READABLE = (1, 2, 3)
 MANIFEST = "manifest.json"
 MANIFEST_SUM = "manifest.sha256"
 WEIGHTS = "weights.safetensors"

@@ -250,12 +250,10 @@ def _layouts(tensor: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
     found = []
     if tensor.ndim == 4:
         images, planes, pixels, together = tensor.shape
-        if (images, pixels) == (shape[0], math.prod(shape[2:])) and len(shape) > 1:
-            if (
-                0 <= planes * together - shape[1] < together
-            ):  # the last plane may have unused channels
-                channels = tensor.transpose(0, 1, 3, 2).reshape(images, -1, pixels)
-                found.append(channels[:, : shape[1]].reshape(shape))
+        in_planes = len(shape) > 1 and (images, pixels) == (shape[0], math.prod(shape[2:]))
+        if in_planes and 0 <= planes * together - shape[1] < together:
+            channels = tensor.transpose(0, 1, 3, 2).reshape(images, -1, pixels)
+            found.append(channels[:, : shape[1]].reshape(shape))
         if (images, planes * together, pixels) == (1, shape[-1], math.prod(shape[:-1])):
             found.append(tensor.transpose(0, 2, 1, 3).reshape(shape))
     if tensor.ndim == 4 and len(shape) == 4:

@@ -246,8 +246,7 @@ def _template(reason: str) -> str:
 
 def _why(row: Row) -> str:
     """Why a layer is not what was asked for, first or at all, where its signs come from, why it is not pruned or its zeros are
-    multiplied; empty
-    where nothing is to say."""
+    multiplied; empty where nothing is to say."""
     parts = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
     if row.get("declined"):
         parts.append(row["declined"])

@@ -14,6 +14,7 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
+from compiler.arrays import ALIGNMENT
 from compiler.artifact import (
     Artifact,
     CompiledVariant,
@@ -27,7 +28,6 @@ from compiler.thread_pool import check_threads, prepare_thread_pool, use_threads
 from schedules.errors import ArtifactError, UserError
 from schedules.target import CpuTarget
 
-ALIGNMENT = 64  # bytes; what kernels may assume of every tensor
 _CPU = 1  # DLPack's kDLCPU
 
 

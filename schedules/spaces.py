@@ -319,9 +319,9 @@ def _winograd(problem: winograd.Problem, default: winograd.Point, target: CpuTar
     def estimate(point: winograd.Point) -> float:
         matrices, every = problem.size(point.m) ** 2, math.prod(problem.tiles(point.m))
         step = _step_cycles(point.rows, point.vectors)
-        per_tile = problem.c * step + 4 * point.rows * point.vectors
+        per_tile = problem.depth * step + 4 * point.rows * point.vectors
         per_block = -(-point.block // point.rows) * -(-count // point.vectors) * per_tile
-        transforms = every * (problem.c + problem.o) / lanes * 3
+        transforms = every * (problem.depth + problem.o) / lanes * 3
         return matrices * (-(-every // point.block) * per_block + transforms)
 
     choices = {

@@ -15,9 +15,8 @@ class FloatElements:
     """float32 weights and pixels."""
 
     dtype = "float32"
-    outside = outside_planes = (
-        0.0  # a pixel of the padding, as it is multiplied and as planes hold it
-    )
+    # A pixel of the padding, as it is multiplied and as planes hold it.
+    outside = outside_planes = 0.0
 
     def pixels(self, value):
         """Loaded pixels as they are multiplied."""

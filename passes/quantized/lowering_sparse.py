@@ -10,18 +10,16 @@ outside the image are the zero point, so that all sums of an output channel star
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from tvm import relax, tirx
 
 from passes.layers import attrs_of, shape_of
 from passes.lower import call_te
-from passes.max_pooling import largest_of, pool_of
+from passes.max_pooling import pool_of
 from passes.quantized.operators import GRAINS, QUAD
 from passes.sparse.format import block_pattern
 from passes.sparse.lowering import definition, pack_at, structure_for
-from passes.sparse.lowering_pooled import pays
+from passes.sparse.lowering_pooled import define_pooled, pays
 from passes.sparse.operators import image_of
 from schedules import pooled_windows, sparse_windows
 from schedules.errors import Declined
@@ -91,20 +89,6 @@ def problem_of(call: relax.Call, windows: Windows, weight: np.ndarray) -> Proble
     )  # fmt: skip
 
 
-def _define_pooled(problem: Problem, pool: Windows, lines: int, packed, notes: dict, product, zero):
-    """The te function of a convolution and the maxima over the windows `pool` of its sums, in the layout that `problem` says."""
-    channels_last = replace(problem, planes_out=False)
-    sums = definition(
-        channels_last, lines, packed, (pool.n, pool.h, pool.w, pool.c), {}, product, zero
-    )
-    plane = pool.oh * pool.ow if problem.planes_out else 0
-
-    def define(x, *indexed):
-        return largest_of(pool, sums(x, *indexed), notes, plane, QUAD)
-
-    return define
-
-
 def lower_sparse(
     bb: relax.BlockBuilder, call: relax.Call, x, weight: np.ndarray, windows: Windows, target: CpuTarget,
 ) -> relax.Expr:  # fmt: skip
@@ -136,7 +120,8 @@ def lower_sparse(
     if pool is None:
         kernel = definition(problem, lines, packed, shape, notes, product, zero, image)
     else:
-        kernel = _define_pooled(problem, pool, lines, packed, notes, product, zero)
+        plane = pool.oh * pool.ow if problem.planes_out else 0
+        kernel = define_pooled(problem, pool, lines, packed, notes, plane, product, zero)
         hint += f"_max_pool{pool.r}x{pool.s}"
     total = call_te(bb, kernel, x, *arrays, hint=hint, indices=(1, 2, 4, 5))
     if zero_point == shift:

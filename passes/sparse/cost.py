@@ -16,8 +16,9 @@ from schedules.target import CpuTarget
 # is 12 %. Shares of the peak in the inner loops:
 _DENSE_EFFICIENCY = 0.73
 _SPARSE_EFFICIENCY = {1: 0.25, 4: 0.45, 8: 0.45, 16: 0.51}
-# Winograd's gain over the direct kernel: 1.25 at 7x7 pixels, 1.7 at 14x14, 3.1 at 56x56.
-_FIRST_LAYER_GAIN = 1.5  # of a 7x7 of stride 2 over 224x224 pixels
+# Winograd's gain over the direct kernel: 1.5 for a first layer, 7x7 of stride 2 over 224x224 pixels; of 3x3 layers 1.25 at 7x7
+# pixels, 1.7 at 14x14, 3.1 at 56x56.
+_FIRST_LAYER_GAIN = 1.5
 _WINOGRAD_GAIN, _WINOGRAD_PIXELS, _WINOGRAD_GROWTH, _WINOGRAD_MOST = 1.25, 49, 0.22, 3.1
 # Walking one block's non-zeros for one tile: mispredicted branches, sums in and out, what is left of waiting for the output's
 # lines.

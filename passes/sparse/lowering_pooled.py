@@ -48,6 +48,20 @@ def problems_of(call: relax.Call) -> tuple[Problem, windows.Problem]:
     return replace(problem_of(call), output_plane=0), pool_of(call, image_of(call))
 
 
+def define_pooled(
+    problem: Problem, pool: windows.Problem, lines: int, packed, notes: dict, plane: int, *terms
+):
+    """The te function of the maxima over the windows `pool` of what `definition` computes with `terms`: channels last, or in
+    planes of `plane` elements if that is not 0."""
+    of_pixels = (pool.n, pool.h, pool.w, pool.c)
+    sums = definition(replace(problem, planes_out=False), lines, packed, of_pixels, {}, *terms)
+
+    def define(x, *indexed):
+        return largest_of(pool, sums(x, *indexed), notes, plane, problem.together)
+
+    return define
+
+
 def lower_at(bb: relax.BlockBuilder, call: relax.Call, point: pooled_windows.Point) -> relax.Expr:
     """As `lower_pooled`, with the kernel's parameters given."""
     problem, pool = problems_of(call)
@@ -57,14 +71,8 @@ def lower_at(bb: relax.BlockBuilder, call: relax.Call, point: pooled_windows.Poi
     notes = annotations(
         "pooled_windows", problem=problem.to_dict(), pool=pool.to_dict(), point=point.to_dict()
     )
-    sums = definition(
-        replace(problem, planes_out=False), point.lines, packed, (pool.n, pool.h, pool.w, pool.c), {}
-    )  # fmt: skip
     plane = shape_of(call)[-1] if problem.planes_out else 0
-
-    def define(x, *indexed):
-        return largest_of(pool, sums(x, *indexed), notes, plane)
-
+    define = define_pooled(problem, pool, point.lines, packed, notes, plane)
     kernel, taken = ("{}x{}".format(*size) for size in (problem.kernel, (pool.r, pool.s)))
     hint = f"sparse_conv{kernel}_{grain.replace(':', '')}_max_pool{taken}"
     return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))

@@ -11,15 +11,21 @@ from passes.layers import conv2d, dense
 from passes.quantized.plan_bytes import plan_bytes
 
 
-def residual(rng, shared):
-    """Two dense layers whose sum an int8 layer reads; the first one's result is read by the second if `shared`."""
-    builder = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType((4, 16), "float32"))
+def square(builder, rng):
+    """`layer(data, name)`: a dense layer of 16 inputs and outputs."""
 
     def layer(data, name):
         weight = relax.const(rng.standard_normal((16, 16)).astype(np.float32))
         return builder.emit(dense(data, weight, name=name))
 
+    return layer
+
+
+def residual(rng, shared):
+    """Two dense layers whose sum an int8 layer reads; the first one's result is read by the second if `shared`."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((4, 16), "float32"))
+    layer = square(builder, rng)
     with builder.function("main", [x]):
         with builder.dataflow():
             first = layer(x, "first")
@@ -43,11 +49,7 @@ def test_a_part_of_a_layers_result_is_picked_in_the_sum_and_needs_no_bytes(rng):
     """A gate of a recurrent cell: a slice of what one layer computes for all steps and one of what it carries on."""
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((4, 16), "float32"))
-
-    def layer(data, name):
-        weight = relax.const(rng.standard_normal((16, 16)).astype(np.float32))
-        return builder.emit(dense(data, weight, name=name))
-
+    layer = square(builder, rng)
     with builder.function("main", [x]):
         with builder.dataflow():
             first, second = (
