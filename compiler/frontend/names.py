@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import re
 
-_TRANSPARENT = re.compile(r"\.(weight|kernel|parametrizations\.weight\.original[01]?)$")
+_TRANSPARENT = re.compile(
+    r"\.(weight|kernel|weight_(orig|mask|g|v)|parametrizations\.weight\.original[01]?)$"
+)
 _ANONYMOUS = re.compile(r"onnx::.*|_?val_\d+|_?const(ant)?_?\d*|t_\d+|\d+")
 
 
 def layer_name(parameter: str) -> str:
     """`layer1.0.conv1.weight` -> `layer1.0.conv1`; a parameter called otherwise (`lstm.weight_hh_l0`) keeps its name.
 
-    A parametrised weight (`conv.parametrizations.weight.original0`) is its layer's too.
+    A parametrised weight (`conv.parametrizations.weight.original0`) is its layer's too, and so are the parts of one that
+    `torch.nn.utils.prune` masks (`conv.weight_mask`) or `torch.nn.utils.weight_norm` divides.
     """
     return _TRANSPARENT.sub("", parameter) or parameter
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from passes.sparse.grains import Grain, as_4d
@@ -50,11 +52,17 @@ def coarsest_grain(weight: np.ndarray) -> Grain | None:
     element = Grain.parse("element")
     if kept == 0:
         return Grain.parse("filter")
-    candidates = [g for g in map(Grain.parse, _BLOCKS) if 1 < g.size(weight.shape) <= weight.size]
+    shape = as_4d(weight.shape)
+    # Weights of one block, padding not counted: where there is one input channel, four of them are no grain.
+    sizes = {
+        grain: math.prod(map(min, grain.block_shape(shape), shape))
+        for grain in map(Grain.parse, _BLOCKS)
+    }
+    candidates = [grain for grain, size in sizes.items() if size > 1]
     # A few zeros are no grain that would not drop a single block.
     limit = min((_TOLERATED_FILL - 1) * kept, weight.size - kept - 1)
     # The sort is stable: ties keep the order of the list.
-    for grain in sorted(candidates, key=lambda g: -g.size(weight.shape)):
+    for grain in sorted(candidates, key=lambda g: -sizes[g]):
         if _fill_is_tolerated(grain, nonzero, limit):
             return grain
     for grain in map(Grain.parse, _CONSTRAINTS):

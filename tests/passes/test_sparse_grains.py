@@ -209,6 +209,13 @@ def test_in_a_1x1_convolution_rows_and_kernels_are_elements(rng):
         assert coarsest_grain(pruned(rng, (32, 32, 1, 1), name, 0.2)).name == "element"
 
 
+@pytest.mark.parametrize(
+    ("pruned_at", "grain"), [("element", "element"), ("row", "row"), ("kernel", "filter"), ("out:4", "out:4"), ("block:8x8", "out:8")],
+)  # fmt: skip
+def test_blocks_of_input_channels_are_no_grain_of_depthwise_convolutions(rng, pruned_at, grain):
+    assert coarsest_grain(pruned(rng, (64, 1, 3, 3), pruned_at, 0.3)).name == grain
+
+
 @pytest.mark.parametrize("outputs", [1, 7, 17, 20])
 def test_channels_that_the_block_does_not_divide_are_padded(rng, outputs):
     weight = pruned(rng, (outputs, 40, 3, 3), "out:4", 0.2)
