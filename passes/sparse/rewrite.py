@@ -44,11 +44,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
     mod = prune_filters(mod, densities) if densities else mod
     asked = [layer for layer in layers_of(mod) if layer.name in treatments]
     outcomes = {a.name: treat(a, treatments[a.name].parameters, context.target) for a in asked}
-    blocks = {
-        name: block
-        for name, outcome in outcomes.items()
-        if not isinstance(outcome, Declined) and (block := block_of(attrs_of(outcome)["grain"])) > 1
-    }
+    blocks = {a.name: size for a in asked if (size := _filters_at_once(a, outcomes[a.name])) > 1}
     compacted, channels = compact(mod, blocks)
     refused = {
         name
@@ -81,6 +77,15 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
     units = units_of(mod, smaller, blocks) if smaller else {}
     decisions = [replace(d, unit=units.get(d.layer)) for d in decisions]
     return Rewritten(treated, decisions, reference=mod if densities else None)
+
+
+def _filters_at_once(layer: Layer, outcome: relax.Call | Declined) -> int:
+    """How many neighbouring filters of a layer may only leave together, since its zeros lie in blocks of as many that one
+    filter less would shift. Zeros that all filters have in the same places shift nothing."""
+    if isinstance(outcome, Declined):
+        return 1
+    nonzero = layer.weight != 0
+    return block_of(attrs_of(outcome)["grain"]) if np.any(nonzero != nonzero[:1]) else 1
 
 
 def smaller_as_asked(treatment: Treatment, channels: LayerChannels) -> bool:

@@ -96,6 +96,29 @@ def test_dead_filters_that_are_there_leave_without_being_asked_for(network):
     assert 32 <= shapes(found.treated)["a"][0] < 64
 
 
+@pytest.mark.parametrize(("alike", "filters"), [(True, 32), (False, 64)])
+def test_filters_that_nobody_reads_leave_a_layer_with_zeros_where_these_do_not_shift(
+    network, rng, alike, filters
+):
+    """All filters of `a` have zeros in the same places (grain `channel`), or those of each 16 their own (`out:16`)."""
+    unread = rng.permutation(64)[:32]
+    own = rng.random((4, 64)) < 0.8
+    own[:] = own[:1] if alike else own
+
+    def zero(call):
+        weight = const_array(call.args[1]).copy()
+        if attrs_of(call)["name"] == "a":
+            weight[np.repeat(own, 16, axis=0)] = 0
+        if attrs_of(call)["name"] == "b":
+            weight[:, unread] = 0
+        return relax.Call(call.op, [call.args[0], relax.const(weight)], call.attrs, ret_ty=call.ty)
+
+    _, by_name = treat(rewrite_layers(network, zero), ("a", "b"))
+    assert by_name["a"].found["grain"] == ("channel" if alike else "out:16")
+    assert by_name["a"].treatment == "sparse"
+    assert by_name["a"].found.get("outputs", [64, 64]) == [64, filters]
+
+
 @pytest.mark.parametrize(
     ("grain", "runs"), [("row", "element"), ("kernel", "element"), ("block:8x8", "out:8")]
 )
