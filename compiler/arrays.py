@@ -28,7 +28,7 @@ _UNREADABLE = (
 )
 
 
-ALIGNMENT = 64  # bytes; what kernels may assume of every tensor
+ALIGNMENT = 64  # bytes; what kernels may assume of every tensor but the model's inputs
 
 
 def aligned(array: np.ndarray, alignment: int = ALIGNMENT) -> np.ndarray:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiler.arrays import ALIGNMENT
 from compiler.frontend import TensorSpec
 from compiler.storage import StoredForm, restore
 from schedules.errors import ArtifactError, UserError
@@ -70,7 +71,8 @@ class CompiledVariant:
     `index` tells which constants say where values are rather than what they are: the overhead of a
     sparse format. `sources` has what some constants are made of, None for the others; it may be
     left empty. `unscheduled` holds the fused PrimFuncs before scheduling, by the functions'
-    names; what the kernels must compute.
+    names; what the kernels must compute. Inputs begin at multiples of `input_alignment` bytes and of
+    their elements' size.
     """
 
     name: str
@@ -81,6 +83,7 @@ class CompiledVariant:
     kernels: Sequence[KernelCall]
     unscheduled: Any = None
     sources: Sequence[Source | None] = ()
+    input_alignment: int = ALIGNMENT
 
     @property
     def made_of(self) -> list[tuple[np.ndarray, Source | None]]:
@@ -103,7 +106,8 @@ class ReferenceRun:
 class VariantInfo:
     """A variant as the manifest describes it; `constants` are keys of the weights file in the
     tuple's order, `constant_bytes` their sizes in memory, `stored_bytes` in the file, and
-    `index_bytes` those of the latter that say where values are."""
+    `index_bytes` those of the latter that say where values are; `input_alignment` as of
+    `CompiledVariant`, which older artifacts do not name."""
 
     name: str
     library: str
@@ -114,6 +118,7 @@ class VariantInfo:
     index_bytes: tuple[int, ...]
     kernels: tuple[KernelCall, ...]
     bytes: Mapping[str, int]
+    input_alignment: int = ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -267,6 +272,7 @@ def parse_manifest(path: Path, manifest: Mapping) -> Artifact:
                 **_stored_bytes(v),
                 kernels=tuple(KernelCall(**k) for k in v["kernels"]),
                 bytes=dict(v["bytes"]),
+                input_alignment=int(v.get("input_alignment", ALIGNMENT)),
             )
             for name, v in manifest["variants"].items()
         }

@@ -275,6 +275,7 @@ def _describe(
         "stored_bytes": [sizes[key] for key in keys],
         "index_bytes": [places[key] for key in keys],
         "kernels": [asdict(k) for k in variant.kernels],
+        "input_alignment": variant.input_alignment,
         "bytes": {
             "library": code,
             "weights": weights,

@@ -12,9 +12,11 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
+from compiler.arrays import ALIGNMENT
 from compiler.artifact import CompiledVariant, KernelCall
 from compiler.code_generation import generate_code
 from passes import families
+from passes.accept_unaligned_inputs import AcceptUnalignedInputs
 from passes.hoist_constants import Hoisted, hoist_constants
 from passes.layers import (
     CONV2D,
@@ -191,6 +193,7 @@ def compile_graph(
             [
                 *backend.dataflow_lower_passes(tvm_target),
                 WriteOverResiduals(),
+                *([AcceptUnalignedInputs()] if target.reads_unaligned else []),
                 *backend.finalize_passes(tvm_target),
             ]
         )(scheduled)
@@ -208,6 +211,7 @@ def compile_graph(
         **constants,
         kernels=_kernel_calls(lowered["main"], hoisted, graph, kernels),
         unscheduled=unscheduled,
+        input_alignment=1 if target.reads_unaligned else ALIGNMENT,
     )
 
 

@@ -35,8 +35,8 @@ class LoadedModel:
     """A runnable variant: `model(x, ...)` in the model's order, `model.run({name: array})` by name.
 
     Inputs are numpy arrays or CPU objects with DLPack. They are used where they lie if they are
-    contiguous, writable and 64-byte aligned (torch's are, small numpy arrays often not), else
-    copied into a buffer of the model's. Results are numpy arrays of their own memory. Calls from
+    contiguous, writable and aligned to their elements (to 64 bytes where kernels need it, see
+    `CompiledVariant.input_alignment`), else copied into a buffer of the model's. Results are numpy arrays of their own memory. Calls from
     several threads run one after another.
     """
 
@@ -51,6 +51,7 @@ class LoadedModel:
         kernels: Sequence[KernelCall] = (),
         threads: int = 1,
         parallel: bool = False,
+        input_alignment: int = ALIGNMENT,
     ):
         self.variant = variant
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
@@ -63,6 +64,7 @@ class LoadedModel:
         self._constants = tvm_ffi.Array(list(constants))
         self._arguments = (self._constants,) if len(constants) else ()
         self._dtypes = [np.dtype(s.dtype) for s in self.inputs]
+        self._alignments = [max(input_alignment, dtype.itemsize) for dtype in self._dtypes]
         self._staging: list = [None] * len(self.inputs)
         self._lock = threading.Lock()
         self._aliased: tuple[bool, ...] | None = None
@@ -127,7 +129,7 @@ class LoadedModel:
             if value.shape != spec.shape or value.dtype != self._dtypes[index]:
                 raise self._misfit(spec, value.shape, value.dtype)
             if (
-                value.ctypes.data % ALIGNMENT == 0
+                value.ctypes.data % self._alignments[index] == 0
                 and value.flags.c_contiguous
                 and value.flags.writeable
             ):
@@ -168,7 +170,9 @@ class LoadedModel:
 
     def _aligned(self, index: int, value: Any, tensor: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         try:
-            return tvm_ffi.from_dlpack(value, require_alignment=ALIGNMENT, require_contiguous=True)
+            return tvm_ffi.from_dlpack(
+                value, require_alignment=self._alignments[index], require_contiguous=True
+            )
         except RuntimeError:  # neither is wrong, both only mean a copy
             return self._stage(index, np.from_dlpack(tensor))
 
@@ -239,6 +243,7 @@ def load_variants(
                 kernels=info.kernels,
                 threads=threads,
                 parallel=artifact.target.threads > 1,
+                input_alignment=info.input_alignment,
             )
         )
     return models
@@ -284,4 +289,5 @@ def from_variant(
         kernels=variant.kernels,
         threads=threads,
         parallel=target.threads > 1,
+        input_alignment=variant.input_alignment,
     )

@@ -71,6 +71,12 @@ class CpuTarget:
         return {"avx512": 32, "avx2": 16, "neon": 32, "generic": 16}[self.tier]
 
     @property
+    def reads_unaligned(self) -> bool:
+        """Whether every instruction reads memory from any address. Operands of SSE's have to be aligned, and LLVM makes
+        operands of what it should not (floats that are rounded)."""
+        return self.arch != "x86_64" or self.has("avx")
+
+    @property
     def is_host(self) -> bool:
         """Whether code for this target can run on this machine."""
         host = detect_host()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from compiler import artifact_writer, linker
+from compiler.arrays import ALIGNMENT
 from compiler.artifact import (
     MANIFEST,
     MANIFEST_SUM,
@@ -191,6 +192,11 @@ def test_a_malformed_manifest_is_one_clear_error(copied, change):
     rewrite_manifest(copied, change)
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         open_artifact(copied)
+
+
+def test_inputs_of_older_artifacts_are_aligned(copied):
+    rewrite_manifest(copied, lambda m: [v.pop("input_alignment") for v in m["variants"].values()])
+    assert {v.input_alignment for v in open_artifact(copied).variants.values()} == {ALIGNMENT}
 
 
 def test_another_format_version_is_refused(copied):
