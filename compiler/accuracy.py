@@ -36,6 +36,7 @@ from schedules.errors import UserError
 if TYPE_CHECKING:
     import tvm
 
+    from compiler.frontend import TensorSpec
     from passes.family import Observe
 
 NO_NOISE = 999.0  # decibels, where there is none at all
@@ -170,8 +171,25 @@ class _Signal:
         return 10 * math.log10(self.aa / self.noise) if self.aa else -math.inf
 
 
+def check_labels(evaluation: Evaluation, output: TensorSpec) -> None:
+    """That labels, where there are any, are classes of the rows of the model's first output. Raises UserError."""
+    *rows, classes = output.shape or (0,)
+    for _, labels in evaluation.samples():
+        if labels is None:
+            continue
+        if len(output.shape) < 2 or classes < 2:
+            found, wanted = f"{output.name} {'x'.join(map(str, output.shape))}", "rows of classes"
+        elif len(labels) != math.prod(rows):
+            found, wanted = f"{len(labels)} labels of a sample", str(math.prod(rows))
+        elif not 0 <= labels.min() <= labels.max() < classes:
+            found, wanted = f"classes {labels.min()} to {labels.max()}", f"0 to {classes - 1}"
+        else:
+            continue
+        raise UserError("labels do not fit the model's outputs", found=found, wanted=wanted)
+
+
 def measure_accuracy(dense, compressed, evaluation: Evaluation) -> Accuracy:
-    """Both variants, callables on arrays, on every sample."""
+    """Both variants, callables on arrays, on every sample. Labels must fit (`check_labels`)."""
     signal = _Signal()
     agree, right, rows = 0, [0, 0], 0
     classes = labelled = False
@@ -185,18 +203,6 @@ def measure_accuracy(dense, compressed, evaluation: Evaluation) -> Accuracy:
         rows += len(best[0])
         agree += int((best[0] == best[1]).sum())
         if labels is not None:
-            if len(labels) != len(best[0]):
-                raise UserError(
-                    "labels do not fit the model's outputs",
-                    found=f"{len(labels)} labels of a sample",
-                    wanted=str(len(best[0])),
-                )
-            if not 0 <= labels.min() <= labels.max() < found[0].shape[-1]:
-                raise UserError(
-                    "labels do not fit the model's outputs",
-                    found=f"classes {labels.min()} to {labels.max()}",
-                    wanted=f"0 to {found[0].shape[-1] - 1}",
-                )
             labelled = True
             right = [r + int((b == labels).sum()) for r, b in zip(right, best)]
     agreement = agree / rows if classes else None

@@ -197,7 +197,7 @@ def with_calibration(
 
 def with_evaluation(options: BuildOptions, source, max_drop, imported) -> BuildOptions:
     """The options with data to measure accuracy on. Raises UserError for data or a limit that make no sense."""
-    from compiler.accuracy import check_alike, load_evaluation
+    from compiler.accuracy import check_alike, check_labels, load_evaluation
 
     if source is None:
         raise UserError(
@@ -208,6 +208,7 @@ def with_evaluation(options: BuildOptions, source, max_drop, imported) -> BuildO
     if options.target.missing_on_host():
         raise UserError("cannot be measured for another machine", where="--eval")
     found = load_evaluation(source, imported.inputs)
+    check_labels(found, imported.outputs[0])
     if options.calibration is not None:
         check_alike(options.calibration, found, imported.inputs)
     return replace(options, evaluation=found, max_drop=max_drop)

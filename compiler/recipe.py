@@ -313,7 +313,7 @@ def _treatment(rule: Rule, known: Mapping) -> Treatment:
         try:
             family.check(parsed, rule.prune)
         except ValueError as error:
-            raise RecipeError(str(error), where=rule.place("prune")) from None
+            raise RecipeError(str(error), where=rule.place("prune" if rule.prune else "")) from None
     return Treatment(family.name, parsed, rule.prune)
 
 

@@ -217,6 +217,16 @@ _FACTS = {
     "weights": "weights {}",
 }
 
+# What is said below that table of layers that were taken.
+_REMARKS = {
+    "signs": "signs {}",
+    "not_pruned": "not pruned: {}",
+    "zeros_unused": "zeros are not skipped: {}",
+    "one_grain_kept": "{}",
+    "dead_filters_stay": "dead filters stay: {}",
+    "padded_outputs": "{} output channels of zeros fill its last block",
+}
+
 
 def describe_found(found: Mapping) -> str:
     """`90% zeros, out:4; 64 -> 45 filters`: the zeros of a weight, the coarsest grain they lie in, and what left; the share
@@ -245,17 +255,13 @@ def _template(reason: str) -> str:
 
 
 def _why(row: Row) -> str:
-    """Why a layer is not what was asked for, first or at all, where its signs come from, why it is not pruned or its zeros are
-    multiplied; empty where nothing is to say."""
+    """Why a layer is not what was asked for, first or at all, or what else is to say of how it was taken."""
     parts = [f"not {name}: {reason}" for name, reason in (row.get("passed_on") or {}).items()]
     if row.get("declined"):
         parts.append(row["declined"])
-    elif signs := (row.get("found") or {}).get("signs"):
-        parts.append(f"signs {signs}")
-    elif vain := (row.get("found") or {}).get("not_pruned"):
-        parts.append(f"not pruned: {vain}")
-    elif unused := (row.get("found") or {}).get("zeros_unused"):
-        parts.append(f"zeros are not skipped: {unused}")
+    else:
+        found = row.get("found") or {}
+        parts += [text.format(found[key]) for key, text in _REMARKS.items() if key in found]
     return "; ".join(parts)
 
 

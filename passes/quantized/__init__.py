@@ -19,7 +19,7 @@ from passes.quantized.operators import (
     STEPS,
     register,
 )
-from passes.quantized.parameters import PARAMETERS
+from passes.quantized.parameters import PARAMETERS, check
 from passes.quantized.reference import (
     dequantize,
     dequantize_add,
@@ -34,7 +34,6 @@ from passes.quantized.reference import (
 from passes.quantized.samples import samples
 from passes.quantized.take_imported import describe_imported
 from passes.quantized.treat_graph import prune, rewrite
-from passes.sparse.prune import check
 
 FAMILY = Family(
     name="int8",

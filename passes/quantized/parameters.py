@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from passes.quantized import tricks
 from passes.quantized.operators import GRAINS
 from passes.quantized.ranges import OBSERVERS
+from passes.sparse import prune as pruning
 from passes.treatment import as_number, parse_density
 
 DEFAULTS = {
@@ -53,3 +56,12 @@ PARAMETERS = {
     "grain": _grain,
     **tricks.PARAMETERS,
 }
+
+
+def check(parameters: Mapping[str, object], prune: bool) -> None:
+    """See `Family.check`."""
+    pruning.check(parameters, prune)
+    if "percentile" in parameters and parameters.get("observer") != "percentile":
+        raise ValueError(
+            'only the observer "percentile" reads percentile. Add observer = "percentile"'
+        )

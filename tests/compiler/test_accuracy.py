@@ -11,6 +11,7 @@ import pytest
 from compiler.accuracy import (
     Accuracy,
     check_alike,
+    check_labels,
     hold,
     load_evaluation,
     measure_accuracy,
@@ -44,6 +45,7 @@ def test_top1_of_both_variants_and_what_is_lost(data):
                 row[:] = -row  # its largest is another now
         return out
 
+    check_labels(evaluation, TensorSpec("y", (2, 4), "float32"))
     found = measure_accuracy(lambda x: x, spoiled, evaluation)
     assert (found.rows, found.dense_top1) == (10, 1.0)
     assert found.compressed_top1 == found.agreement == pytest.approx(0.7)
@@ -85,11 +87,21 @@ def test_labels_that_do_not_fit(tmp_path, labels):
         load_evaluation(tmp_path / "e.npz", SPECS)
 
 
-def test_labels_for_another_kind_of_output(data):
-    with pytest.raises(UserError, match="labels do not fit the model"):
-        measure_accuracy(
-            lambda x: np.stack([x, x]), lambda x: np.stack([x, x]), load_evaluation(data, SPECS)
-        )
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((2, 3), "classes 2 to 3"),
+        ((2, 7, 4), "2 labels"),
+        ((2, 1), "y 2x1"),
+        ((2,), "y 2"),
+        ((), "y"),
+    ],
+)
+def test_labels_for_another_kind_of_output(tmp_path, shape, found):
+    np.savez(tmp_path / "e.npz", x=np.zeros((4, 4), "float32"), labels=np.arange(4))
+    evaluation = load_evaluation(tmp_path / "e.npz", SPECS)
+    with pytest.raises(UserError, match=f"labels do not fit the model.*{found}"):
+        check_labels(evaluation, TensorSpec("y", shape, "float32"))
 
 
 def test_data_prepared_in_two_ways_is_refused(rng):

@@ -130,6 +130,9 @@ def test_a_layer_passed_on_says_what_it_is_not():
     assert "[1] 1 layer: not binary: real numbers [2]" in text
     assert "[2] 1 layer: not binary: real numbers; no scale [3]" in text
     assert "[3] 1 layer: signs packed from float32: add lies between" in text
+    found = {"one_grain_kept": "one is kept", "padded_outputs": 3}
+    text = " ".join(shown(report.why_not([row("d", "sparse", found=found)])).split())
+    assert "1 layer: one is kept; 3 output channels of zeros fill its last block" in text
     assert "int8 [1]" in shown([report.layer_table(rows)])
 
 

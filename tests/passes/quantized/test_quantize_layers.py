@@ -378,6 +378,13 @@ def test_parameters_refuse(key, value):
         FAMILY.parameters[key](value)
 
 
+def test_a_percentile_that_no_observer_reads_is_refused():
+    FAMILY.check({"observer": "percentile", "percentile": 99.0}, False)
+    for unread in ({"percentile": 99.0}, {"observer": "mse", "percentile": 99.0}):
+        with pytest.raises(ValueError, match="only the observer"):
+            FAMILY.check(unread, False)
+
+
 def test_the_plan_groups_what_shares_a_scale(build, rng):
     def body(b, x):
         y = conv(b, x, rng, 4, name="a")
