@@ -128,13 +128,8 @@ class LoadedModel:
         if isinstance(value, np.ndarray):
             if value.shape != spec.shape or value.dtype != self._dtypes[index]:
                 raise self._misfit(spec, value.shape, value.dtype)
-            if (
-                value.ctypes.data % self._alignments[index] == 0
-                and value.flags.c_contiguous
-                and value.flags.writeable
-            ):
-                return tvm_ffi.from_dlpack(value)
-            return self._stage(index, value)
+            tensor = self._shared(index, value)
+            return self._stage(index, value) if tensor is None else tensor
         if isinstance(value, tvm_ffi.core.Tensor):
             tensor = value
         elif hasattr(value, "__dlpack__"):
@@ -148,7 +143,8 @@ class LoadedModel:
             )
         if tuple(tensor.shape) != spec.shape or str(tensor.dtype) != spec.dtype:
             raise self._misfit(spec, tuple(tensor.shape), tensor.dtype)
-        return self._aligned(index, value, tensor)
+        shared = self._shared(index, value)
+        return self._stage(index, np.from_dlpack(tensor)) if shared is None else shared
 
     def _import(self, spec: TensorSpec, value: Any) -> tvm.runtime.Tensor:
         device = value.__dlpack_device__()
@@ -168,13 +164,14 @@ class LoadedModel:
                 todo="Pass .detach() of a tensor that requires gradients",
             ) from None
 
-    def _aligned(self, index: int, value: Any, tensor: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+    def _shared(self, index: int, value: Any) -> tvm.runtime.Tensor | None:
+        """The value where it lies, if kernels may read it there."""
         try:
             return tvm_ffi.from_dlpack(
                 value, require_alignment=self._alignments[index], require_contiguous=True
             )
-        except RuntimeError:  # neither is wrong, both only mean a copy
-            return self._stage(index, np.from_dlpack(tensor))
+        except (BufferError, RuntimeError):  # numpy's for read-only arrays; the others' for the rest
+            return None
 
     def _misfit(self, spec: TensorSpec, shape: tuple, dtype: Any) -> UserError:
         found = describe_spec(TensorSpec(spec.name, tuple(shape), str(dtype)))
@@ -193,7 +190,7 @@ class LoadedModel:
         return tensor
 
     def _collect(self, result: Any, tensors: Sequence) -> tuple[np.ndarray, ...]:
-        fields = list(result) if isinstance(result, tvm_ffi.Array) else [result]
+        fields = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
         arrays = tuple(np.from_dlpack(f) for f in fields)
         if (
             self._aliased is None
