@@ -27,9 +27,10 @@ POINT = "kerf.point"
 # Attributes of a PrimFunc: its arguments that nothing reads after any of its calls; of its kernel, the one it writes over.
 DYING = "kerf.dying"
 IN_PLACE = "kerf.in_place"
-# How often a value may read what it is made of and still be bound to a variable or put in its reader's place: TVM's simplifier
-# puts a bound value in place of its variable, each time anew, so that activations of activations would grow without end.
-MOST_READS = 64
+# How often a value may read what it is made of and still be bound to a variable: TVM's simplifier puts a bound value in place
+# of its variable, each time anew, so that activations of activations would grow without end. Less than an exponential reads:
+# rounding to bytes reads one four times, and stores that share a register each read four roundings.
+_MOST_READS = 16
 
 
 def annotations(loops: str, **point) -> dict[str, str]:
@@ -281,7 +282,7 @@ class Emission:
             if key not in bound:  # with what the handles point to, so that they stay those objects'
                 before, reads = reads, 0
                 value = fetch(buffer, at)
-                if reads <= MOST_READS or "bool" in str(value.ty.dtype):
+                if reads <= _MOST_READS or "bool" in str(value.ty.dtype):
                     bound[key] = (_bound(value), max(reads, 1), buffer, at)
                 else:
                     bound[key] = (_in_scratch(value), 1, buffer, at)

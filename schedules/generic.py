@@ -10,11 +10,13 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import Schedule, renew_defs
 
-from schedules.fused import MOST_READS, leaf_blocks
+from schedules.fused import leaf_blocks
 from schedules.target import CpuTarget
 
 _SPATIAL, _REDUCE = 0, 2  # tirx.IterVar types
 _PARALLEL_FROM = 32 * 1024  # elements below which starting the threads costs more than it saves
+# How often a block may read memory for one element and still be computed where it is read, anew for each reader.
+_MOST_READS = 64
 
 
 def schedule(func: tirx.PrimFunc, target: CpuTarget) -> tirx.PrimFunc:
@@ -28,7 +30,7 @@ def schedule(func: tirx.PrimFunc, target: CpuTarget) -> tirx.PrimFunc:
     for block in blocks[:-1]:
         if (
             not _reduces(sch, block)
-            and _reads(sch.get(block).body) <= MOST_READS
+            and _reads(sch.get(block).body) <= _MOST_READS
             and not any(b.same_as(sch.get(block).writes[0].source) for b in outputs)
         ):
             sch.compute_inline(block)
