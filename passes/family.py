@@ -67,12 +67,12 @@ class Rewritten:
 @dataclass(frozen=True)
 class Pooling:
     """How a convolution takes the maximum over windows of its result: as `operator`, with the attributes of
-    `passes/max_pooling.py`, where `suits(call)`, of the convolution in NCHW; Declined says why not, False that there is
-    nothing to say. `rounding` names operators that round its result to steps, rising with their first argument, which
+    `passes/max_pooling.py`, where `suits(call, windows)`, of the convolution in NCHW and these attributes; Declined says
+    why not, False that there is nothing to say. `rounding` names operators that round its result to steps, rising with their first argument, which
     may come after the maximum as well."""
 
     operator: str
-    suits: Callable[[relax.Call], bool | Declined]
+    suits: Callable[[relax.Call, Mapping], bool | Declined]
     rounding: Sequence[str] = ()
 
 

@@ -132,16 +132,16 @@ def pooled(pool: relax.Expr, graph: Graph) -> relax.Call | Declined | None:
         chain.append((value, position))
         x = value.args[position]
     pooling, layer = poolings[value.op.name], attrs_of(value)["name"]
-    suits = pooling.suits(value)
+    attributes = _attributes(pool)
+    suits = attributes
+    if not isinstance(attributes, Declined):
+        suits = pooling.suits(value, attributes)
     if str(pool.attrs.layout) != "NCHW" or suits is False:
         return None
     if any(c.op.name not in pooling.rounding for c, _ in chain if c.op.name in rounding):
         return Declined(f"{layer}: its sums, which may be NaN, are rounded to bytes before")
     if not once:
         return Declined(f"{layer}: others read its result before it is pooled")
-    attributes = _attributes(pool)
-    if isinstance(attributes, Declined):
-        return Declined(f"{layer}: {attributes.reason}")
     if DataType(pool.ty.dtype).itemsize * math.prod(shape_of(value)) <= _NEAR:
         return Declined(f"{layer}: its result stays near until it is pooled")
     if isinstance(suits, Declined):

@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from schedules import contraction
 from schedules.contraction import Point
-from schedules.fused import Fused
+from schedules.fused import Emission, Fused
 from schedules.target import CpuTarget
 from schedules.windows import Problem, tile_rows, vectors
 
@@ -47,20 +47,27 @@ def starts_shape(problem: Problem, point: Point) -> tuple[int, ...]:
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:
     """The kernel of a fused integer contraction. Raises ScheduleError if the packed weights do not fit its parameters."""
     from schedules.register_tile import Contraction
-    from schedules.terms import QuadTerms
 
     problem = Problem.from_dict(fused.point["problem"])
     point = Point.from_dict(fused.point["point"])
     with fused.emit() as kernel:
         kernel.require_packed(packed_shape(problem, point))
-        widths = vectors(problem.group_outputs, point.lanes)
-        whole = all(computed == stored for computed, stored in widths)
-        terms = QuadTerms(kernel, target, whole)
-        if "step" in fused.point:
-            terms.x = _overlapping(terms.x, problem, fused.point["step"])
-            terms.overlapping = True
+        terms = terms_of(kernel, problem, point, target)
         Contraction(kernel, fused.shape, in_quads(problem), point, target.threads, terms).emit()
     return kernel.func
+
+
+def terms_of(kernel: Emission, problem: Problem, point: Point, target: CpuTarget):
+    """What the kernel of a fused integer contraction multiplies and adds."""
+    from schedules.terms import QuadTerms
+
+    widths = vectors(problem.group_outputs, point.lanes)
+    whole = all(computed == stored for computed, stored in widths)
+    terms = QuadTerms(kernel, target, whole)
+    if "step" in kernel.fused.point:
+        terms.x = _overlapping(terms.x, problem, kernel.fused.point["step"])
+        terms.overlapping = True
+    return terms
 
 
 def _overlapping(x, problem: Problem, step: int):
@@ -146,11 +153,22 @@ def _rows_by_panel(quads: Problem, point: Point, target: CpuTarget) -> bool:
     return several and pixels <= contraction.NEAR * target.l2_bytes
 
 
+def _strided_by_panel(quads: Problem, point: Point, target: CpuTarget) -> bool:
+    """Whether all rows of a strided layer for one panel, the next being fetched meanwhile, beat all panels for one row: the
+    pixels that it reads stay near, and are few for the weights (.75 to .99 of the time, measured on ResNet's)."""
+    if quads.stride == (1, 1) or quads.groups > 1 or point.panel >= quads.o:
+        return False
+    read = quads.oh * quads.ow if quads.r * quads.s == 1 else quads.h * quads.w
+    return QUAD * quads.n * read * quads.c <= contraction.NEAR * target.l2_bytes
+
+
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The tile with the least estimated time, and the order that moves the least memory."""
     quads = in_quads(problem)
     point = contraction.point_of_tile(quads, _tile(quads, target), target)
-    if target.threads == 1 and point.order == "blocks" and _panels_first(quads, point, target):
+    if target.threads == 1 and point.chunk == 0 and _strided_by_panel(quads, point, target):
+        point = replace(point, order="panels", block=1, prefetch=contraction.WEIGHTS_OR_PIXELS)
+    elif target.threads == 1 and point.order == "blocks" and _panels_first(quads, point, target):
         fetched = contraction.WEIGHTS_OR_PIXELS + contraction.OUTPUT
         point = replace(point, order="panels", prefetch=fetched)
     elif target.threads == 1 and point.order == "blocks" and _rows_by_panel(quads, point, target):

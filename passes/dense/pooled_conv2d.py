@@ -6,6 +6,8 @@ rewrite: y = kerf.pooled_conv2d(x, w)  ->  y = call_tir(winograd_max_pool, (x, p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from tvm import relax
 
@@ -21,7 +23,7 @@ from schedules.pooling import default_point
 from schedules.target import CpuTarget
 
 
-def suits(call: relax.Call) -> bool:
+def suits(call: relax.Call, _windows: Mapping) -> bool:
     """Whether one kernel may compute a `kerf.conv2d` in NCHW and pool it: strided first layers by Winograd's algorithm."""
     first = shape_of(call.args[0])[1] <= conv2d.MOST_PLANES and max(attrs_of(call)["strides"]) > 1
     return (

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from passes.family import Family, Pooling
-from passes.quantized.lowering import LOWERINGS
+from passes.quantized.lowering import LOWERINGS, suits_pooling
 from passes.quantized.lowering_elementwise import lower_quantize_dynamic, lower_steps
-from passes.quantized.lowering_sparse import suits
 from passes.quantized.operators import (
     DEQUANTIZE,
     DEQUANTIZE_ADD,
@@ -57,5 +56,5 @@ FAMILY = Family(
     found_in=describe_imported,
     jumps=(QUANTIZE, QUANTIZE_DYNAMIC),
     samples=samples,
-    pooling={INT8_CONV2D: Pooling(INT8_POOLED_CONV2D, suits, (QUANTIZE,))},
+    pooling={INT8_CONV2D: Pooling(INT8_POOLED_CONV2D, suits_pooling, (QUANTIZE,))},
 )

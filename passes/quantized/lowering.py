@@ -11,6 +11,7 @@ pixels of them, that pass gives the image a border of its zero point instead, an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,13 +20,14 @@ from tvm import relax, te, tirx
 from passes.family import Lowering
 from passes.layers import attrs_of, const_array, shape_of, windows_of
 from passes.lower import call_te
+from passes.max_pooling import largest_of, pool_of, pool_windows
+from passes.quantized import lowering_sparse
 from passes.quantized.lowering_elementwise import (
     lower_dequantize,
     lower_dequantize_add,
     lower_quantize,
 )
 from passes.quantized.lowering_pooling import lower_average_pool
-from passes.quantized.lowering_sparse import lower_sparse
 from passes.quantized.operators import (
     DEQUANTIZE,
     DEQUANTIZE_ADD,
@@ -36,7 +38,8 @@ from passes.quantized.operators import (
     QUANTIZE,
 )
 from passes.sparse.operators import image_of
-from schedules import byte_border, contraction, int8_contraction, int8_depthwise
+from schedules import byte_border, contraction, int8_contraction, int8_depthwise, int8_pooled
+from schedules.errors import Declined
 from schedules.fused import annotations
 from schedules.int8_contraction import QUAD, Point, Problem
 from schedules.spaces import point_for
@@ -126,6 +129,20 @@ def row_quads(problem: Problem) -> Problem | None:
     )  # fmt: skip
 
 
+def suits_pooling(conv: relax.Call, windows: Mapping) -> bool | Declined:
+    """Whether to take the maxima over `windows` where a `kerf.int8_conv2d` in NCHW is computed: see `Pooling.suits`."""
+    attrs, (n, c, h, w) = attrs_of(conv), shape_of(conv.args[0])
+    if "grain" in attrs:
+        return lowering_sparse.suits_pooling(conv)
+    o, _, r, s = shape_of(conv.args[1])
+    stride, padding, dilation = (tuple(attrs[k]) for k in ("strides", "padding", "dilation"))
+    problem = Problem(n, h, w, c, o, r, s, stride, padding, dilation, attrs["groups"])
+    if row_quads(problem) is None:
+        return False
+    pool = pool_windows(windows, n, problem.oh, problem.ow, problem.o)
+    return int8_pooled.suits(pool) or Declined("its kernel takes windows of 3x3 and stride 2 only")
+
+
 def border_of(problem: Problem, value: int) -> byte_border.Problem:
     """What a convolution of `row_quads` reads: its image with `value` around it, as wide as quads reach."""
     top, left, bottom, right = problem.padding
@@ -172,17 +189,22 @@ def _inside(problem: Problem, h, w):
     return tirx.all(h >= 0, h < problem.h, w >= 0, w < problem.w)
 
 
+def annotations_of(loops: str, problem: Problem, point: Point, step: int | None) -> dict[str, str]:
+    """Of the kernel of a contraction, with the `step` between its pixels where they overlap."""
+    more = {} if step is None else {"step": step}
+    return annotations(loops, problem=problem.to_dict(), point=point.to_dict(), **more)
+
+
 def define(
-    shape: tuple[int, ...], problem: Problem, point: Point, shift: int, step: int | None = None
-):
+    shape: tuple[int, ...], problem: Problem, point: Point, shift: int, step: int | None = None,
+    anchor: bool = True,
+):  # fmt: skip
     """te function (x, packed w[, starts]) -> int32 of `shape`, [N, OH, OW, O] or [..., O] of a matrix product.
 
-    `shift` is subtracted from every pixel inside the image. With `step`, the problem is one of `row_quads`.
+    `shift` is subtracted from every pixel inside the image. With `step`, the problem is one of `row_quads`. What is no
+    `anchor` has its kernel from what reads it.
     """
-    more = {} if step is None else {"step": step}
-    notes = annotations(
-        "int8_contraction", problem=problem.to_dict(), point=point.to_dict(), **more
-    )
+    notes = annotations_of("int8_contraction", problem, point, step) if anchor else {}
     (sh, sw), (dh, dw), (top, left, _, _) = problem.stride, problem.dilation, problem.padding
     inputs, outputs = problem.group_inputs, problem.group_outputs
     panels = contraction.panels_per_group(problem, point)
@@ -318,13 +340,21 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         problem = replace(problem, c=weight.shape[1] * problem.groups)
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
-        return lower_sparse(bb, call, x, weight, problem, target)
+        return lowering_sparse.lower_sparse(bb, call, x, weight, problem, target)
     offset = attrs["zero_point"] - shift
-    point = point_for(int8_contraction, problem, target)
+    pool = pool_of(call, image_of(call)) if "pool_size" in attrs else None
+    if pool is None:
+        point = point_for(int8_contraction, problem, target)
+        kernel = define(shape_of(call), problem, point, shift, step)
+    else:
+        point = int8_pooled.default_point(problem, target)
+        sums = define((pool.n, pool.h, pool.w, pool.c), problem, point, shift, step, anchor=False)
+        notes = annotations_of("int8_pooled", problem, point, step)
+        kernel = lambda *operands: largest_of(pool, sums(*operands), notes)  # noqa: E731
+        hint += f"_max_pool{pool.r}x{pool.s}"
     packed = [relax.const(pack_weights(weight, problem, point))]
     if offset:
         packed.append(relax.const(pack_starts(weight, offset, problem, point)))
-    kernel = define(shape_of(call), problem, point, shift, step)
     return call_te(bb, kernel, x, *packed, hint=hint)
 
 

@@ -40,11 +40,9 @@ def quads_of(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(moved).view(np.int32)[..., 0]
 
 
-def suits(conv: relax.Call) -> bool | Declined:
-    """Whether to pool where a `kerf.int8_conv2d` in NCHW is computed: those of sparse weights."""
+def suits_pooling(conv: relax.Call) -> bool | Declined:
+    """Whether to pool where a sparse `kerf.int8_conv2d` in NCHW is computed."""
     attrs = attrs_of(conv)
-    if "grain" not in attrs:
-        return False
     return pays(GRAINS[attrs["grain"]], attrs["groups"], -(-shape_of(conv.args[0])[1] // QUAD))
 
 

@@ -6,6 +6,7 @@ rewrite: kerf.sparse_pooled_conv2d(x, w, grain)  ->  call_tir(sparse_conv_max_po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tvm import relax
@@ -31,7 +32,7 @@ def pays(outputs: int, groups: int, channels: int) -> bool | Declined:
     return True
 
 
-def suits(conv: relax.Call) -> bool | Declined:
+def suits(conv: relax.Call, _windows: Mapping) -> bool | Declined:
     """Whether to pool where a `kerf.sparse_conv2d` in NCHW is computed."""
     attrs = attrs_of(conv)
     return pays(block_of(attrs["grain"]), attrs["groups"], shape_of(conv.args[0])[1])

@@ -142,7 +142,7 @@ def test_what_is_no_strided_first_layer_is_left_apart():
     def suits(shape, w, **attrs):
         x = relax.Var("x", relax.TensorType(shape, "float32"))
         call = layers.conv2d(x, relax.const(np.zeros(w, np.float32)), name="layer", **attrs)
-        return pooled_conv2d.suits(call)
+        return pooled_conv2d.suits(call, {})
 
     assert suits((1, 3, 64, 64), (16, 3, 7, 7), strides=(2, 2))
     for shape, w, attrs in [
