@@ -85,12 +85,22 @@ def _lies_in_place(problem: Problem) -> bool:
     return problem.between_alike and fits
 
 
+def pixels_behind(problem: Problem, rows: int, target: CpuTarget) -> int:
+    """The pixels of a plane behind its last whole vector, where their sums are made with the `rows` channels that are computed
+    at once in lanes: few, of a plane that goes on to the end of that vector and whose sums the registers take whole."""
+    whole, behind = divmod(problem.image_pixels, target.lanes)
+    few = 0 < whole and behind <= rows // 2 and rows <= target.lanes and problem.together == 1
+    held = rows * whole + whole + 1 + behind
+    fits = problem.computed % target.lanes == 0 and held < target.registers
+    return behind if few and fits else 0
+
+
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """Runs of planes as long as pays, or panels that fit the cache."""
     base = planes_point(problem, target)
     total = -(-problem.computed // target.lanes)
     rows, vectors = base.rows, min(base.vectors, total)
-    if rows == 8 and total <= _SHORT_PLANE:
+    if rows == 8 and total <= _SHORT_PLANE and not pixels_behind(problem, rows, target):
         rows, vectors = 4, total
     if _lies_in_place(problem):
         tiles = 1 if problem.together > 1 else _runs(problem, target, rows, vectors)
@@ -153,6 +163,9 @@ class _Chain(Planes):
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
         self.in_place = _lies_in_place(problem)
+        self.behind = 0
+        if self.elements.dtype == "float32" and point.span * self.lanes >= problem.computed:
+            self.behind = pixels_behind(problem, point.rows, target)
         if problem.planes_in and not problem.between_alike:
             # Lines are copied whole: those at both ends stick out.
             self.lead = -(-problem.out_width // self.lanes) * self.lanes
@@ -265,13 +278,17 @@ class _Chain(Planes):
                     self.tile = tile
                     start = T.Bind(self.first + tile)
                     self._fetch_planes(channel, start, vectors)
-                    self._begin(start, vectors)
+                    whole = vectors - (self.behind > 0)
+                    self._begin(start, whole)
                     acc = self._multiply_rows(
-                        panel, None, 0, span, 0, half * rows, vectors, channel
+                        panel, None, 0, span, 0, half * rows, whole, channel, self.behind
                     )
                     self._store_planes(acc, start, channel, vectors)
 
-                self._each_tile(self.tiles, multiply)
+                if self.behind:
+                    multiply(T.int32(0), self.span)
+                else:
+                    self._each_tile(self.tiles, multiply)
 
     def _multiply_tile(self, panel, share, tile, vectors: int) -> None:
         """The share-th part of the output channels for one tile."""

@@ -10,6 +10,7 @@ Indices are places in a panel, counted from its first channel.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -26,11 +27,16 @@ from schedules.sparse_problem import Problem, parts_of, tiles_of
 from schedules.sparse_windows import bands, window_of
 from schedules.target import CpuTarget
 
-# Share of the first-level cache that a panel may take, and of the second that the sums of a band may.
-_PANEL_SHARE, _SUMS_SHARE = 0.8, 0.5
-# Beside its multiplications of vectors, in their number: what a non-zero costs, and where a vector of sums or an output
-# channel's walk of a panel begins (fitted on Cascade Lake).
-_INDEX_COST, _SUM_COST, _WALK_COST = 0.9, 1.5, 17.0
+# Shares of the first-level cache that what a tile reads of a panel may take, and of the second that the sums of a band may.
+_READ_SHARES, _SUMS_SHARE = (0.5, 0.8, 1.1), 0.6
+# Vectors of a tile that are tried: more share an index, and read more of a panel.
+_VECTORS = (6, 8, 10, 12, 14, 16)
+# Beside its multiplications of vectors, in their number: what a non-zero of a tile costs, a vector that is copied into a panel,
+# and a vector of sums, in each panel, where the sums take the whole second-level cache (fitted on Cascade Lake: within 4 % of
+# the best of 20 parameters each for 8 layers of 7x7 to 112x112 pixels).
+_INDEX_COST, _COPY_COST, _SUM_COST = 1.1, 22.0, 4.5
+# What multiplications cost more for each first-level cache that a tile reads of a panel, and that a panel takes, beyond a share.
+_READ_COST, _READ_FREE, _PANEL_COST, _PANEL_FREE = 0.25, 0.7, 0.11, 1.6
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,18 @@ def panel_elements(problem: Problem, point: Point) -> int:
 
 def default_point(problem: Problem, target: CpuTarget) -> Point:
     """The bands and panels that should take the least time."""
-    most = target.registers // 2
 
     def points():
         for count in range(1, problem.out_height + 1):
             lines = -(-problem.out_height // count)
-            window = window_of(problem, lines)
-            flat = (lines - 1) * window.line + problem.out_width
-            _, vectors, _ = tiles_of(flat, target.lanes, most)
-            sums = 4 * problem.outputs * (flat + target.lanes)
-            room = int(target.l1_bytes * _PANEL_SHARE) // (4 * window.channel)
-            if lines == 1 or (room and sums <= _SUMS_SHARE * target.l2_bytes):
-                panels = -(-problem.channels // max(1, room))
+            flat = _flat(problem, lines)
+            if lines > 1 and 4 * problem.outputs * flat > _SUMS_SHARE * target.l2_bytes:
+                continue
+            for most, share in itertools.product(_VECTORS, _READ_SHARES):
+                _, vectors, _ = tiles_of(flat, target.lanes, min(most, target.registers // 2))
+                read = _read_bytes(problem, lines, vectors, target.lanes)
+                room = max(1, int(target.l1_bytes * share) // read)
+                panels = -(-problem.channels // room)
                 channels = -(-problem.channels // panels)
                 yield Point(vectors, 1, lines, channels, problem.outputs)
 
@@ -89,15 +95,34 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     return replace(point, part=planes * problem.together, splits=splits)
 
 
+def _flat(problem: Problem, lines: int) -> int:
+    """Pixels of a band, those between its lines counted."""
+    return (lines - 1) * window_of(problem, lines).line + problem.out_width
+
+
+def _read_bytes(problem: Problem, lines: int, vectors: int, lanes: int) -> int:
+    """Bytes of one channel of a panel that a tile of a band reads: its pixels in every phase, and the lines below them."""
+    window = window_of(problem, lines)
+    below = (problem.kernel[0] - 1) // problem.strides[0] * window.line
+    phases = window.phases[0] * window.phases[1]
+    return 4 * min(window.channel, phases * (vectors * lanes + below))
+
+
 def work(problem: Problem, point: Point, target: CpuTarget) -> float:
     """What a kernel takes, in multiplications of a vector."""
-    flat = (point.lines - 1) * window_of(problem, point.lines).line + problem.out_width
+    flat = _flat(problem, point.lines)
     tiles, _, _ = tiles_of(flat, target.lanes, point.vectors)
     total = math.ceil(flat / target.lanes)
     panels = -(-problem.channels // point.channels)
-    multiply = problem.stored * (total + tiles * _INDEX_COST)
-    walks = problem.outputs * panels * (total * _SUM_COST + tiles * _WALK_COST)
-    return bands(problem, point.lines) * (multiply + walks)
+    read = point.channels * _read_bytes(problem, point.lines, point.vectors, target.lanes)
+    panel = 4 * panel_elements(problem, point)
+    far = _READ_COST * max(0.0, read / target.l1_bytes - _READ_FREE)
+    far += _PANEL_COST * max(0.0, panel / target.l1_bytes - _PANEL_FREE)
+    multiply = problem.stored * (total * (1 + far) + tiles * _INDEX_COST)
+    sums = problem.outputs * flat * 4 / target.l2_bytes
+    kept = problem.outputs * panels * total * _SUM_COST * sums
+    copied = problem.channels * window_of(problem, point.lines).channel / target.lanes
+    return bands(problem, point.lines) * (multiply + kept + copied * _COPY_COST)
 
 
 def schedule(fused: Fused, target: CpuTarget) -> tirx.PrimFunc:

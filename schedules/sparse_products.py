@@ -6,6 +6,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules.emission import ramp
 from schedules.sparse_panel import small, transpose_quads
 from schedules.windows import prefetch
 
@@ -21,14 +22,19 @@ class Products:
         return width
 
     def _multiply_rows(
-        self, panel, sums, base, span, first_row, lane, vectors: int, channel
+        self, panel, sums, base, span, first_row, lane, vectors: int, channel, behind: int = 0
     ) -> list:
         """`rows` channels from `channel` on: a buffer of sums of each, of the non-zeros in `span`, weights `lane ...` of
-        each, panel rows from `first_row`. The sums of further chunks begin with those from `base`."""
+        each, panel rows from `first_row`. The sums of further chunks begin with those from `base`. The pixels `behind` the
+        vectors, a few, are summed with the channels in lanes, and make one more vector, which repeats the last of them."""
         lanes, rows = self.lanes, self.point.rows
         width = vectors * lanes
         # A buffer per channel: one for all would be too large for the stack, and what is on the heap is written each time.
-        acc = [small((width,), self.elements.dtype) for _ in range(rows)]
+        acc = [small((width + lanes * (behind > 0),), self.elements.dtype) for _ in range(rows)]
+        across = [small((rows,), self.elements.dtype) for _ in range(behind)]
+        for pixel in across:
+            zero = tirx.const(0, self.elements.dtype)
+            T.buffer_store(pixel, T.broadcast(zero, rows), [ramp(0, rows)])
         for r in range(rows):
             first = self._zeros()
             if self.bias is not None:
@@ -54,7 +60,23 @@ class Products:
                     at = T.ramp(j * lanes, 1, lanes)
                     held = self.elements.add(acc[r][at], weight, x[j], lanes)
                     T.buffer_store(acc[r], held, [at])
+            if behind:
+                self._add_across(across, panel, row + width, self.values[n, ramp(lane, rows)])
+        for r in range(rows if behind else 0):
+            of_lanes = [min(pixel, behind - 1) * rows + r for pixel in range(lanes)]
+            # A shuffle has no more lanes than what it picks from.
+            of = [across[i % behind][ramp(0, rows)] for i in range(max(behind, lanes // rows))]
+            T.buffer_store(acc[r], tirx.Shuffle(of, of_lanes), [ramp(width, lanes)])
         return acc
+
+    def _add_across(self, across: list, panel, start, weights) -> None:
+        """Add the products of a non-zero's weights, one of each row, with the pixels of the panel from `start` on."""
+        rows = self.point.rows
+        weights = T.Bind(weights)
+        for i, pixel in enumerate(across):
+            x = T.broadcast(self.elements.pixels(panel[start + i]), rows)
+            held = self.elements.add(pixel[ramp(0, rows)], weights, x, rows)
+            T.buffer_store(pixel, held, [ramp(0, rows)])
 
     def _kept(self, base, row: int, vector: int, width: int):
         """Where in the sums a vector of a tile's row is kept."""

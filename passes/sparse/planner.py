@@ -44,9 +44,6 @@ from schedules import sparse_groups
 
 # Pixels of an image, or rows of a matrix, below which a plane does not fill a vector of the widest target.
 FEWEST_PIXELS = 16
-# One output channel alone uses each line of a panel too little for long panels: beyond this many pixels it is faster channels
-# last (measured on Cascade Lake).
-_MOST_PIXELS_OF_ELEMENTS = 1024
 # Kernels copy planes line by line where a kernel or a stride is larger than one.
 _SHORTEST_LINE, _LARGEST_STRIDE = 4, 2
 
@@ -92,15 +89,6 @@ def is_tensor(expr) -> bool:
     return isinstance(expr.ty, relax.TensorType)
 
 
-def _gains(call: relax.Call) -> bool:
-    """Whether a sparse layer is faster with planes."""
-    if is_integer(call):
-        return True
-    if attrs_of(call)["grain"] != "element":
-        return True
-    return _is_of_few_channels(call) or _pixels(shape_of(call)) <= _MOST_PIXELS_OF_ELEMENTS
-
-
 def _is_of_few_channels(call: relax.Call) -> bool:
     """Whether a convolution's windows are over few channels."""
     larger = math.prod(shape_of(call.args[1])[2:]) > 1
@@ -118,7 +106,7 @@ def _must_read_planes(call: relax.Call) -> bool:
 def _reads_planes(call: relax.Call) -> bool:
     """Whether a sparse layer is to read planes if its input may lie in them."""
     shape = shape_of(call.args[0])
-    if not _gains(call) or shape_of(call.args[1])[1] % together_of(call):
+    if shape_of(call.args[1])[1] % together_of(call):
         return False
     if _is_matrix_product(call):
         return _pixels(shape) >= FEWEST_PIXELS and _is_one_image(shape)
@@ -145,7 +133,7 @@ def _writes_planes(call: relax.Call) -> bool:
     """Whether a sparse layer may write planes."""
     if _is_matrix_product(call) and not _is_one_image(shape_of(call)):
         return False
-    return _gains(call) and shape_of(call)[-1] % together_of(call) == 0
+    return shape_of(call)[-1] % together_of(call) == 0
 
 
 def _is_mean_over_pixels(call, shape: tuple[int, ...]) -> bool:

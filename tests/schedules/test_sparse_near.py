@@ -86,13 +86,15 @@ def test_only_single_output_channels_between_planes_are_taken():
 
 
 @pytest.mark.parametrize("target", ["avx512", "avx2", "generic", "aarch64"])
-def test_points_are_legal_and_panels_stay_near(target):
+def test_points_are_legal_and_what_tiles_read_stays_near(target):
     cpu = NAMED[target]
     large = replace(PROBLEM, height=224, width=224, out_height=224, out_width=224)
     for problem in (PROBLEM, replace(PROBLEM, channels=1024, outputs=7), large):
         default = sparse_near.default_point(problem, cpu)
-        panel = 4 * sparse_near.panel_elements(problem, default)
-        assert panel <= cpu.l1_bytes or (default.lines, default.channels) == (1, 1)
+        assert 4 * sparse_near.panel_elements(problem, default) <= cpu.l2_bytes // 2
+        line = sparse_windows.window_of(problem, default.lines).line
+        read = 4 * default.channels * (default.vectors * cpu.lanes + 2 * line)
+        assert read <= 1.2 * cpu.l1_bytes or default.channels == 1
         space = space_of("sparse_near", problem, default, cpu)
         assert space.indices_of(default) is not None and len(space.points) > 1
         for point in space.points:

@@ -179,6 +179,10 @@ def test_planes_between_layers(host_tiers, rng):
         "grouped": conv((1, 9, 33, 16), (16, 4, 3, 3), "out:4", groups=4, padding=(1, 0, 2, 1)),
         "dilated": conv((1, 13, 14, 8), (16, 8, 5, 5), "element", dilation=(2, 1), padding=(2, 2, 2, 2)),
         "matrix": SampleProblem("kerf.sparse_dense", (2, 17, 40), (22, 40), "out:8", 0.2),
+        "one_pixel_behind": conv((2, 7, 7, 12), (20, 12, 1, 1), "out:8"),
+        "one_behind_strided": conv((1, 14, 13, 12), (22, 12, 1, 1), "out:8", strides=(2, 2)),
+        "four_behind": conv((1, 4, 9, 12), (33, 12, 1, 1), "out:8"),
+        "nine_behind": conv((1, 5, 5, 12), (16, 12, 1, 1), "out:16"),
         "crowded": SampleProblem("kerf.sparse_dense", (1, 128, 40), (22, 40), "out:4", 0.2),
         "read_in_place": conv((2, 33, 33, 12), (22, 12, 1, 1), "out:4"),
     }  # fmt: skip
@@ -330,6 +334,21 @@ def test_runs_of_planes_fit_the_second_level_cache(channels, pixels, block, span
         input_plane=plane, output_plane=plane,
     )  # fmt: skip
     assert sparse_chain.default_point(problem, cpu).span == span
+
+
+@pytest.mark.parametrize(
+    "pixels, block, behind",
+    [(49, 8, 1), (36, 8, 4), (17, 4, 1), (49, 1, 0), (53, 8, 0), (48, 8, 0), (7, 8, 0), (196, 8, 0)],
+)  # fmt: skip
+def test_few_pixels_behind_whole_vectors_have_their_channels_in_lanes(pixels, block, behind):
+    cpu = NAMED["avx512"]
+    problem = Problem(
+        1, 1, pixels, 64, 64, 1, pixels, block=block, planes_in=True, planes_out=True,
+        input_plane=-(-pixels // 16) * 16, output_plane=-(-pixels // 16) * 16,
+    )  # fmt: skip
+    point = sparse_chain.default_point(problem, cpu)
+    assert sparse_chain.pixels_behind(problem, point.rows, cpu) == behind
+    assert sparse_chain.pixels_behind(replace(problem, output_plane=pixels), 8, cpu) == 0
 
 
 def test_blocks_of_a_spatial_kernel_use_windows_and_others_do_not():
