@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 
 from compiler.disk import CODE_BYTES, check_space
@@ -27,16 +28,55 @@ _CONFIG = {"tirx.disable_assert": True}
 _SILENCE = 10.0  # seconds without a word
 
 
+class GeneratedCode:
+    """Code of functions that was generated before, by name and target: the variants of a network, and what observes it, have
+    many kernels in common."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], list[tuple[tirx.PrimFunc, tvm.runtime.Module]]] = {}
+
+    def find(
+        self, name: str, function: tirx.PrimFunc, target: tvm.target.Target
+    ) -> tvm.runtime.Module | None:
+        """The code of the same function under the same name, if there is any."""
+        for known, code in self._known.get((name, str(target)), ()):
+            if tvm_ffi.structural_equal(known, function):
+                return code
+        return None
+
+    def add(
+        self,
+        name: str,
+        function: tirx.PrimFunc,
+        target: tvm.target.Target,
+        code: tvm.runtime.Module,
+    ) -> None:
+        self._known.setdefault((name, str(target)), []).append((function, code))
+
+
 def generate_code(
     functions: Mapping[str, tirx.PrimFunc],
     target: tvm.target.Target,
     progress: Callable[[str], None] | None = None,
+    known: GeneratedCode | None = None,
 ) -> list[tvm.runtime.Module]:
     """One static library for each function, in their order; whatever the number of threads, the same code.
 
-    `progress` hears every few seconds how many there are. Raises UserError if there is no room for object files in the
+    Functions that `known` holds are not compiled again, others are added to it. `progress` hears every few seconds how many there are. Raises UserError if there is no room for object files in the
     directory for temporary ones.
     """
+    known = GeneratedCode() if known is None else known
+    missing = {n: f for n, f in functions.items() if known.find(n, f, target) is None}
+    for (name, function), code in zip(missing.items(), _generate(missing, target, progress)):
+        known.add(name, function, target, code)
+    return [known.find(name, function, target) for name, function in functions.items()]
+
+
+def _generate(
+    functions: Mapping[str, tirx.PrimFunc],
+    target: tvm.target.Target,
+    progress: Callable[[str], None] | None,
+) -> list[tvm.runtime.Module]:
     with tempfile.TemporaryDirectory(prefix="kerf-") as directory:
         check_space(Path(directory), CODE_BYTES)
         pool = ThreadPoolExecutor(usable_cores())

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from compiler.accuracy import Accuracy, Evaluation
     from compiler.calibration import Calibration
+    from compiler.code_generation import GeneratedCode
     from compiler.observe import Observer
     from compiler.pipeline import Graphs
     from passes.family import Context
@@ -41,7 +42,8 @@ CHOICES = ("measured", "asked")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. `choose` is "measured" (time both, keep the faster) or "asked" (what the recipe says, slower or not)."""
+    """What to build. `choose` is "measured" (time both, keep the faster) or "asked" (what the recipe says, slower or not).
+    What is compiled with the same `code` shares kernels."""
 
     recipe: Recipe
     target: CpuTarget
@@ -51,6 +53,7 @@ class BuildOptions:
     observe: Observer | None = None
     evaluation: Evaluation | None = None
     max_drop: float | None = None
+    code: GeneratedCode | None = None
 
     @property
     def context(self) -> Context:
@@ -63,7 +66,7 @@ class BuildOptions:
         """These options with data to observe graphs on."""
         from compiler.observe import Observer
 
-        observe = Observer(calibration, self.target)
+        observe = Observer(calibration, self.target, self.code)
         return replace(self, calibration=calibration, observe=observe)
 
 
@@ -117,9 +120,11 @@ def build(
         require_linker()
     recipe = load_recipe(recipe)
     validate(recipe)
-    options = BuildOptions(recipe, cpu, threads, choose)
 
+    from compiler.code_generation import GeneratedCode
     from compiler.frontend import import_model
+
+    options = BuildOptions(recipe, cpu, threads, choose, code=GeneratedCode())
 
     say("importing")
     imported = import_model(source, example=example, inputs=inputs, batch=batch)
@@ -254,7 +259,7 @@ def hold_accuracy(
         found = replace(found, kept_float=tuple(back))
     graphs = made[1]
     if graphs.floats is not None:
-        observe = Observer(options.evaluation.inputs, options.target)
+        observe = Observer(options.evaluation.inputs, options.target, options.code)
         errors = accuracy.tensor_errors(graphs.floats, graphs.reference, observe)
         found = replace(found, tensors=errors)
         if any(d.pruned for d in made[2]):
@@ -305,7 +310,7 @@ def compile_variants(
 
     def compile_one(name: str, mod: tvm.IRModule) -> CompiledVariant:
         fused = pipeline.fuse_graph(pipeline.lay_out(mod), options.target)
-        return pipeline.compile_graph(name, fused, options.target, progress=say)
+        return pipeline.compile_graph(name, fused, options.target, progress=say, code=options.code)
 
     def graphs_of(found) -> Graphs:
         notes = (*found.notes, *left_apart(found.treated))

@@ -22,6 +22,7 @@ from schedules.target import CpuTarget, detect_host
 
 if TYPE_CHECKING:
     from compiler.artifact import CompiledVariant
+    from compiler.code_generation import GeneratedCode
     from compiler.runtime import LoadedModel
 
 
@@ -30,11 +31,14 @@ class Observer:
 
     `further` are values, by name, of inputs that the graph has and the model does not. Values are in the graph's own
     layout. What was compiled is kept: a graph that differs in constants only, observed at some of the same variables, runs
-    on the same code. Raises KerfError for a name that the graph does not have.
+    on the same code, and others share kernels with whatever is compiled with the same `code`. Raises KerfError for a name
+    that the graph does not have.
     """
 
-    def __init__(self, calibration: Calibration, target: CpuTarget):
-        self.calibration = calibration
+    def __init__(
+        self, calibration: Calibration, target: CpuTarget, code: GeneratedCode | None = None
+    ):
+        self.calibration, self.code = calibration, code
         # What another machine will run is observed with this one's kernels.
         self.target = detect_host() if target.missing_on_host() else target
         self._kept: list[tuple[list[str], CompiledVariant]] = []
@@ -84,7 +88,7 @@ class Observer:
         fitting = [kept for kept in self._kept if set(names) <= set(kept[0]) <= known]
         of, earlier = min(fitting, key=lambda kept: len(kept[0]), default=(list(names), None))
         fused = pipeline.fuse_graph(pipeline.lay_out(tap(mod, of)), self.target)
-        found = pipeline.compile_graph("observed", fused, self.target, earlier)
+        found = pipeline.compile_graph("observed", fused, self.target, earlier, code=self.code)
         if earlier is None or found.executable is not earlier.executable:
             self._kept.append((of, found))
         return of, found

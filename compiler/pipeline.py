@@ -14,7 +14,7 @@ from tvm import relax, tirx
 
 from compiler.arrays import ALIGNMENT
 from compiler.artifact import CompiledVariant, KernelCall
-from compiler.code_generation import generate_code
+from compiler.code_generation import GeneratedCode, generate_code
 from passes import families
 from passes.accept_unaligned_inputs import AcceptUnalignedInputs
 from passes.hoist_constants import Hoisted, hoist_constants
@@ -172,9 +172,10 @@ def compile_graph(
     target: CpuTarget,
     earlier: CompiledVariant | None = None,
     progress: Progress | None = None,
+    code: GeneratedCode | None = None,
 ) -> CompiledVariant:
-    """Schedule and compile one variant. One compiled `earlier` for the same target and model lends its code if that is
-    the same, whatever the constants are."""
+    """Schedule and compile one variant. One compiled `earlier` for the same target and model lends its program if that is
+    the same, whatever the constants are; others lend the kernels that they have in common by `code`."""
     hoisted = hoist_constants(graph.mod)
     unscheduled = hoisted.mod
     constants = {
@@ -203,8 +204,8 @@ def compile_graph(
     program = tvm.IRModule({"main": lowered["main"]}, attrs=lowered.attrs)
     executable = relax.build(program, tvm_target, relax_pipeline=None)
     executable.mod.clear_imports()  # the empty C source of a program without kernels
-    for code in generate_code(functions, tvm_target, progress):
-        executable.mod.import_module(code)
+    for library in generate_code(functions, tvm_target, progress, code):
+        executable.mod.import_module(library)
     return CompiledVariant(
         name=name,
         executable=executable,

@@ -20,6 +20,7 @@ from tvm import relax
 from compiler import __version__, pipeline
 from compiler.artifact import CompiledVariant
 from compiler.choice import Times, slower_layers
+from compiler.code_generation import GeneratedCode
 from compiler.profile import kernel_times, layer_sums, total_us
 from compiler.runtime import LoadedModel, from_variant
 from compiler.storage import store
@@ -93,6 +94,7 @@ class Study:
 
     def __init__(self, imported, target: CpuTarget, threads: int):
         self.imported, self.target, self.threads = imported, target, threads
+        self.code = GeneratedCode()
         random = np.random.default_rng(0)
         self.mod = rewrite_layers(
             pipeline.canonicalize(imported.mod),
@@ -178,7 +180,7 @@ class Study:
 
     def _compiled(self, name: str, mod: tvm.IRModule) -> CompiledVariant:
         graph = pipeline.fuse_graph(pipeline.lay_out(mod), self.target)
-        return pipeline.compile_graph(name, graph, self.target)
+        return pipeline.compile_graph(name, graph, self.target, code=self.code)
 
     def _loaded(self, variant: CompiledVariant) -> LoadedModel:
         return from_variant(

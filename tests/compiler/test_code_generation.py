@@ -11,9 +11,9 @@ import tvm
 from tvm import te
 
 from compiler import code_generation
-from compiler.code_generation import generate_code
+from compiler.code_generation import GeneratedCode, generate_code
 from schedules.errors import UserError
-from schedules.target import detect_host
+from schedules.target import NAMED, detect_host
 
 
 def functions(count: int) -> dict:
@@ -38,6 +38,27 @@ def test_code_does_not_depend_on_the_number_of_threads(monkeypatch, tmp_path):
     for i in range(4):
         assert objects[1, i] == objects[3, i]
         assert f"times_{i}".encode() in objects[1, i]  # in the order given
+
+
+def test_functions_known_by_name_target_and_body_are_not_compiled_again(monkeypatch):
+    target, compiled = detect_host().tvm(), []
+    build = tvm.tirx.build
+
+    def count(module, target):
+        compiled.append(module.get_global_vars()[0].name_hint)
+        return build(module, target)
+
+    monkeypatch.setattr(tvm.tirx, "build", count)
+    known = GeneratedCode()
+    first = generate_code(functions(3), target, known=known)
+    again = generate_code(functions(4), target, known=known)
+    assert sorted(compiled) == ["times_0", "times_1", "times_2", "times_3"]
+    assert all(a.same_as(b) for a, b in zip(first, again)) and len(again) == 4
+    compiled.clear()
+    other = functions(2)["times_1"].with_attr("global_symbol", "times_0")
+    generate_code({"times_0": other, "times_1": other}, target, known=known)  # other bodies
+    generate_code(functions(1), NAMED["generic"].tvm(), known=known)
+    assert sorted(compiled) == ["times_0", "times_0", "times_1"]
 
 
 def test_the_error_of_one_kernel_ends_it(tmp_path, monkeypatch):
