@@ -27,7 +27,7 @@ class Kernel:
 
 # Each is a module of this package with `schedule(fused, target) -> PrimFunc`; imported when first met.
 LOOP_STRUCTURES = (
-    "attention", "attention_planes", "attention_queries", "batch_matmul", "binary_contraction", "binary_pack", "byte_border", "contraction", "depthwise", "gathered_gate", "gathered_rows", "grouped", "int8_contraction", "int8_depthwise", "int8_pooled", "layer_norm", "pooled_windows", "pooling", "quadratic_contraction", "quadratic_winograd", "row_sum", "sign_tables", "softmax", "sparse_chain", "sparse_groups", "sparse_near", "sparse_planes", "sparse_vector", "sparse_windows", "transposition", "winograd",
+    "attention", "attention_planes", "attention_queries", "batch_matmul", "binary_contraction", "binary_pack", "byte_border", "contraction", "depthwise", "gathered_gate", "gathered_rows", "grouped", "int8_contraction", "int8_depthwise", "int8_pooled", "int8_winograd", "layer_norm", "pooled_windows", "pooling", "quadratic_contraction", "quadratic_winograd", "row_sum", "sign_tables", "softmax", "sparse_chain", "sparse_groups", "sparse_near", "sparse_planes", "sparse_vector", "sparse_windows", "transposition", "winograd",
 )  # fmt: skip
 
 

@@ -42,9 +42,9 @@ def ramp(base, lanes: int):
     return base if lanes == 1 else T.ramp(base, 1, lanes)
 
 
-def splat(value: float, lanes: int):
-    """A float32 constant on every lane."""
-    constant = tirx.const(float(value), "float32")
+def splat(value: float, lanes: int, dtype: str = "float32"):
+    """A constant on every lane."""
+    constant = tirx.const(int(value) if "int" in dtype else float(value), dtype)
     return constant if lanes == 1 else T.broadcast(constant, lanes)
 
 
@@ -66,9 +66,9 @@ def local_buffer(size: int, dtype: str = "float32"):
     return T.alloc_buffer((max(1, int(size)),), dtype)
 
 
-def workspace(*shape: int):
-    """A float32 buffer from the runtime's workspace pool, which is per thread and off the stack."""
-    return T.sblock_alloc_buffer(tuple(int(s) for s in shape), "float32")
+def workspace(*shape: int, dtype: str = "float32"):
+    """A buffer from the runtime's workspace pool, which is per thread and off the stack."""
+    return T.sblock_alloc_buffer(tuple(int(s) for s in shape), dtype)
 
 
 def unravel(index, shape: Sequence[int]) -> tuple:
@@ -196,6 +196,10 @@ def emitting(fused: Fused, blocks: int):
         yield kernel, [kernel.buffers[i] for i in positions]
 
 
+def _add_product(held, left, right):
+    return held + left * right
+
+
 @dataclass(frozen=True)
 class Tile:
     """A register tile: `rows` by `vectors` of `lanes`, accumulated in a local buffer."""
@@ -203,28 +207,31 @@ class Tile:
     rows: int
     vectors: int
     lanes: int
+    dtype: str = "float32"
 
     def allocate(self) -> list:
         """A local buffer per row: one for the whole tile would be too large for the stack."""
-        return [local_buffer(self.vectors * self.lanes) for _ in range(self.rows)]
+        return [local_buffer(self.vectors * self.lanes, self.dtype) for _ in range(self.rows)]
 
     def at(self, vector: int):
         """Index of an accumulator in its row's buffer."""
         return ramp(vector * self.lanes, self.lanes)
 
     def multiply(
-        self, acc: list, extent, left: Callable, right: Callable, each_step: Callable | None = None
-    ) -> None:
-        """acc[r][v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector)."""
+        self, acc: list, extent, left: Callable, right: Callable, each_step: Callable | None = None,
+        add: Callable = _add_product,
+    ) -> None:  # fmt: skip
+        """acc[r][v] = sum over k < extent of left(r, k) (scalar) * right(k, v) (vector), or whatever `add(held, scalar on
+        every lane, vector)` adds."""
         for row, vector in self.cells():
-            T.buffer_store(acc[row], splat(0.0, self.lanes), [self.at(vector)])
+            T.buffer_store(acc[row], splat(0.0, self.lanes, self.dtype), [self.at(vector)])
         with T.serial(0, extent) as k:
             if each_step is not None:
                 each_step(k)
             for row, vector in self.cells():
                 at = self.at(vector)
-                product = broadcast(left(row, k), self.lanes) * right(k, vector)
-                T.buffer_store(acc[row], acc[row][at] + product, [at])
+                total = add(acc[row][at], broadcast(left(row, k), self.lanes), right(k, vector))
+                T.buffer_store(acc[row], total, [at])
 
     def cells(self) -> Iterator[tuple[int, int]]:
         return ((row, vector) for row in range(self.rows) for vector in range(self.vectors))

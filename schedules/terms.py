@@ -11,6 +11,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from schedules import wrapping
 from schedules.byte_stores import Cell, store_cells
 from schedules.fused import Emission
 from schedules.target import CpuTarget
@@ -117,6 +118,11 @@ def reads_signed_pixels(target: CpuTarget) -> bool:
     return target.has("dotprod") and not target.has("i8mm")
 
 
+def has_vnni(target: CpuTarget) -> bool:
+    """Whether the target multiplies bytes, or pairs of 16 bits, and adds up the products of a lane in one instruction."""
+    return target.has("avx512vnni", "avx512vl") or target.has("avxvnni")
+
+
 def dot_product(target: CpuTarget):
     """`dot(held, quads, weights, width)`: held + four products per lane, exact and without saturation.
 
@@ -124,12 +130,28 @@ def dot_product(target: CpuTarget):
     width. By feature: VNNI's dot product of bytes, 16-bit products added in pairs, or plain 32-bit arithmetic.
     """
     if target.arch == "x86_64":
-        if target.has("avx512vnni", "avx512vl") or target.has("avxvnni"):
-            return _vnni
-        return _words
+        return _vnni if has_vnni(target) else _words
     if target.has("i8mm"):
         return lambda *args: _neon("usdot", *args)
     return (lambda *args: _neon("sdot", *args)) if target.has("dotprod") else _plain
+
+
+def pair_product(target: CpuTarget):
+    """`add(held, pairs, weights)`: held, int32, + two products per lane of int16 pairs, modulo 2^32; all int32 x width. None
+    for targets without an instruction for it."""
+    if target.tier not in ("avx512", "avx2"):
+        return None
+    width = target.lanes
+    words = lambda value: tirx.reinterpret(f"int16x{2 * width}", value)  # noqa: E731
+    if has_vnni(target):
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * width}"
+        return lambda held, pairs, weights: tirx.call_llvm_pure_intrin(
+            f"int32x{width}", name, held, words(pairs), words(weights)
+        )
+    return lambda held, pairs, weights: wrapping.add(
+        held,
+        tirx.call_llvm_pure_intrin(f"int32x{width}", _MADD[width], words(pairs), words(weights)),
+    )
 
 
 def _bytes(value, width: int):

@@ -36,7 +36,15 @@ def matrices(
 
     With `plain_weights`, which are transformed at run time, rows of G begin with 1 and the scale is in B^T.
     """
-    points, size = _POINTS[m, taps], m + taps - 1
+    bt, g, at, scales = _scaled_matrices(_POINTS[m, taps], m, taps)
+    if plain_weights:
+        return bt / scales[:, None], g, at
+    return bt, g / scales[:, None], at
+
+
+def _scaled_matrices(points: tuple[float, ...], m: int, taps: int) -> tuple[np.ndarray, ...]:
+    """(B^T of monic rows, G whose rows begin with 1, A^T, the number by which one of the former's rows is to be divided)."""
+    size = m + taps - 1
 
     def powers(degree: int) -> np.ndarray:
         at_infinity = [0.0] * (degree - 1) + [1.0]
@@ -46,10 +54,24 @@ def matrices(
     scales = np.ones(size)
     scales[:-1] = [np.prod([p - q for q in points if q != p]) for p in points]
     # Of monic rows the entries are short binary fractions; inversion leaves rounding noise.
-    bt = np.round(bt * scales[:, None] * 2**20) / 2**20
-    if plain_weights:
-        return bt / scales[:, None], g, at
-    return bt, g / scales[:, None], at
+    return np.round(bt * scales[:, None] * 2**20) / 2**20, g, at, scales
+
+
+@functools.cache
+def integer_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(B^T [6, 6], G [6, 3], A^T [4, 6]) of F(4x4, 3x3) in whole numbers, and the factor by which they make either side of
+    the sum too large: points 0, +-1, +-2.
+
+    Rows of |B^T| add up to at most 10 and those of |G| to at most 12: uint8 and int8 become int16.
+    """
+    factor = (
+        24  # the least common denominator of G; half of it for the last row, the other half in A^T
+    )
+    bt, g, at, scales = _scaled_matrices((0.0, 1.0, -1.0, 2.0, -2.0), 4, 3)
+    g = np.round(g / scales[:, None] * factor)
+    g[-1] /= 2
+    at[:, -1] *= 2
+    return bt, g, at, factor
 
 
 def transform_weights(weights: np.ndarray, m: int, taps: int = 3) -> np.ndarray:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the matrices of Winograd's convolution with vectors, in few operations."""
+"""Products of the matrices of Winograd's convolution with vectors of floats or integers, in few operations."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
@@ -11,7 +13,23 @@ from tvm.tirx.script.builder import ir as T
 from schedules.emission import splat
 
 
-def linear(matrix: np.ndarray, values: list, lanes: int) -> list:
+@dataclass(frozen=True)
+class Numbers:
+    """What vectors hold, and what adds, subtracts and multiplies them: `add`, `sub` and `mul` of `ops`."""
+
+    dtype: str = "float32"
+    ops: object = operator
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums may be multiplied in place of their terms."""
+        return self.dtype != "float32"
+
+
+FLOATS = Numbers()
+
+
+def linear(matrix: np.ndarray, values: list, lanes: int, numbers: Numbers = FLOATS) -> list:
     """The vectors `matrix @ values`, shared sums bound to variables.
 
     Columns j, k with |column j| = |column k| enter as their sum and difference; rows i, j that are E + O and E - O with
@@ -27,7 +45,10 @@ def linear(matrix: np.ndarray, values: list, lanes: int) -> list:
                 and not same.all()
                 and not opposite.all()
             ):
-                values[j], values[k] = T.bind(values[j] + values[k]), T.bind(values[j] - values[k])
+                values[j], values[k] = (
+                    T.bind(numbers.ops.add(values[j], values[k])),
+                    T.bind(numbers.ops.sub(values[j], values[k])),
+                )
                 matrix[:, j], matrix[:, k] = (
                     np.where(same, matrix[:, j], 0),
                     np.where(same, 0, matrix[:, j]),
@@ -38,36 +59,49 @@ def linear(matrix: np.ndarray, values: list, lanes: int) -> list:
             even, odd = (matrix[i] + matrix[j]) / 2, (matrix[i] - matrix[j]) / 2
             if results[i] is None and even.any() and odd.any() and not (even * odd).any():
                 factor = odd[np.flatnonzero(odd)[-1]]
-                e, o = T.bind(_sum(even, values, lanes)), T.bind(_sum(odd / factor, values, lanes))
-                o = o if factor == 1 else o * splat(factor, lanes)
-                results[i], results[j] = e + o, e - o
+                e = T.bind(_sum(even, values, lanes, numbers))
+                o = T.bind(_sum(odd / factor, values, lanes, numbers))
+                o = o if factor == 1 else _scaled(o, factor, lanes, numbers)
+                results[i], results[j] = numbers.ops.add(e, o), numbers.ops.sub(e, o)
         if results[i] is None:
-            results[i] = _sum(matrix[i], values, lanes)
+            results[i] = _sum(matrix[i], values, lanes, numbers)
     return results
 
 
-def _sum(coefficients: np.ndarray, values: list, lanes: int):
+def _sum(coefficients: np.ndarray, values: list, lanes: int, numbers: Numbers):
     """sum of coefficient * value, a term without a multiplication first."""
+    used = abs(coefficients[np.flatnonzero(coefficients)])
+    factor = used[0]
+    if numbers.exact and factor != 1 and (used == factor).all():
+        return _scaled(_sum(coefficients / factor, values, lanes, numbers), factor, lanes, numbers)
     order = sorted(np.flatnonzero(coefficients), key=lambda i: coefficients[i] != 1)
     result = None
     for i in order:
         c, value = coefficients[i], values[i]
         if result is None:
-            result = value if c == 1 else value * splat(c, lanes)
+            result = value if c == 1 else _scaled(value, c, lanes, numbers)
         elif abs(c) == 1:
-            result = result + value if c == 1 else result - value
+            result = numbers.ops.add(result, value) if c == 1 else numbers.ops.sub(result, value)
         else:
-            result = result + value * splat(c, lanes)
+            result = numbers.ops.add(result, _scaled(value, c, lanes, numbers))
     return result
 
 
-def transform(matrix: np.ndarray, load: Callable, lanes: int) -> Iterator[tuple[int, int, object]]:
+def _scaled(value, factor: float, lanes: int, numbers: Numbers):
+    return numbers.ops.mul(value, splat(factor, lanes, numbers.dtype))
+
+
+def transform(
+    matrix: np.ndarray, load: Callable, lanes: int, numbers: Numbers = FLOATS
+) -> Iterator[tuple[int, int, object]]:
     """(i, j, vector) of `matrix @ d @ matrix^T`, d[q, t] being the vector `load(q, t)`."""
     size = matrix.shape[1]
     half = []  # half[t][i] = (matrix @ d)[i, t]
     for t in range(size):
         column = [T.bind(load(q, t)) for q in range(size)]
-        half.append([T.bind(e) for e in linear(matrix, column, lanes)])
+        half.append([T.bind(e) for e in linear(matrix, column, lanes, numbers)])
     for i in range(len(matrix)):
-        for j, value in enumerate(linear(matrix, [half[t][i] for t in range(size)], lanes)):
+        for j, value in enumerate(
+            linear(matrix, [half[t][i] for t in range(size)], lanes, numbers)
+        ):
             yield i, j, value

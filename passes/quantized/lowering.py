@@ -21,7 +21,7 @@ from passes.family import Lowering
 from passes.layers import attrs_of, const_array, shape_of, windows_of
 from passes.lower import call_te
 from passes.max_pooling import largest_of, pool_of, pool_windows
-from passes.quantized import lowering_sparse
+from passes.quantized import lowering_sparse, lowering_winograd
 from passes.quantized.lowering_elementwise import (
     lower_dequantize,
     lower_dequantize_add,
@@ -341,6 +341,8 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
         return lowering_sparse.lower_sparse(bb, call, x, weight, problem, target)
+    if not isinstance(point := lowering_winograd.choose(weight, problem, target), Declined):
+        return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
     offset = attrs["zero_point"] - shift
     pool = pool_of(call, image_of(call)) if "pool_size" in attrs else None
     if pool is None:

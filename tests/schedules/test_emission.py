@@ -84,7 +84,7 @@ def test_a_definition_with_other_blocks_is_refused():
 def test_shared_sums_are_fewer_operations_with_the_same_result(monkeypatch, rng, m):
     """`linear` on plain numbers: right, and cheaper than row by row."""
     monkeypatch.setattr(winograd_transforms.T, "bind", lambda value: value)
-    monkeypatch.setattr(winograd_transforms, "splat", lambda value, _lanes: value)
+    monkeypatch.setattr(winograd_transforms, "splat", lambda value, _lanes, _dtype: value)
     for matrix in (winograd_matrices.matrices(m)[0], winograd_matrices.matrices(m)[2]):
         values = list(rng.standard_normal(m + 2))
         np.testing.assert_allclose(
