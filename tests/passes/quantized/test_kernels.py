@@ -228,6 +228,28 @@ def test_all_rows_for_one_panel_that_stays_near(rng):
     check_samples([sample], tiers()[0], rng)
 
 
+@pytest.mark.parametrize("kernel, padding", [(3, (1, 0, 2, 1)), (1, (0, 0, 0, 0))])
+def test_strided_layers_of_near_pixels_go_by_panels(kernel, padding, rng):
+    target = tiers()[0]
+    shape, outputs = (2, 9, 13, 36), 9 * target.lanes + 3
+    around = {"strides": (2, 2), "padding": padding}
+    sample = SampleProblem(shape, (outputs, 36, kernel, kernel), 131, tuple(around.items()))
+    problem = int8_contraction.Problem(*shape, outputs, kernel, kernel, (2, 2), padding)
+    assert int8_contraction.default_point(problem, target).order == "panels"
+    check_samples([sample], target, rng)
+
+
+def test_strided_layers_of_far_pixels_or_one_panel_go_by_rows():
+    def order(size, inputs, outputs, threads=1):
+        around = (3, 3, (2, 2), (1, 1, 1, 1))
+        problem = int8_contraction.Problem(1, size, size, inputs, outputs, *around)
+        target = NAMED["avx512-vnni"].with_threads(threads)
+        return int8_contraction.default_point(problem, target).order
+
+    assert order(28, 128, 256) == "panels"
+    assert {order(112, 64, 128), order(28, 32, 64), order(28, 128, 256, 2)} == {"blocks"}
+
+
 def test_borders_count_nothing(rng):
     """An image that is its zero point everywhere sums to 0, at the borders as inside; and so with padding beyond reach."""
     padded = [dense_problems()[i] for i in (2, 7, 8)] + [depthwise_problems()[i] for i in (2, 7)]
