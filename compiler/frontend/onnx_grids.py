@@ -162,7 +162,7 @@ def take_apart(
     """
     found = []
     floats = _sums_read_as_floats(nodes) - set(outputs)
-    for node in nodes:
+    for node in map(_in_standard_domain, nodes):
         if node.op_type == "Cast" and node.input[0] in floats:
             found.append(helper.make_node("Identity", [f"{node.input[0]}/float"], node.output))
             continue
@@ -175,6 +175,16 @@ def take_apart(
             rule = ("Concat", tuple(range(2, len(node.input), 3)), 0)
         found += [node] if rule is None else _apart(node, *rule, constants)
     return found
+
+
+def _in_standard_domain(node: onnx.NodeProto) -> onnx.NodeProto:
+    """ONNX Runtime has QuantizeLinear and DequantizeLinear of its own for types that an older opset lacks: they do the same."""
+    if node.domain != "com.microsoft" or node.op_type not in (QUANTIZE, DEQUANTIZE):
+        return node
+    same = onnx.NodeProto()
+    same.CopyFrom(node)
+    same.domain = ""
+    return same
 
 
 def _sums_read_as_floats(nodes: Sequence[onnx.NodeProto]) -> set[str]:

@@ -92,6 +92,7 @@ WRITTEN = {
     },
     "u8_weights": {"activation_type": Type.QUInt8, "weight_type": Type.QUInt8},
     "s16_activations": {"activation_type": Type.QInt16, "weight_type": Type.QInt8},
+    "s4_weights": {"activation_type": Type.QUInt8, "weight_type": Type.QInt4},  # operators of ONNX Runtime's own domain
     "operators": {
         "activation_type": Type.QUInt8, "weight_type": Type.QInt8, "per_channel": True,
         "quant_format": Format.QOperator,
