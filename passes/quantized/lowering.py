@@ -341,11 +341,12 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
         return lowering_sparse.lower_sparse(bb, call, x, weight, problem, target)
-    if not isinstance(point := lowering_winograd.choose(weight, problem, target), Declined):
-        return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
     offset = attrs["zero_point"] - shift
     pool = pool_of(call, image_of(call)) if "pool_size" in attrs else None
     if pool is None:
+        point = lowering_winograd.choose(weight, problem, target)
+        if not isinstance(point, Declined):
+            return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
         point = point_for(int8_contraction, problem, target)
         kernel = define(shape_of(call), problem, point, shift, step)
     else:
