@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from passes.layers import attrs_of, operator_call
 from passes.quantized import lowering_winograd
 from passes.quantized import operators as int8
 from passes.quantized.problems import SampleProblem
@@ -185,23 +184,6 @@ def test_bytes_and_residual(outputs, rng, forced):
         yield int8.quantize(bb.emit(relax.op.nn.relu(y)), scale=1.0, zero_point=0)
 
     check(body, [x, other], tiers()[0])
-
-
-def test_pooled_layers_keep_their_kernel(rng, forced):
-    forced()
-    weight = relax.const(rng.integers(-128, 128, (16, 16, 3, 3)).astype("int8"))
-    windows = {"size": (3, 3), "strides": (2, 2), "dilation": (1, 1), "padding": AROUND}
-    pool = {f"pool_{key}": value for key, value in windows.items()}
-
-    def body(bb, x):
-        conv = int8.int8_conv2d(x, weight, name="l", zero_point=3, layout="NHWC", padding=AROUND)
-        attrs = {**attrs_of(conv), **pool, "flops": 1}
-        yield operator_call(int8.INT8_POOLED_CONV2D, list(conv.args), **attrs)
-
-    x = rng.integers(0, 256, (1, 8, 8, 16)).astype("uint8")
-    assert set(scheduled(graph(body, [x]), VNNI)[1].values()) == {"int8_pooled"}
-    (got,) = check(body, [x], tiers()[0])
-    assert got.shape == (1, 4, 4, 16)
 
 
 def problem_of(*shape, **more) -> Problem:
