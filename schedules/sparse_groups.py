@@ -24,7 +24,7 @@ from schedules.sparse_planes import Planes, emitted
 from schedules.sparse_planes import Point as PlanesPoint
 from schedules.sparse_planes import default_point as planes_point
 from schedules.sparse_problem import Problem, tiles_of
-from schedules.sparse_windows import SLACK, bands, offsets, window_of
+from schedules.sparse_windows import SLACK, bands, offsets, steps, window_of
 from schedules.target import CpuTarget
 
 # Channels of an image, which is taken for one group: red, green and blue.
@@ -100,6 +100,7 @@ class GroupsKernel(Bands, Planes):
         whole = PlanesPoint(point.vectors, point.rows, problem.panel_rows, per_group, point.splits)
         super().__init__(kernel, problem, whole, target, elements)
         self.lines, self.window = point.lines, window_of(problem, point.lines)
+        self.steps = steps(problem, point.lines)
         self.group_inputs = problem.channels // problem.groups
 
     def emit(self) -> None:

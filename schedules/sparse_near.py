@@ -118,7 +118,7 @@ def work(problem: Problem, point: Point, target: CpuTarget) -> float:
     panel = 4 * panel_elements(problem, point)
     far = _READ_COST * max(0.0, read / target.l1_bytes - _READ_FREE)
     far += _PANEL_COST * max(0.0, panel / target.l1_bytes - _PANEL_FREE)
-    multiply = problem.stored * (total * (1 + far) + tiles * _INDEX_COST)
+    multiply = problem.stored * (total * (1 + far) + tiles * _INDEX_COST / problem.run)
     sums = problem.outputs * flat * 4 / target.l2_bytes
     kept = problem.outputs * panels * total * _SUM_COST * sums
     copied = problem.channels * window_of(problem, point.lines).channel / target.lanes

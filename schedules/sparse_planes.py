@@ -136,6 +136,7 @@ class Planes(Products, Stores):
         # Tiles of planes end within an image, where the last vectors overlap.
         self.by_image = problem.planes_in or problem.planes_out
         self.in_place = False  # planes are copied into panels
+        self.steps = (0,)  # from the first non-zero of a run to each of them, in the panel
         self.image = _i(0)
         self.bias = self._bias()
         self.by_quads = (

@@ -20,7 +20,8 @@ class Problem(Annotated):
     Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so. An input channel is
     an element of 4 bytes. `together` output channels lie side by side in planes: 4 of a byte each become such an element.
     `input_plane` and `output_plane` are the elements from one plane to the next; 0 means as many as there are pixels. Behind
-    the pixels a plane repeats the last one.
+    the pixels a plane repeats the last one. `run` taps of a kernel, those of a row or all, are zero or stored together, and
+    follow one another.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Problem(Annotated):
     together: int = 1
     input_plane: int = 0
     output_plane: int = 0
+    run: int = 1
 
     @property
     def pixels(self) -> int:

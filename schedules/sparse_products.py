@@ -46,20 +46,13 @@ class Products:
                 start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else first
                 T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
         begin, end = span
-        with T.serial(0, end - begin) as i:
-            n = T.Bind(begin + i)
+        run = len(self.steps)
+        with T.serial(0, end - begin if run == 1 else (end - begin) // run) as i:
+            n = T.Bind(begin + i * run)
             row = T.Bind(self._panel_start(first_row + self.index[n].astype("int32"), width))
-            x = [panel[T.ramp(row + self._vector(j, vectors), 1, lanes)] for j in range(vectors)]
-            if self.problem.planes_in:  # copied as they lie
-                x = [self.elements.pixels(pixels) for pixels in x]
-            x = [T.Bind(pixels) for pixels in x]
             self._fetch_ahead(panel, n, width)
-            for r in range(rows):
-                weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
-                for j in range(vectors):
-                    at = T.ramp(j * lanes, 1, lanes)
-                    held = self.elements.add(acc[r][at], weight, x[j], lanes)
-                    T.buffer_store(acc[r], held, [at])
+            for which, step in enumerate(self.steps):
+                self._add_row(acc, panel, row + step, (n + which, lane), vectors)
             if behind:
                 self._add_across(across, panel, row + width, self.values[n, ramp(lane, rows)])
         for r in range(rows if behind else 0):
@@ -68,6 +61,20 @@ class Products:
             of = [across[i % behind][ramp(0, rows)] for i in range(max(behind, lanes // rows))]
             T.buffer_store(acc[r], tirx.Shuffle(of, of_lanes), [ramp(width, lanes)])
         return acc
+
+    def _add_row(self, acc: list, panel, start, place: tuple, vectors: int) -> None:
+        """Add the products of the weights of a non-zero at `place`, one of each row, with a panel's vectors from `start` on."""
+        lanes = self.lanes
+        x = [panel[T.ramp(start + self._vector(j, vectors), 1, lanes)] for j in range(vectors)]
+        if self.problem.planes_in:  # copied as they lie
+            x = [self.elements.pixels(pixels) for pixels in x]
+        x = [T.Bind(pixels) for pixels in x]
+        n, lane = place
+        for r, sums in enumerate(acc):
+            weight = T.Bind(T.broadcast(self.values[n, lane + r], lanes))
+            for j in range(vectors):
+                at = T.ramp(j * lanes, 1, lanes)
+                T.buffer_store(sums, self.elements.add(sums[at], weight, x[j], lanes), [at])
 
     def _add_across(self, across: list, panel, start, weights) -> None:
         """Add the products of a non-zero's weights, one of each row, with the pixels of the panel from `start` on."""

@@ -93,6 +93,12 @@ def offsets(problem: Problem, lines: int) -> np.ndarray:
     return c + (r % sh * window.phases[1] + s % sw) * window.plane + r // sh * window.line + s // sw
 
 
+def steps(problem: Problem, lines: int) -> tuple[int, ...]:
+    """How far behind the first one of a run in the panel each of its taps is."""
+    of_channel = offsets(problem, lines)[0].ravel()[: problem.run]
+    return tuple(int(place - of_channel[0]) for place in of_channel)
+
+
 def lines_of(point) -> int:
     """The output lines of a tile of any sparse kernel's point, where indices are places in padded planes; 0 where they are
     panel rows."""
@@ -155,6 +161,7 @@ class WindowsKernel(Planes):
         super().__init__(kernel, problem, whole, target, elements)
         self.lines = point.lines
         self.window = window_of(problem, point.lines)
+        self.steps = steps(problem, point.lines)
         self.staging = self._stages()
 
     def emit(self) -> None:

@@ -33,6 +33,23 @@ def block_pattern(weight: np.ndarray, block: int) -> np.ndarray:
     return pattern.reshape(len(pattern), -1)
 
 
+def stored_pattern(weight: np.ndarray, block: int, run: int = 1) -> np.ndarray:
+    """As `block_pattern`: whether a weight of the block is stored, which it is with all of its run of `run` taps."""
+    pattern = block_pattern(weight, block)
+    if run == 1:
+        return pattern
+    together = pattern.reshape(len(pattern), -1, run).any(axis=2)
+    return np.repeat(together, run, axis=1)
+
+
+def run_of(weight: np.ndarray) -> int:
+    """How many taps of a kernel the zeros let be stored together, at most 5 % fill: all, those of a row, or one."""
+    kernel = weight.shape[2:]
+    most = np.count_nonzero(weight) * _TOLERATED_FILL
+    runs = [run for run in (math.prod(kernel), *kernel[1:]) if run > 1]
+    return next((run for run in runs if stored_pattern(weight, 1, run).sum() <= most), 1)
+
+
 def grain_densities(weight: np.ndarray) -> dict[str, float]:
     """Share of the weight that each grain must store, fill included."""
     return {grain: float(block_pattern(weight, block_of(grain)).mean()) for grain in GRAINS}
@@ -127,12 +144,13 @@ def pack(
     part: int | None = None,
     columns: np.ndarray | None = None,
     by_fill: bool = True,
+    run: int = 1,
 ) -> SparseFormat:
     """Pack a dense weight [O, I/groups, R, S] or [O, K], of any type, with its zeros. Blocks must not straddle groups.
 
     `chunk` is the number of panel rows per pass (default: all), `part` the output channels ordered by fill together,
     `columns` what to store of a weight's place instead of its panel row (`panel_columns`'s shape); without `by_fill` blocks
-    stay in the order of the channels.
+    stay in the order of the channels. `run` taps are stored together, in their order.
     Raises ValueError if a block of output channels would straddle two groups.
     """
     outputs = weight.shape[0]
@@ -149,15 +167,16 @@ def pack(
     chunk = rows if chunk is None else chunk
     part = outputs if part is None else part
     chunks = -(-rows // chunk)
-    pattern = block_pattern(weight, block)
+    pattern = stored_pattern(weight, block, run)
     count = len(pattern)
     owner, column = np.nonzero(pattern)
-    row = columns[np.minimum(owner * block, outputs - 1), column]
+    of = np.minimum(owner * block, outputs - 1)
+    row, first = columns[of, column], columns[of, column // run * run]
     which = row // chunk
     fill = np.bincount(which * count + owner, minlength=chunks * count).reshape(chunks, count)
     position, order, slot = _order_of_blocks(fill, outputs, block, part, by_fill)
     place = position[which, owner]
-    sorting = np.lexsort((row, place, which))
+    sorting = np.lexsort((column, first, place, which))
     owner, column, row, which, place = (a[sorting] for a in (owner, column, row, which, place))
     counts = np.bincount(which * count + place, minlength=chunks * count)
     padded = np.zeros((count * block, pattern.shape[1]), dtype=weight.dtype)

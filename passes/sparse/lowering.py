@@ -7,6 +7,7 @@ rewrite: kerf.sparse_conv2d(x, w, grain)  ->  call_tir(sparse_conv, (x, pointer,
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -14,7 +15,7 @@ from tvm import relax, te, tirx
 
 from passes.layers import attrs_of, const_array, conv2d_output_hw, shape_of
 from passes.lower import call_te
-from passes.sparse.format import SparseFormat, block_of, block_pattern, pack
+from passes.sparse.format import SparseFormat, block_of, pack, run_of, stored_pattern
 from passes.sparse.operators import image_of
 from schedules import (
     row_sum,
@@ -35,8 +36,8 @@ from schedules.target import CpuTarget
 def problem_of(call: relax.Call) -> Problem:
     """The kernel's problem: of a convolution (channels last), or of a matrix product seen as a 1x1 convolution."""
     attrs, w, image = attrs_of(call), shape_of(call.args[1]), image_of(call)
-    block = block_of(attrs["grain"])
-    stored = int(block_pattern(const_array(call.args[1]), block).sum())
+    weight, block = const_array(call.args[1]), block_of(attrs["grain"])
+    stored = int(stored_pattern(weight, block).sum())
     planes = {side: bool(attrs.get(side, 0)) for side in ("planes_in", "planes_out")}
     if planes["planes_in"]:
         planes["input_plane"] = shape_of(call.args[0])[-1]
@@ -48,10 +49,14 @@ def problem_of(call: relax.Call) -> Problem:
             1, 1, pixels, w[1], w[0], 1, pixels, block=block, stored=stored, **planes
         )  # fmt: skip
     out = conv2d_output_hw(attrs, *image[1:], w[2:])
-    return Problem(
+    problem = Problem(
         *image, w[1] * attrs["groups"], w[0], *out, tuple(w[2:]), tuple(attrs["strides"]), tuple(attrs["dilation"]),
         tuple(attrs["padding"]), attrs["groups"], block, stored, **planes,
     )  # fmt: skip
+    if block > 1 or panel_structure(problem) in (sparse_chain, sparse_planes):
+        return problem  # indices are panel rows: the taps of a channel lie far apart
+    run = run_of(weight)
+    return replace(problem, run=run, stored=int(stored_pattern(weight, block, run).sum()))
 
 
 def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
@@ -117,12 +122,16 @@ def pack_at(
     if structure is sparse_groups:
         places = sparse_groups.group_offsets(problem, point.lines).reshape(1, -1)
         columns, part = np.repeat(places, outputs, axis=0), outputs // problem.groups
-        return pack(weight, grain, groups=problem.groups, part=part, columns=columns)
+        return pack(
+            weight, grain, groups=problem.groups, part=part, columns=columns, run=problem.run
+        )
     places = sparse_windows.offsets(problem, point.lines)
     first = np.arange(outputs) // (outputs // problem.groups) * per_group
     columns = places[first[:, None] + np.arange(per_group)[None, :]].reshape(outputs, -1)
     chunk = sparse_near.panel_elements(problem, point) if structure is sparse_near else None
-    return pack(weight, grain, groups=problem.groups, chunk=chunk, part=point.part, columns=columns)
+    return pack(
+        weight, grain, groups=problem.groups, chunk=chunk, part=point.part, columns=columns, run=problem.run,
+    )  # fmt: skip
 
 
 def lower_at(

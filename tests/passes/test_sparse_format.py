@@ -14,6 +14,7 @@ from passes.sparse.format import (
     grain_densities,
     index_dtype,
     pack,
+    run_of,
     stored_bytes,
     unpack,
 )
@@ -42,6 +43,28 @@ def test_unpack_undoes_pack(rng, grain, shape, groups, chunk, part):
     np.testing.assert_array_equal(unpack(packed), weight)
     assert packed.pointer[-1] == len(packed.index) == len(packed.values)
     assert packed.fill == packed.values.size - np.count_nonzero(weight)
+
+
+def test_taps_stored_together_follow_one_another(rng):
+    weight = np.zeros((6, 5, 3, 3), np.float32)
+    weight[0, 1, 2, 1] = weight[3, 4, 0, 0] = 1.0
+    weight[5] = rng.standard_normal((5, 3, 3))
+    for run, stored in ((1, 47), (3, 51), (9, 63)):
+        packed = pack(weight, "element", run=run)
+        np.testing.assert_array_equal(unpack(packed), weight)
+        assert len(packed.index) == stored and packed.fill == stored - 47
+        first = packed.index.reshape(-1, run).astype(int)
+        np.testing.assert_array_equal(first, first[:, :1] + 5 * np.arange(run))
+
+
+def test_the_longest_run_that_the_zeros_allow_is_found(rng):
+    row = rng.standard_normal((8, 6, 3, 3)).astype(np.float32) * (rng.random((8, 6, 3, 1)) < 0.3)
+    kernel = row * 0
+    kernel[::2, ::3] = 1.0
+    element = row * (rng.random(row.shape) < 0.5)
+    assert [run_of(w) for w in (row, kernel, element)] == [3, 9, 1]
+    assert run_of(row[..., :1, :1]) == run_of(row[:, :, 0, 0]) == 1
+    assert run_of(row[..., :1, :]) == 3 and run_of(kernel[..., :1]) == 3
 
 
 def test_pack_keeps_special_values_and_drops_negative_zero(rng):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from passes.sparse import lowering
+from passes.sparse.format import run_of
+from passes.sparse.grains import Grain
 from schedules import sparse_groups, sparse_near, sparse_planes, sparse_windows
 from schedules.spaces import space_of
 from schedules.sparse_problem import Problem
@@ -45,6 +47,29 @@ def test_between_planes(host_tiers, rng):
     cases["bands"] = (SAMPLES["strided"], Point(1, 1, 3, 7, 24), BETWEEN_PLANES)
     cases["tiles"] = (SAMPLES["images"], Point(4, 1, 9, 4, 16), BETWEEN_PLANES)
     check_planes(cases, host_tiers[0], rng)
+
+
+@pytest.mark.parametrize("whole", ["row", "kernel"])
+def test_taps_that_are_zero_together_share_an_index(host_tiers, rng, whole):
+    """Whatever kernel walks them: near planes, a group's, an image's, or windows channels last."""
+
+    def weights(rng, shape, _grain, density):
+        blocks = Grain.parse(whole)
+        kept = rng.random(blocks.grid(shape)) < density
+        kept.flat[0] = True
+        weight = blocks.spread(kept, shape) * rng.standard_normal(shape).astype(np.float32)
+        assert run_of(weight) == (shape[3] if whole == "row" else shape[2] * shape[3])
+        return weight
+
+    names = ("plain", "strided", "dilated", "uneven_padding", "beyond_the_image")
+    cases = {name: (SAMPLES[name], None, BETWEEN_PLANES) for name in names}
+    cases["panels"] = (SAMPLES["plain"], Point(4, 1, 7, 5, 17), BETWEEN_PLANES)
+    cases["groups"] = (conv((2, 9, 8, 12), (6, 4, 3, 3), "element", 3), None, BETWEEN_PLANES)
+    image = conv((1, 20, 37, 3), (20, 3, 7, 7), "element", 1, strides=(2, 2), padding=(3, 3, 3, 3))
+    cases["image"] = (image, None, BETWEEN_PLANES)
+    cases["last"] = (image, None, (False, False))
+    cases["panel_rows"] = (SAMPLES["plain"], None, (False, False))
+    check_planes(cases, host_tiers[0], rng, weights)
 
 
 def test_other_tiers_and_threads(host_tiers, rng):

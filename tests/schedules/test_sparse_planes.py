@@ -142,11 +142,11 @@ def check(cases: dict, target, rng) -> None:
         )
 
 
-def check_planes(cases: dict, target, rng) -> None:
+def check_planes(cases: dict, target, rng, weights=sparse_weight) -> None:
     """As `check`, of {name: (sample, point, (x in planes, y in planes))}, and the definitions as well."""
     made = {}
     for name, (sample, point, planes) in cases.items():
-        weight = sparse_weight(rng, sample.w, sample.grain, sample.density)
+        weight = weights(rng, sample.w, sample.grain, sample.density)
         made[name] = (*fused_kernel(sample, weight, target, point=point, planes=planes), sample, weight, planes)  # fmt: skip
     functions = {name: m[1] for name, m in made.items()}
     functions |= {f"{n}_definition": m[0] for n, m in made.items() if all(m[-1])}
