@@ -28,7 +28,7 @@ from schedules.target import CpuTarget
 from schedules.terms import has_vnni
 from schedules.windows import LINE_BYTES, Problem
 
-__all__ = ["Point", "Problem", "cost", "default_point", "direct_cost", "packed_shape", "schedule", "sums_fit", "tiles"]  # fmt: skip
+__all__ = ["Point", "Problem", "cost", "default_point", "direct_cost", "packed_shape", "points", "schedule", "sums_fit", "tiles"]  # fmt: skip
 
 M = 4  # outputs of a tile in either direction
 SIZE = M + 2
@@ -110,7 +110,7 @@ def _product_cycles(rows: int, nv: int, target: CpuTarget) -> float:
     return max(products / 2, (products + rows + nv + 3) / _ISSUE)
 
 
-def _points(problem: Problem, target: CpuTarget) -> Iterator[Point]:
+def points(problem: Problem, target: CpuTarget) -> Iterator[Point]:
     """Register tiles that fit the registers, with whatever is kept and a block that fit the second-level cache."""
     count, lanes = tile_count(problem), target.lanes
     for nv in (n for n in (4, 2, 1) if n * lanes <= problem.o):
@@ -131,7 +131,7 @@ def _points(problem: Problem, target: CpuTarget) -> Iterator[Point]:
 def default_point(problem: Problem, target: CpuTarget) -> Point | None:
     """The point of least cost; None if transformed pixels and weights are too many for the second-level cache."""
     return min(
-        _points(problem, target), key=lambda point: cost(problem, point, target), default=None
+        points(problem, target), key=lambda point: cost(problem, point, target), default=None
     )
 
 

@@ -22,6 +22,7 @@ from schedules import (
     depthwise,
     int8_contraction,
     int8_depthwise,
+    int8_winograd,
     quadratic_contraction,
     sparse_spaces,
     winograd,
@@ -80,6 +81,7 @@ def space_of(loops: str, problem, default, target: CpuTarget) -> Space | None:
         "contraction": _contraction,
         "int8_contraction": _int8_contraction,
         "int8_depthwise": _int8_depthwise,
+        "int8_winograd": _int8_winograd,
         "depthwise": _depthwise,
         "grouped": _depthwise,
         "batch_matmul": _batch_matmul,
@@ -246,6 +248,22 @@ def _int8_depthwise(
         return -(-problem.ow // point.mr) * (problem.r * (columns + point.mr) + 8)
 
     return Space({"mr": _with(rows, default.mr)}, lambda c: replace(default, mr=c["mr"]), estimate)
+
+
+def _int8_winograd(
+    problem: int8_winograd.Problem, default: int8_winograd.Point, target: CpuTarget
+) -> Space:
+    """Register tiles, each with the blocks that fit beside what is kept, and halves and thirds of those."""
+    points = {default: None}
+    for point in int8_winograd.points(problem, target):
+        for part in (1, 2, 3):
+            steps = max(1, point.block // point.rows // part)
+            points[replace(point, block=min(point.block, steps * point.rows))] = None
+
+    def estimate(point: int8_winograd.Point) -> float:
+        return int8_winograd.cost(problem, point, target)
+
+    return Space({"point": tuple(points)}, lambda chosen: chosen["point"], estimate)
 
 
 def _register_tiles(row: int, count: int, most: int, target: CpuTarget) -> set[tuple[int, int]]:

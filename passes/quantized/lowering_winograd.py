@@ -14,6 +14,7 @@ from schedules import int8_winograd
 from schedules.errors import Declined
 from schedules.fused import annotations
 from schedules.int8_winograd import PAIR, Point, Problem
+from schedules.spaces import point_for
 from schedules.target import CpuTarget
 from schedules.terms import pair_product
 
@@ -51,7 +52,7 @@ def choose(weight: np.ndarray, problem: Problem, target: CpuTarget) -> Point | D
     expected = int8_winograd.cost(problem, point, target) / direct
     if expected > _WORTH:
         return Declined(f"Winograd: is expected to take {expected:.2f} of direct")
-    return point
+    return point_for(int8_winograd, problem, target, point)
 
 
 def pack_weights(weight: np.ndarray, problem: Problem, point: Point) -> np.ndarray:

@@ -123,6 +123,7 @@ def spaces():
         grouped,
         int8_contraction,
         int8_depthwise,
+        int8_winograd,
         winograd,
     )
     from schedules.spaces import space_of
@@ -141,6 +142,7 @@ def spaces():
             (batch_matmul, batch),
             (int8_contraction, problem(c=512, o=40)),
             (int8_contraction, problem(c=16, **same)),
+            (int8_winograd, problem(h=28, w=28, c=128, o=128, r=3, s=3, padding=(1, 1, 1, 1))),
             (int8_contraction, problem(h=1, w=1, c=2048, o=1000)),
             (int8_depthwise, problem(groups=64, **same)),
         ]
