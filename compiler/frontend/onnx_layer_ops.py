@@ -10,6 +10,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
+from compiler.frontend.picking import join_patches
 from compiler.frontend.support import Refused, constant, number
 from passes.layers import is_const, shape_of
 
@@ -225,7 +226,16 @@ def _global_pool(function: Callable) -> Callable:
     return lambda c, x: function(x, list(range(2, len(shape_of(x)))), keepdims=True)
 
 
+def _col2im(c: Converter, x: relax.Expr, *_sizes: relax.Expr) -> relax.Expr:
+    size, kernel = ([int(v) for v in c.array(i)] for i in (1, 2))
+    if len(size) != 2:
+        raise Refused(f"patches of {len(size)} spatial dimensions")
+    placed = c.attr("strides") or [1, 1], c.attr("pads") or (), c.attr("dilations") or ()
+    return join_patches(c, x, size, kernel, *placed)
+
+
 CONVERTERS: dict[str, Callable] = {
+    "Col2Im": _col2im,
     "Gemm": _gemm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors made of elements of others, in a constant order: nearest interpolation, padding with a tensor's own values, values
-written into a tensor."""
+written into a tensor, patches joined to an image."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -49,3 +50,41 @@ def written_into(
     flat = [c.emit(op.reshape(t, (-1,))) for t in (x, values)]
     found = pick(c, c.emit(op.concat(flat, 0)), 0, source)
     return op.reshape(found, shape_of(x))
+
+
+def join_patches(
+    c: Converting, x: relax.Expr, size: Sequence[int], kernel: Sequence[int], *placed: Sequence[int]
+) -> relax.Expr:
+    """[N, C, *size] of patches [N, C * height * width, patches]; the inverse of `cut_patches`."""
+    n, rows, _ = shape_of(x)
+    down, along = _patches(size, kernel, *placed)
+    channels = rows // math.prod(kernel)
+    split = c.emit(op.reshape(x, (n, channels, *kernel, down, along)))
+    moved = c.emit(op.permute_dims(split, [0, 1, 4, 2, 5, 3]))
+    return op.reshape(moved, (n, channels, *size))
+
+
+def cut_patches(
+    c: Converting, x: relax.Expr, kernel: Sequence[int], *placed: Sequence[int]
+) -> relax.Expr:
+    """[N, C * height * width, patches] of the patches of [N, C, H, W] that lie side by side, row by row; `placed` are their
+    strides, padding and dilation. Raises Refused for others, which overlap or lie apart."""
+    n, channels, *size = shape_of(x)
+    down, along = _patches(size, kernel, *placed)
+    split = c.emit(op.reshape(x, (n, channels, down, kernel[0], along, kernel[1])))
+    moved = c.emit(op.permute_dims(split, [0, 1, 3, 5, 2, 4]))
+    return op.reshape(moved, (n, channels * math.prod(kernel), down * along))
+
+
+def _patches(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """How many patches there are down and along."""
+    whole = all(extent % step == 0 for extent, step in zip(size, kernel))
+    if not whole or list(strides) != list(kernel) or any(padding) or any(d != 1 for d in dilation):
+        raise Refused("patches that overlap, lie apart or reach over the border")
+    return size[0] // kernel[0], size[1] // kernel[1]

@@ -33,8 +33,8 @@ def check_scale(scale: np.ndarray) -> None:
     """Raises Refused for what is no float32 scale."""
     if scale.dtype != np.float32:
         raise Refused(f"a scale of type {scale.dtype}")
-    if not (np.isfinite(scale).all() and np.all(scale > 0)):
-        raise Refused(f"a scale that is not a positive number ({scale.reshape(-1).min()})")
+    if not (np.isfinite(scale).all() and np.all(scale >= np.finfo(np.float32).tiny)):
+        raise Refused(f"a scale that is not a positive, normal number ({scale.reshape(-1).min()})")
 
 
 def quantize(

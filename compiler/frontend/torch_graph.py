@@ -30,7 +30,7 @@ KEPT = (
     "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "hardtanh.default", "relu6.default", "log_softmax.int", "softmax.int",
     "conv1d.default", "conv2d.default", "std.correction", "stack.default", "square.default", "reciprocal.default", "mish.default",
     "addmm.default", "rsub.Scalar", "split.Tensor", "split_with_sizes.default", "unbind.int", "t.default", "transpose.int",
-    "instance_norm.default", "pad.default",
+    "instance_norm.default", "pad.default", "col2im.default", "im2col.default",
 )  # fmt: skip
 # Evaluating these would freeze one sample of a random variable or an uninitialised buffer into the model.
 _NOT_FOLDED = (

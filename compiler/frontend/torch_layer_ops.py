@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 from tvm.relax import op
 
+from compiler.frontend.picking import cut_patches, join_patches
 from compiler.frontend.support import Refused, constant, is_bool
 from passes.layers import shape_of
 
@@ -285,6 +286,18 @@ def _instance_norm(
     return _group_norm(c, x, shape_of(x)[1], weight, bias, epsilon)
 
 
+def _col2im(c, x, size, kernel, dilation, padding, stride) -> relax.Expr:
+    if len(shape_of(x)) != 3:
+        raise Refused("patches without a batch")
+    return join_patches(c, x, size, kernel, stride, padding, dilation)
+
+
+def _im2col(c, x, kernel, dilation, padding, stride) -> relax.Expr:
+    if len(shape_of(x)) != 4:
+        raise Refused("patches without a batch")
+    return cut_patches(c, x, kernel, stride, padding, dilation)
+
+
 CONVERTERS: dict[str, Callable] = {
     "linear.default": _linear, "addmm.default": _addmm, "baddbmm.default": _baddbmm,
     "matmul.default": lambda c, a, b: op.matmul(a, b), "mm.default": lambda c, a, b: op.matmul(a, b), "bmm.default": lambda c, a, b: op.matmul(a, b),
@@ -293,6 +306,6 @@ CONVERTERS: dict[str, Callable] = {
     "layer_norm.default": _layer_norm, "native_layer_norm.default": _native_layer_norm, "rms_norm.default": _rms_norm,
     "group_norm.default": _group_norm, "instance_norm.default": _instance_norm, "native_group_norm.default": _native_group_norm,
     "scaled_dot_product_attention.default": _attention, "embedding.default": _embedding,
-    "max_pool2d_with_indices.default": _max_pool, "avg_pool2d.default": _avg_pool,
+    "col2im.default": _col2im, "im2col.default": _im2col, "max_pool2d_with_indices.default": _max_pool, "avg_pool2d.default": _avg_pool,
     "adaptive_max_pool2d.default": _adaptive_max_pool, "adaptive_avg_pool2d.default": _adaptive_avg_pool, "_adaptive_avg_pool2d.default": _adaptive_avg_pool,
 }  # fmt: skip

@@ -128,7 +128,7 @@ CASES = [
     Case("ReduceMean", (X,), (i(2, -1),), {"keepdims": 0}), Case("ReduceMean", (X,), (), {"axes": [2, 3]}, opset=11), Case("ReduceSum", (X,), (i(1),)),
     Case("ReduceSum", (X,), (), {"noop_with_empty_axes": 1}), Case("ReduceMax", (X,), (i(3),), {"keepdims": 0}), Case("ArgMax", (X,), (), {"axis": -1, "keepdims": 0}),
     Case("CumSum", (SMALL,), (np.array(1, "int64"),)), Case("CumSum", (SMALL,), (np.array(-1, "int64"),), {"exclusive": 1}), Case("Trilu", (SMALL,), (np.array(1, "int64"),)),
-    Case("Trilu", (SMALL,), (), {"upper": 0}), Case("DepthToSpace", (f(1, 8, 2, 3),), (), {"blocksize": 2}), Case("DepthToSpace", (f(1, 8, 2, 3),), (), {"blocksize": 2, "mode": "CRD"}),
+    Case("Trilu", (SMALL,), (), {"upper": 0}), Case("DepthToSpace", (f(1, 8, 2, 3),), (), {"blocksize": 2}), Case("Col2Im", (f(2, 12, 6),), (i(4, 9), i(2, 3)), {"strides": [2, 3]}), Case("DepthToSpace", (f(1, 8, 2, 3),), (), {"blocksize": 2, "mode": "CRD"}),
     Case("SpaceToDepth", (f(1, 2, 4, 6),), (), {"blocksize": 2}), Case("Resize", (X,), (None, np.array([1, 1, 2, 3], "float32"))),
     Case("Resize", (X,), (None, np.array([1, 1, 2, 2], "float32")), {"mode": "linear"}), Case("Resize", (X,), (None, None, i(2, 6, 5, 13)), {"mode": "linear", "coordinate_transformation_mode": "align_corners"}),
     Case("LSTM", (f(4, 2, 3),), (f(1, 20, 3), f(1, 20, 5), f(1, 40)), {"hidden_size": 5}, outputs=3), Case("LSTM", (f(4, 2, 3),), (f(1, 20, 3), f(1, 20, 5)), {"hidden_size": 5}),
@@ -215,6 +215,7 @@ def test_operator_like_onnxruntime(case):
         ),
         (Case("Cast", (SMALL,), (), {"to": TensorProto.FLOAT16}), "float16"),
         (Case("TopK", (SMALL,), (i(2),), outputs=2), "TopK .node."),
+        (Case("Col2Im", (f(1, 12, 12),), (i(4, 5), i(2, 2))), "patches that overlap"),
         # A zeroth bias of 8 tokens, read by 12.
         (
             Case("Add", (f(1, 12, 4),), (f(8, 4),)),

@@ -92,7 +92,7 @@ MOVING = [
     lambda x: torch.gather(x, 3, torch.arange(3).expand(2, 6, 9, 3)), lambda x: torch.ones_like(x) * x, lambda x: torch.full_like(x, 2.0) + x, lambda x: x.narrow(1, 2, 3),
     lambda x: torch.einsum("nchw,ncHw->nhH", x, x), lambda x: torch.zeros(3) + x[0, 0, 0, 0], lambda x: x.view(2, 6, -1).mT,
     shifted, lambda x: x.slice_scatter(x[:, :2] * 2, 1, -4, 5, 2), lambda x: x.select_scatter(x[..., 0], 3, -2),
-    lambda x: torch.zeros_like(x).copy_(x[:, :1]),
+    lambda x: torch.zeros_like(x).copy_(x[:, :1]), lambda x: F.unfold(x[:, :, :8, :6], (2, 3), stride=(2, 3)), lambda x: F.fold(x.reshape(2, 54, 7)[:, :12], (3, 14), (3, 2), stride=(3, 2)),
 ]  # fmt: skip
 
 REDUCING = [
@@ -253,6 +253,7 @@ def test_refuses_what_has_no_converter_all_at_once():
         (lambda x: x.double().sum(), "float64|wrong type"),
         (lambda x: F.adaptive_max_pool2d(x, (2, 7)), "different sizes"),
         (lambda x: x.half().float(), "float16"),
+        (lambda x: F.unfold(x, 3), "patches that overlap"),
     ],
 )
 def test_refuses(function, says):
