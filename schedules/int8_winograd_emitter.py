@@ -32,7 +32,7 @@ from schedules.int8_winograd import (
     M,
     Point,
     Problem,
-    held,  # fmt: skip
+    held,
     odd_lines,
     panel_start,
     tile_count,
