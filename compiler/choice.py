@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from compiler.artifact import CompiledVariant
+from compiler.artifact import CompiledVariant, KernelCall
 from passes.treatment import Decision
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Times:
     """Median microseconds of both variants: of all kernels, by layer, and of every other kernel that works for some
-    layers alone, with these."""
+    layers alone, with these. `together` are the layers of each compressed kernel that computes several, its time in equal
+    shares."""
 
     total: Mapping[str, float]
     layers: Mapping[str, Mapping[str, float]]
     served: Mapping[str, Sequence[tuple[Sequence[str], float]]] = field(default_factory=dict)
+    together: Sequence[Sequence[str]] = ()
 
     def of(self, variant: str, layers: Sequence[str]) -> float:
         """What these layers take, with the kernels that work for no others: a square, a conversion."""
@@ -66,16 +68,22 @@ def time_variants(
             name: [(k.serves, us) for k, us in zip(model.kernels, times[name]) if k.serves]
             for name, model in models.items()
         },
+        layers_together(compressed.kernels),
     )
+
+
+def layers_together(kernels: Sequence[KernelCall]) -> list[Sequence[str]]:
+    """The layers of each kernel that computes several."""
+    return [k.layers for k in kernels if len(k.layers) > 1]
 
 
 def slower_layers(times: Times, decisions: Sequence[Decision]) -> dict[str, str]:
     """The compressed layers that are not faster than their dense kernels, each with the reason to show.
 
-    Layers of one unit (see `Decision.unit`) stand or fall together.
+    Layers of one unit (see `Decision.unit`), and those that one kernel computes, stand or fall together.
     """
     slower = {}
-    for unit, members in _units(decisions).items():
+    for unit, members in _units(decisions, times.together).items():
         names = [d.layer for d in members]
         before, after = (times.of(variant, names) for variant in ("dense", "compressed"))
         if before and after and after >= before:
@@ -94,12 +102,18 @@ def slower_network(times: Times, decisions: Sequence[Decision]) -> dict[str, str
     return {d.layer: reason for d in decisions if d.treatment != "dense"}
 
 
-def _units(decisions: Sequence[Decision]) -> dict[str, list[Decision]]:
+def _units(
+    decisions: Sequence[Decision], together: Sequence[Sequence[str]]
+) -> dict[str, list[Decision]]:
     """The compressed layers by what stands or falls together."""
+    members = [d for d in decisions if d.treatment != "dense"]
+    unit = {d.layer: d.unit or d.layer for d in members}
+    for names in together:
+        joined = [unit[name] for name in names if name in unit]
+        unit = {name: joined[0] if of in joined else of for name, of in unit.items()}
     units: dict[str, list[Decision]] = {}
-    for decision in decisions:
-        if decision.treatment != "dense":
-            units.setdefault(decision.unit or decision.layer, []).append(decision)
+    for decision in members:
+        units.setdefault(unit[decision.layer], []).append(decision)
     return units
 
 

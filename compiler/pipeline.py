@@ -106,12 +106,15 @@ def canonical_passes() -> list[tvm.transform.Pass]:
 
 
 def lay_out(mod: tvm.IRModule) -> tvm.IRModule:
-    """Channels last for the whole graph, planes where sparse layers hand them to one another; pooling in convolutions."""
+    """Channels last for the whole graph, planes where sparse layers hand them to one another; pooling in convolutions, and
+    large shortcuts in those they are added to."""
     from passes.channels_last import ChannelsLast
     from passes.pool_convolutions import PoolConvolutions
     from passes.sparse.keep_planes import KeepPlanes
+    from passes.sparse.merge_shortcuts import MergeShortcuts
 
-    return tvm.transform.Sequential([PoolConvolutions(), ChannelsLast(), KeepPlanes()])(mod)
+    passes = [PoolConvolutions(), ChannelsLast(), KeepPlanes(), MergeShortcuts()]
+    return tvm.transform.Sequential(passes)(mod)
 
 
 def forbid_winograd(mod: tvm.IRModule) -> tvm.IRModule:

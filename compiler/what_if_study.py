@@ -19,7 +19,7 @@ from tvm import relax
 
 from compiler import __version__, pipeline
 from compiler.artifact import CompiledVariant
-from compiler.choice import Times, slower_layers
+from compiler.choice import Times, layers_together, slower_layers
 from compiler.code_generation import GeneratedCode
 from compiler.profile import kernel_times, layer_sums, total_us
 from compiler.runtime import LoadedModel, from_variant
@@ -170,7 +170,11 @@ class Study:
         layers = {name: layer_sums(model.kernels, us[name]) for name, model in models.items()}
         sizes = _bytes_by_layer(variant)
         timing = _Timing(
-            Times({name: sum(values) for name, values in us.items()}, layers),
+            Times(
+                {name: sum(values) for name, values in us.items()},
+                layers,
+                together=layers_together(variant.kernels),
+            ),
             total_us(models, self.arrays, seconds=2.0),
             sum(sizes.values()),
             sizes,

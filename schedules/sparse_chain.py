@@ -4,7 +4,7 @@
 As `sparse_planes`, but sums go from registers through the epilogue into planes `y[n, o, pixel]`. A panel holds as many pixels
 as the second-level cache takes: a block of output channels walks it tile by tile, always through the same non-zeros, and
 reads and writes long runs of each plane, which hardware prefetchers follow. Planes of whole cache lines, and long ones, are
-not copied: a panel is then part of each, where it lies.
+not copied: a panel is then part of each, where it lies, be they of one input or of two (`Problem.beside`).
 
 Where an element of the output holds several channels that are not computed at once, each tile walks all blocks instead, and its
 sums are kept until those of a plane's channels are complete.
@@ -34,10 +34,10 @@ _PANEL_SHARE, _PANEL_SHARE_EXPANDING = 0.35, 0.45
 # Bytes of a plane from which on it is not worth copying: a page. Shorter ones come from beyond the second-level cache sooner
 # in one pass over all of them than in the order of the non-zeros, if that splits lines.
 _LONG_PLANE = 4096
-# Pixel vectors of a long plane that a block of output channels walks at most, where planes are read in place; the share of the
-# second-level cache that it may walk, and that several channels together may where their tiles would else have fewer than so
-# many vectors (measured on Cascade Lake).
-_LONGEST_RUN, _RUNS_SHARE, _RUNS_SHARE_NARROW, _NARROW = 32, 0.5, 0.9, 4
+# The share of the second-level cache that a block of output channels may walk, where planes are read in place; that those of
+# two inputs may take; and that several channels together may where their tiles would else have fewer than so many vectors
+# (measured on Cascade Lake).
+_RUNS_SHARE, _RUNS_SHARE_BESIDE, _RUNS_SHARE_NARROW, _NARROW = 0.5, 0.8, 0.9, 4
 # Non-zeros between fetching a plane's vectors into the first-level cache and using them, where a block has at least so many.
 _AHEAD, _LONG_SUM = INDICES_BEHIND, 16
 # What one more tile costs a block, and one more run of tiles, in multiplications of one vector with one row of it.
@@ -72,7 +72,7 @@ def suits(problem: Problem) -> bool:
     return problem.planes_out and problem.taps == 1 and not padded
 
 
-def _lies_in_place(problem: Problem) -> bool:
+def lies_in_place(problem: Problem) -> bool:
     """Whether planes are read where they lie, not from a panel: those of whole lines, and long ones.
 
     Quads are few. Where one output channel alone uses what a load brings, loads should not straddle lines.
@@ -102,7 +102,7 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
     rows, vectors = base.rows, min(base.vectors, total)
     if rows == 8 and total <= _SHORT_PLANE and not pixels_behind(problem, rows, target):
         rows, vectors = 4, total
-    if _lies_in_place(problem):
+    if lies_in_place(problem):
         tiles = 1 if problem.together > 1 else _runs(problem, target, rows, vectors)
     else:
         tiles = _panels(problem, target, rows, vectors)
@@ -118,11 +118,10 @@ def default_point(problem: Problem, target: CpuTarget) -> Point:
 def _runs(problem: Problem, target: CpuTarget, rows: int, vectors: int) -> int:
     """Parts of planes read in place that a block of output channels walks."""
     line = problem.channels * target.lanes * 4
-    fit = max(1, int(target.l2_bytes * _RUNS_SHARE) // line)
+    share = _RUNS_SHARE_BESIDE if problem.beside else _RUNS_SHARE
+    fit = max(1, int(target.l2_bytes * share) // line)
     if problem.block > 1:
         fit = max(fit, min(int(target.l2_bytes * _RUNS_SHARE_NARROW) // line, _NARROW))
-    if 4 * problem.plane_out >= _LONG_PLANE:
-        fit = min(fit, _LONGEST_RUN)
     return _least_work(problem, target, rows, vectors, fit)
 
 
@@ -162,7 +161,7 @@ class _Chain(Planes):
         # An odd number of vectors: rows of a power of two would share a few sets of the caches.
         self.row = (point.span | 1) * self.lanes
         self.lead = 0
-        self.in_place = _lies_in_place(problem)
+        self.in_place = lies_in_place(problem)
         self.behind = 0
         if self.elements.dtype == "float32" and point.span * self.lanes >= problem.computed:
             self.behind = pixels_behind(problem, point.rows, target)
@@ -270,18 +269,18 @@ class _Chain(Planes):
     def _multiply_part(self, panel, first_channel, channels) -> None:
         p, rows = self.problem, self.point.rows
         with T.serial(0, (channels + p.block - 1) // p.block) as b:
-            span, first = self._block(first_channel, b)
+            spans, first = self._block(first_channel, b)
             with T.serial(0, p.block // rows) as half:
                 channel = T.Bind(first + half * rows)
 
-                def multiply(tile, vectors: int, half=half, channel=channel, span=span) -> None:
+                def multiply(tile, vectors: int, half=half, channel=channel, spans=spans) -> None:
                     self.tile = tile
                     start = T.Bind(self.first + tile)
                     self._fetch_planes(channel, start, vectors)
                     whole = vectors - (self.behind > 0)
                     self._begin(start, whole)
                     acc = self._multiply_rows(
-                        panel, None, 0, span, 0, half * rows, whole, channel, self.behind
+                        panel, None, 0, spans, 0, half * rows, whole, channel, self.behind
                     )
                     self._store_planes(acc, start, channel, vectors)
 
@@ -301,23 +300,30 @@ class _Chain(Planes):
             first_channel, channels = self._part(part)
             sums = scratch(self.parts[-1][1] * width, self.elements.dtype)
             with T.serial(0, (channels + p.block - 1) // p.block) as b:
-                span, first = self._block(first_channel, b)
+                spans, first = self._block(first_channel, b)
                 with T.serial(0, p.block // rows) as half:
                     channel = T.Bind(first + half * rows)
                     acc = self._multiply_rows(
-                        panel, None, 0, span, 0, half * rows, vectors, channel
+                        panel, None, 0, spans, 0, half * rows, vectors, channel
                     )
                     base = T.Bind((channel - first_channel) * width)
                     self._keep(acc, sums, base, vectors, channel)
             self._store_kept_planes(sums, start, first_channel, channels, vectors)
 
     def _block(self, first_channel, number) -> tuple:
-        """(span of non-zeros, first output channel) of the block at a position of a part."""
+        """(spans of non-zeros, of each input; first output channel) of the block at a position of a part."""
         p = self.problem
         at = T.Bind(first_channel // p.block + number)
-        span = T.Bind(self.pointer[at]), T.Bind(self.pointer[at + 1])
+        behind = [i * p.blocks for i in range(len(p.inputs))]
+        spans = [(T.Bind(self.pointer[at + b]), T.Bind(self.pointer[at + b + 1])) for b in behind]
         block = T.Bind(self.order[at].astype("int32"))
-        return span, T.Bind(first_channel + block * p.block)
+        return spans, T.Bind(first_channel + block * p.block)
+
+    def _add_products(self, acc: list, across: list, panel, spans, *where) -> None:
+        """Those of the non-zeros of one input after the other."""
+        for self.input, span in enumerate(spans):
+            read = self.inputs[1] if self.input else panel
+            super()._add_products(acc, across, read, span, *where)
 
     def _fetch_ahead(self, panel, n, width: int) -> None:
         p = self.problem

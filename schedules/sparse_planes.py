@@ -38,6 +38,8 @@ from schedules.windows import LINE_BYTES, prefetch
 # Bytes between pixels of the output from which on their lines compete for few sets of the caches: a tile then stores
 # fewer pixels and more channels of each (measured on Cascade Lake).
 _FAR_APART = 2048
+# The arguments of a kernel that are not its weight's, as many as it has.
+INPUTS = ("x", "beside")
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,16 @@ class Planes(Products, Stores):
         self.kernel, self.problem, self.point, self.elements = kernel, problem, point, elements
         self.target = target
         self.lanes, self.threads = target.lanes, target.threads
-        buffers = arguments(kernel)
+        buffers = arguments(kernel, len(problem.inputs))
         image = problem.plane_in if problem.planes_in else problem.height * problem.width
-        self.x = T.decl_buffer(
-            (problem.batch * image * problem.channels,),
-            elements.dtype,
-            data=buffers["x"].data,
-        )
+        self.inputs = [
+            T.decl_buffer(
+                (problem.batch * image * channels,), elements.dtype, data=buffers[name].data
+            )
+            for name, channels in zip(INPUTS, problem.inputs)
+        ]
+        self.input = 0  # the one that is being walked
+        self.x = self.inputs[0]
         self.pointer, self.index = buffers["pointer"], buffers["index"]
         self.values, self.order = buffers["values"], buffers["order"]
         self.panel = Panel(problem, target, self.x, elements)
@@ -346,9 +351,9 @@ class Planes(Products, Stores):
         return self.image * self.problem.image_pixels + pixel if self.by_image else pixel
 
 
-def arguments(kernel: Emission) -> dict:
-    """The anchor's inputs by name, in the order of the operator's definition. Raises ScheduleError if one is missing."""
-    names = ("x", "pointer", "index", "values", "order", "slot")
+def arguments(kernel: Emission, inputs: int = 1) -> dict:
+    """The anchor's arguments by name, in the order of the operator's definition. Raises ScheduleError if one is missing."""
+    names = (*INPUTS[:inputs], "pointer", "index", "values", "order", "slot")
     fused = kernel.fused
     buffers = [
         b for p, b in zip(fused.params, kernel.buffers) if any(p.same_as(i) for i in fused.inputs)

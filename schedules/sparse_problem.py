@@ -19,6 +19,7 @@ class Problem(Annotated):
     `padding` is (top, left, bottom, right); `block` output channels share one pattern; `stored` counts the blocks stored.
     Activations lie channels last, or as planes [N, C, H * W] where `planes_in` or `planes_out` say so. An input channel is
     an element of 4 bytes. `together` output channels lie side by side in planes: 4 of a byte each become such an element.
+    The last `beside` channels are those of a second input, in planes like the first one's, which has no fewer of them.
     `input_plane` and `output_plane` are the elements from one plane to the next; 0 means as many as there are pixels. Behind
     the pixels a plane repeats the last one. `run` taps of a kernel, those of a row or all, are zero or stored together, and
     follow one another.
@@ -44,6 +45,12 @@ class Problem(Annotated):
     input_plane: int = 0
     output_plane: int = 0
     run: int = 1
+    beside: int = 0
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Channels of each input."""
+        return (self.channels - self.beside, self.beside) if self.beside else (self.channels,)
 
     @property
     def pixels(self) -> int:

@@ -45,6 +45,19 @@ class Products:
             for j in range(vectors):
                 start = sums[self._kept(base, r, j, width)] if self.chunks > 1 else first
                 T.buffer_store(acc[r], start, [T.ramp(j * lanes, 1, lanes)])
+        self._add_products(acc, across, panel, span, first_row, lane, vectors)
+        for r in range(rows if behind else 0):
+            of_lanes = [min(pixel, behind - 1) * rows + r for pixel in range(lanes)]
+            # A shuffle has no more lanes than what it picks from.
+            of = [across[i % behind][ramp(0, rows)] for i in range(max(behind, lanes // rows))]
+            T.buffer_store(acc[r], tirx.Shuffle(of, of_lanes), [ramp(width, lanes)])
+        return acc
+
+    def _add_products(
+        self, acc: list, across: list, panel, span, first_row, lane, vectors: int
+    ) -> None:
+        """Add to the sums of `_multiply_rows` the products of the non-zeros in `span`."""
+        rows, width = self.point.rows, vectors * self.lanes
         begin, end = span
         run = len(self.steps)
         with T.serial(0, end - begin if run == 1 else (end - begin) // run) as i:
@@ -53,14 +66,8 @@ class Products:
             self._fetch_ahead(panel, n, width)
             for which, step in enumerate(self.steps):
                 self._add_row(acc, panel, row + step, (n + which, lane), vectors)
-            if behind:
+            if across:
                 self._add_across(across, panel, row + width, self.values[n, ramp(lane, rows)])
-        for r in range(rows if behind else 0):
-            of_lanes = [min(pixel, behind - 1) * rows + r for pixel in range(lanes)]
-            # A shuffle has no more lanes than what it picks from.
-            of = [across[i % behind][ramp(0, rows)] for i in range(max(behind, lanes // rows))]
-            T.buffer_store(acc[r], tirx.Shuffle(of, of_lanes), [ramp(width, lanes)])
-        return acc
 
     def _add_row(self, acc: list, panel, start, place: tuple, vectors: int) -> None:
         """Add the products of the weights of a non-zero at `place`, one of each row, with a panel's vectors from `start` on."""
@@ -120,7 +127,7 @@ class Products:
     def _panel_start(self, position, width: int):
         """Where in the panel the vectors of a packed position begin."""
         if self.in_place:
-            return position * self.problem.plane_in + self.start
+            return position * self.problem.plane_in + self.starts[self.input]
         return position * width
 
     def _vector(self, number: int, vectors: int):
@@ -132,8 +139,8 @@ class Products:
     def _begin(self, first, vectors: int) -> None:
         """A tile from pixel `first` of its image on: where its planes are read, if they are read where they lie."""
         if self.in_place:
-            image = self.problem.channels * self.problem.plane_in
-            self.start = _fixed(self.image * image + first)
+            images = [channels * self.problem.plane_in for channels in self.problem.inputs]
+            self.starts = [_fixed(self.image * image + first) for image in images]
             self.last = (vectors - 1) * self.lanes
             if self.problem.computed % self.lanes:  # the last one ends with the image
                 self.last = T.Bind(self._start(first, vectors - 1) - first)

@@ -16,7 +16,7 @@ from tvm import relax, te, tirx
 from passes.layers import attrs_of, const_array, conv2d_output_hw, shape_of
 from passes.lower import call_te
 from passes.sparse.format import SparseFormat, block_of, pack, run_of, stored_pattern
-from passes.sparse.operators import image_of
+from passes.sparse.operators import image_of, inputs_of
 from schedules import (
     row_sum,
     sparse_chain,
@@ -51,12 +51,17 @@ def problem_of(call: relax.Call) -> Problem:
     out = conv2d_output_hw(attrs, *image[1:], w[2:])
     problem = Problem(
         *image, w[1] * attrs["groups"], w[0], *out, tuple(w[2:]), tuple(attrs["strides"]), tuple(attrs["dilation"]),
-        tuple(attrs["padding"]), attrs["groups"], block, stored, **planes,
+        tuple(attrs["padding"]), attrs["groups"], block, stored, **planes, beside=_beside(call),
     )  # fmt: skip
     if block > 1 or panel_structure(problem) in (sparse_chain, sparse_planes):
         return problem  # indices are panel rows: the taps of a channel lie far apart
     run = run_of(weight)
     return replace(problem, run=run, stored=int(stored_pattern(weight, block, run).sum()))
+
+
+def _beside(call: relax.Call) -> int:
+    """Channels of the second input, in planes, of a call that has one."""
+    return sum(shape_of(x)[1] for x in inputs_of(call)[1:])
 
 
 def lower_sparse(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> relax.Expr:
@@ -115,7 +120,10 @@ def pack_at(
         # Planes are written from registers, one behind the other, which hardware prefetchers follow; not so where the sums of
         # an element's channels are kept, and loops of two and more non-zeros end where the ones before did.
         kept = point.rows < problem.together and problem.stored >= 2 * problem.blocks
-        return pack(weight, grain, groups=problem.groups, part=point.part, by_fill=kept)
+        chunk = problem.inputs[0] if problem.beside else None  # one input behind the other
+        return pack(
+            weight, grain, groups=problem.groups, chunk=chunk, part=point.part, by_fill=kept
+        )
     if structure is sparse_planes:
         return pack(weight, grain, groups=problem.groups, chunk=point.chunk, part=point.part)
     outputs, per_group = weight.shape[:2]
@@ -150,7 +158,27 @@ def lower_at(
         problem, sparse_windows.lines_of(point), packed, shape_of(call), notes, rows=image_of(call),
         by_group=structure is sparse_groups,
     )  # fmt: skip
-    return call_te(bb, define, call.args[0], *arrays, hint=hint, indices=(1, 2, 4, 5))
+    inputs = inputs_of(call)
+    if len(inputs) > 1:
+        define = _of_two_inputs(define)
+    behind = len(inputs)
+    indices = [behind + i for i in (0, 1, 3, 4)]
+    return call_te(bb, define, *inputs, *arrays, hint=hint, indices=indices)
+
+
+def _of_two_inputs(define):
+    """The te function of (x, beside, *arrays) that is `define` of their planes, one's behind the other's, and the arrays."""
+
+    def joined(x, beside, *arrays):
+        images, channels, plane = x.shape
+        shape = (images, channels + beside.shape[1], plane)
+
+        def element(n, c, i):
+            return tirx.if_then_else(c < channels, x[n, c, i], beside[n, c - channels, i])
+
+        return define(te.compute(shape, element, name="joined"), *arrays)
+
+    return joined
 
 
 def _product(weight, x, place: tuple, inside):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sparse layer operators.
 
-`kerf.sparse_conv2d(x, w)`         as `kerf.conv2d`, attribute `grain` more
+`kerf.sparse_conv2d(x, w)`         as `kerf.conv2d`, attribute `grain` more; with a second input, `(x, w, beside)`, the
+                                   convolution of both joined along their channels: of several layers, attribute `layers`
 `kerf.sparse_dense(x, w)`          as `kerf.dense`, attribute `grain` more
 `kerf.sparse_pooled_conv2d(x, w)`  the first, and the maxima over windows of it (`passes/max_pooling.py`)
 
@@ -88,6 +89,11 @@ def in_planes(call: relax.Call, x: relax.Expr, planes_in: bool, planes_out: bool
         "image": image, "planes_in": int(planes_in), "planes_out": int(planes_out)
     }  # fmt: skip
     return operator_call(call.op.name, [x, *list(call.args)[1:]], **attrs)
+
+
+def inputs_of(call: relax.Call) -> list[relax.Expr]:
+    """The activations that a sparse layer operator reads, as many as it has."""
+    return [arg for i, arg in enumerate(call.args) if i != 1]
 
 
 def image_of(call: relax.Call) -> tuple[int, ...]:

@@ -16,8 +16,10 @@ def sparse_dense(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return multiply_packed(x, pack(w, attrs["grain"]))
 
 
-def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """The convolution of x (attrs["layout"]) with w [O, C/groups, R, S], over its stored weights at attrs["grain"]."""
+def sparse_conv2d(attrs: dict, x: np.ndarray, w: np.ndarray, *beside: np.ndarray) -> np.ndarray:
+    """The convolution of x (attrs["layout"]) with w [O, C/groups, R, S], over its stored weights at attrs["grain"]; of x and
+    `beside`, joined along their channels, where there is a second input."""
+    x = np.concatenate([x, *beside], axis=3 if attrs["layout"] == "NHWC" else 1)
     return convolve_packed(attrs, x, pack(w, attrs["grain"]))
 
 

@@ -37,6 +37,19 @@ def test_the_layers_of_a_unit_stand_or_fall_together():
     assert set(found) == {"up", "down"} and "(up as a whole)" in found["up"]
 
 
+def test_layers_that_one_kernel_computes_stand_or_fall_together():
+    layers = [decision("last"), decision("shortcut"), decision("up", unit="up")]
+    found = times({"last": 20.0, "shortcut": 8.0, "up": 5.0}, dict.fromkeys(["last", "shortcut", "up"], 9.0))  # fmt: skip
+    assert set(slower_layers(found, layers)) == {"shortcut", "up"}
+    shared = replace(found, together=[["last", "shortcut"], ["gone", "another"]])
+    assert set(slower_layers(shared, layers)) == {"up"}
+    # They belong to whatever units they were of.
+    shared = replace(found, together=[["last", "shortcut"], ["shortcut", "up"]])
+    assert not slower_layers(shared, layers)
+    dense = [decision("last"), decision("shortcut", "dense")]
+    assert not slower_layers(replace(found, together=[["last", "shortcut"]]), dense)
+
+
 def test_what_works_for_a_unit_alone_counts_for_it():
     dense, compressed = {"r": 10.0, "g": 10.0, "b": 10.0}, {"r": 11.0, "g": 11.0, "b": 11.0}
     unit = [decision(name, "quadratic", unit="r") for name in "rgb"]
