@@ -323,7 +323,8 @@ def test_offsets_of_a_window_are_distinct_and_within_its_panel():
         (1536, 197, 4, 5),  # and 4, and 4
         (3072, 128, 4, 4),  # as many as a tile should have
         (3072, 128, 1, 2),
-        (64, 3136, 4, 28),  # fewer runs, though a few more tiles
+        (64, 3136, 8, 98),  # half of a long one
+        (64, 3136, 4, 66),  # one more run, for one tile less
     ],
 )
 def test_runs_of_planes_fit_the_second_level_cache(channels, pixels, block, span):
