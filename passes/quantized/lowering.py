@@ -39,7 +39,7 @@ from passes.quantized.operators import (
 )
 from passes.sparse.operators import image_of
 from schedules import byte_border, contraction, int8_contraction, int8_depthwise, int8_pooled
-from schedules.errors import Declined
+from schedules.errors import Declined, ScheduleError
 from schedules.fused import annotations
 from schedules.int8_contraction import QUAD, Point, Problem
 from schedules.spaces import point_for
@@ -320,7 +320,7 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     else:
         inputs = weight.shape[1] * attrs["groups"]
         problem = Problem(*windows_of(call, (*image_of(call), inputs)))  # x may lie in planes
-        if int8_depthwise.suits(problem):
+        if int8_depthwise.suits(problem) and "pool_size" not in attrs:
             return _lower_depthwise(bb, x, weight, problem, attrs["zero_point"], target)
         grouped = f"_g{problem.groups}" if problem.groups > 1 else ""
         hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.c}_{problem.o}{grouped}"
@@ -341,24 +341,50 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
     shift = 128 if reads_signed_pixels(target) else 0
     if "grain" in attrs:
         return lowering_sparse.lower_sparse(bb, call, x, weight, problem, target)
-    offset = attrs["zero_point"] - shift
-    pool = pool_of(call, image_of(call)) if "pool_size" in attrs else None
-    if pool is None:
-        point = lowering_winograd.choose(weight, problem, target)
-        if not isinstance(point, Declined):
-            return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
-        point = point_for(int8_contraction, problem, target)
-        kernel = define(shape_of(call), problem, point, shift, step)
-    else:
-        point = int8_pooled.default_point(problem, target)
-        sums = define((pool.n, pool.h, pool.w, pool.c), problem, point, shift, step, anchor=False)
-        notes = annotations_of("int8_pooled", problem, point, step)
-        kernel = lambda *operands: largest_of(pool, sums(*operands), notes)  # noqa: E731
-        hint += f"_max_pool{pool.r}x{pool.s}"
-    packed = [relax.const(pack_weights(weight, problem, point))]
-    if offset:
-        packed.append(relax.const(pack_starts(weight, offset, problem, point)))
+    if "pool_size" in attrs:
+        return _lower_pooled(bb, call, x, weight, problem, target, step)
+    point = lowering_winograd.choose(weight, problem, target)
+    if not isinstance(point, Declined):
+        return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
+    point = point_for(int8_contraction, problem, target)
+    packed = _packed(weight, problem, point, attrs["zero_point"] - shift)
+    return call_te(
+        bb, define(shape_of(call), problem, point, shift, step), x, *packed, hint=hint
+    )  # fmt: skip
+
+
+def _lower_pooled(
+    bb: relax.BlockBuilder, call: relax.Call, x: relax.Expr, weight: np.ndarray, problem: Problem,
+    target: CpuTarget, step: int | None,
+) -> relax.Expr:  # fmt: skip
+    """The maxima over windows of a first layer whose kernel rows run together; `suits_pooling` says which.
+
+    Raises ScheduleError for any other.
+    """
+    if step is None:
+        raise ScheduleError(
+            "no kernel pools this layer", where=INT8_POOLED_CONV2D, found=str(problem),
+            wanted="a first layer whose kernel rows run together",
+        )  # fmt: skip
+    pool, shift = pool_of(call, image_of(call)), 128 if reads_signed_pixels(target) else 0
+    point = int8_pooled.default_point(problem, target)
+    sums = define((pool.n, pool.h, pool.w, pool.c), problem, point, shift, step, anchor=False)
+    notes = annotations_of("int8_pooled", problem, point, step)
+
+    def kernel(*operands):
+        return largest_of(pool, sums(*operands), notes)
+
+    packed = _packed(weight, problem, point, attrs_of(call)["zero_point"] - shift)
+    hint = f"int8_conv{problem.r}x{problem.s}_{problem.oh}x{problem.ow}_{problem.o}_max_pool{pool.r}x{pool.s}"
     return call_te(bb, kernel, x, *packed, hint=hint)
+
+
+def _packed(weight: np.ndarray, problem: Problem, point, offset: int) -> list[relax.Expr]:
+    """The weight as a kernel reads it and, where pixels are `offset` from what they stand for, what its sums begin with."""
+    arrays = [pack_weights(weight, problem, point)]
+    if offset:
+        arrays.append(pack_starts(weight, offset, problem, point))
+    return [relax.const(array) for array in arrays]
 
 
 def _copied(bb: relax.BlockBuilder, define_copy, x: relax.Expr, hint: str) -> relax.Expr:

@@ -17,9 +17,10 @@ from passes import layers, pool_convolutions
 from passes.evaluate import evaluate
 from passes.layers import is_call, shape_of
 from passes.pool_convolutions import PoolConvolutions, left_apart
-from passes.quantized import FAMILY
+from passes.quantized import FAMILY, lowering
 from passes.quantized import operators as int8
 from passes.rewriting import bindings_of
+from schedules.errors import ScheduleError
 from schedules.target import NAMED, detect_host
 
 op = relax.op
@@ -148,3 +149,11 @@ def test_other_windows_and_layers_stay_apart(case, told, rng):
     mod = network(case, rng)
     assert pooled_calls(PoolConvolutions()(mod)) == 0
     assert [("3x3 and stride 2" in line) for line in left_apart(mod)] == [True] * told
+
+
+def test_a_layer_that_no_kernel_pools_is_refused(rng, monkeypatch):
+    mod = PoolConvolutions()(network(_STEM, rng))
+    assert pooled_calls(mod) == 1
+    monkeypatch.setattr(lowering, "row_quads", lambda problem: None)
+    with pytest.raises(ScheduleError, match="no kernel pools this layer"):
+        run(mod, np.zeros(_STEM.shape, np.float32), NAMED["avx2"])
