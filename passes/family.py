@@ -40,10 +40,13 @@ class Context:
     """What a family may know beyond the graph.
 
     `observe` runs a graph on the user's calibration data; it is None where the user gave none.
+    `left` are layers that the family did not take with their weights pruned, and is not to take now that they are whole:
+    what it chooses by weights would else fall on others.
     """
 
     target: CpuTarget
     observe: Observe | None = None
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

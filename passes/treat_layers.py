@@ -185,10 +185,12 @@ def _rewrite_graph(
     to look twice."""
     keep = {name for name, treatment in asked.items() if treatment.prune}
     reasons: dict[str, str | None] = {}
+    left: set[str] = set()
     while True:
         pruned = {name: asked[name] for name in keep}
         now = {name: replace(t, prune=name in keep) for name, t in asked.items()}
-        done = family.rewrite(_prune_layers(before.treated, pruned), now, context)
+        seen = replace(context, left=frozenset(left))
+        done = family.rewrite(_prune_layers(before.treated, pruned), now, seen)
         missing = set(asked) ^ {d.layer for d in done.decisions}
         if missing:
             raise KerfError(
@@ -202,6 +204,7 @@ def _rewrite_graph(
             break
         # Without its pruned weight a layer declines for another reason than the one that counts.
         reasons |= refused
+        left |= {d.layer for d in done.decisions if d.treatment == "dense" and d.layer in refused}
         keep -= reasons.keys()
     reference = done.reference
     if reference is None:

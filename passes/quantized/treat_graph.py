@@ -56,7 +56,7 @@ def rewrite(mod: tvm.IRModule, treatments: Mapping[str, Treatment], context: Con
             todo="Give --calibration FILE.npz or a directory; --calibration random only to try out speed",
         )
     calibrated = Calibrated.of(mod, treatments, context)
-    for name, noise in calibrated.most_sensitive().items():
+    for name, noise in calibrated.most_sensitive(context.left).items():
         calibrated.reasons[name] = (
             f"kept in float32: alone it would add noise of {noise:.2g} of the output's power"
         )
@@ -114,9 +114,9 @@ class Calibrated:
         corrected = add_biases(prepared.mod, fitted.bias)
         return Calibrated(corrected, context.observe, parameters, weights, reasons, notes, unused)
 
-    def most_sensitive(self) -> dict[str, float]:
+    def most_sensitive(self, left: Collection[str] = ()) -> dict[str, float]:
         """The layers that the recipe wants kept float, with the noise that each would add: of those with a rule's count, as
-        many as it says."""
+        many as it says, those that were `left` float before among them."""
         able: dict[int, set[str]] = {}
         for name, parameters in self.parameters.items():
             if count := int(parameters["keep_float"]):
@@ -134,11 +134,12 @@ class Calibrated:
         found = rank_sensitivity(
             [n for n in order if any(n in names for names in able.values())], outputs
         )
-        return {
-            name: found[name]
-            for count, names in able.items()
-            for name in most_sensitive({n: found[n] for n in found if n in names}, count)
-        }
+        kept = {n: noise for n, noise in found.items() if n in left}
+        for count, names in able.items():
+            others = {n: found[n] for n in found if n in names and n not in kept}
+            more = most_sensitive(others, max(0, count - len(kept.keys() & names)))
+            kept |= {n: found[n] for n in more}
+        return kept
 
     def quantize(self) -> tvm.IRModule:
         """The graph on bytes, but for the layers that have a reason not to be."""

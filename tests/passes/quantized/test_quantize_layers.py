@@ -390,6 +390,28 @@ def test_layers_are_kept_float_of_those_that_a_rule_matches(build, observing, rn
         assert len(left) == 1 and asked[left[0]] is few
 
 
+def test_what_is_kept_float_of_pruned_layers_is_chosen_once(build, observing, rng):
+    """A layer that stays float is whole again, and adds less noise; another one does not go float in its place."""
+
+    def body(b, x):
+        for name in "abcd":
+            x = b.emit(op.nn.relu(conv(b, x, rng, 32, name=name)))
+        return x
+
+    mod = build([(1, 32, 8, 8)], body)
+    context = Context(NAMED["avx512"], observing([[floats(rng, 1, 32, 8, 8)] for _ in range(2)]))
+    for count in (1, 2):
+        few = {**PLAIN, "grain": "in:4", "density": 0.1, "keep_float": count}
+        found = treat_layers(
+            mod, dict.fromkeys("abcd", Treatment("int8", few, prune=True)), context
+        )
+        left = [d for d in found.decisions if d.treatment == "dense"]
+        assert len(left) == count and all("noise" in d.declined and not d.pruned for d in left)
+        others = [d for d in found.decisions if d.treatment == "int8"]
+        assert len(others) == 4 - count
+        assert all(d.pruned and "not_pruned" not in d.found for d in others)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("observer", "guess"), ("percentile", 20), ("percentile", True), ("per_channel", "yes"),
