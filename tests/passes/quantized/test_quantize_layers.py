@@ -13,7 +13,7 @@ from passes import layers
 from passes.evaluate import evaluate
 from passes.family import Context
 from passes.layers import attrs_of, const_array, is_call
-from passes.quantized import FAMILY
+from passes.quantized import FAMILY, treat_graph
 from passes.quantized import operators as int8
 from passes.quantized.plan_bytes import plan_bytes
 from passes.rewriting import bindings_of
@@ -390,8 +390,11 @@ def test_layers_are_kept_float_of_those_that_a_rule_matches(build, observing, rn
         assert len(left) == 1 and asked[left[0]] is few
 
 
-def test_what_is_kept_float_of_pruned_layers_is_chosen_once(build, observing, rng):
+def test_what_is_kept_float_of_pruned_layers_is_chosen_once(build, observing, rng, monkeypatch):
     """A layer that stays float is whole again, and adds less noise; another one does not go float in its place."""
+    orders = iter(["abcd", "dcba", "abcd", "dcba"])  # as pruned, and as whole where they stay float
+    ranked = lambda layers, outputs: {n: 1.0 - i / 9 for i, n in enumerate(next(orders))}  # noqa: E731
+    monkeypatch.setattr(treat_graph, "rank_sensitivity", ranked)
 
     def body(b, x):
         for name in "abcd":
@@ -406,7 +409,8 @@ def test_what_is_kept_float_of_pruned_layers_is_chosen_once(build, observing, rn
             mod, dict.fromkeys("abcd", Treatment("int8", few, prune=True)), context
         )
         left = [d for d in found.decisions if d.treatment == "dense"]
-        assert len(left) == count and all("noise" in d.declined and not d.pruned for d in left)
+        assert "".join(d.layer for d in left) == "abcd"[:count]
+        assert all("noise" in d.declined and not d.pruned for d in left)
         others = [d for d in found.decisions if d.treatment == "int8"]
         assert len(others) == 4 - count
         assert all(d.pruned and "not_pruned" not in d.found for d in others)
