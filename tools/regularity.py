@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,6 @@ def _count_loads(name: str, density: float) -> dict[str, dict[str, float]]:
     from passes.family import Layer
     from passes.sparse.grains import Grain
     from passes.sparse.lowering import default_point
-    from passes.sparse.treat import layer_problem
     from schedules.target import detect_host
 
     module, example = network(name)
@@ -209,13 +209,26 @@ def _count_loads(name: str, density: float) -> dict[str, dict[str, float]]:
         if grain.name == "filter":  # what is left is dense
             found["filter"] = {k: v * density for k, v in found["dense"].items()}
             continue
-        problems = [
-            layer_problem(Layer(c), grain.runs_as()) for c in masked if c.op.name == "kerf.conv2d"
-        ]
+        masked = [Layer(c) for c in masked if c.op.name == "kerf.conv2d"]
+        problems = [_between_planes(layer, grain.runs_as()) for layer in masked]
         points = ((p, default_point(p, target)) for p in problems)
         counts = [_sparse_loads(p, at, target.lanes) for p, at in points if hasattr(at, "vectors")]
         found[grain.name] = _sum(counts)
     return found
+
+
+def _between_planes(layer, grain: str):
+    """The problem of a layer whose neighbours are sparse as well."""
+    from passes.sparse.format import run_of
+    from passes.sparse.treat import layer_problem
+
+    problem = layer_problem(layer, grain)
+    run = run_of(layer.weight) if problem.block == 1 and problem.taps > 1 else 1
+    planes = {
+        "input_plane": -(-problem.height * problem.width // 16) * 16,
+        "output_plane": -(-problem.image_pixels // 16) * 16,
+    }
+    return replace(problem, planes_in=True, planes_out=True, run=run, **planes)
 
 
 def _dense_loads(call, target) -> dict[str, float]:
@@ -240,13 +253,13 @@ def _dense_loads(call, target) -> dict[str, float]:
 
 
 def _sparse_loads(problem, point, lanes: int) -> dict[str, float]:
-    """A tile of `vectors` pixel vectors walks the stored blocks once per `rows` of their outputs: an index, a broadcast
-    per weight, and `vectors` loads of activations, which all outputs of the block share."""
+    """A tile of `vectors` pixel vectors walks the stored blocks once per `rows` of their outputs: an index per run of taps, a
+    broadcast per weight, and `vectors` loads of activations, which all outputs of the block share."""
     vectors = -(-problem.pixels // lanes)
     tiles = -(-vectors // point.vectors)
     walks = problem.stored * max(1, problem.block // point.rows)
     return {
-        "index": float(tiles * walks),
+        "index": tiles * walks / problem.run,
         "weight": float(tiles * problem.stored * problem.block),
         "activation": float(vectors * walks),
     }
