@@ -170,8 +170,8 @@ class LoadedModel:
             return tvm_ffi.from_dlpack(
                 value, require_alignment=self._alignments[index], require_contiguous=True
             )
-        except (BufferError, RuntimeError):  # numpy's for read-only arrays; the others' for the rest
-            return None
+        except (BufferError, RuntimeError):
+            return None  # numpy's error for read-only arrays; the others' for the rest
 
     def _misfit(self, spec: TensorSpec, shape: tuple, dtype: Any) -> UserError:
         found = describe_spec(TensorSpec(spec.name, tuple(shape), str(dtype)))
