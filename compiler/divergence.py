@@ -18,6 +18,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from compiler.arrays import ALIGNMENT
 from compiler.artifact import KernelCall
 from compiler.comparison import AMPLIFICATION, SLACK, UNIT, difference, magnitude
 from compiler.float_steps import moved
@@ -115,7 +116,7 @@ class _Definitions:
     def differ(
         self, index: int, name: str, call: KernelCall | None, arguments: Sequence
     ) -> list[Divergence]:
-        tensors = [a for a in arguments if isinstance(a, tvm.runtime.Tensor)]
+        tensors = [_aligned(a) for a in arguments if isinstance(a, tvm.runtime.Tensor)]
         written = written_parameters(self.functions[name])
         outputs = [i for i, w in enumerate(written) if w]
         copies = [tvm.runtime.empty(t.shape, t.dtype) if w else t for t, w in zip(tensors, written)]
@@ -190,6 +191,13 @@ def _target() -> tvm.target.Target:
     if host.arch == "x86_64" and host.tier == "generic":
         return tvm.target.Target({"kind": "llvm", "opt-level": 0})
     return host.tvm()
+
+
+def _aligned(tensor: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+    """The tensor, or a copy where a definition may read it: a model's inputs lie where the caller has them."""
+    if tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tvm.runtime.tensor(tensor.numpy())
 
 
 def _beyond(got: np.ndarray, wanted: np.ndarray, limit: float) -> np.ndarray:

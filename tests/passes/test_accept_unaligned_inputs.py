@@ -9,6 +9,7 @@ from tvm import relax
 
 from compiler import pipeline
 from compiler.arrays import ALIGNMENT
+from compiler.divergence import find_first_divergence
 from compiler.frontend import TensorSpec
 from compiler.runtime import from_variant
 from passes.layers import conv2d, shape_of
@@ -97,6 +98,8 @@ def test_results_are_the_same_wherever_the_input_lies_and_nothing_is_copied(
             np.testing.assert_array_equal(model(given), wanted, err_msg=target.name)
             read = np.from_dlpack(model.bind([given])[0]).ctypes.data
             assert (read == given.ctypes.data) == target.reads_unaligned
+        # Definitions, which verification runs on the same inputs, assume more than kernels do.
+        assert find_first_divergence(model, variant.unscheduled, [placed(x, 4)]) is None
         assert (variant.input_alignment < ALIGNMENT) == target.reads_unaligned
 
 
