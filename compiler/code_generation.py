@@ -62,8 +62,8 @@ def generate_code(
 ) -> list[tvm.runtime.Module]:
     """One static library for each function, in their order; whatever the number of threads, the same code.
 
-    Functions that `known` holds are not compiled again, others are added to it. `progress` hears every few seconds how many there are. Raises UserError if there is no room for object files in the
-    directory for temporary ones.
+    Functions that `known` holds are not compiled again, others are added to it. `progress` hears every few seconds how many
+    there are. Raises UserError if there is no room for object files in the directory for temporary ones.
     """
     known = GeneratedCode() if known is None else known
     missing = {n: f for n, f in functions.items() if known.find(n, f, target) is None}

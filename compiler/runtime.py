@@ -36,7 +36,8 @@ class LoadedModel:
 
     Inputs are numpy arrays or CPU objects with DLPack. They are used where they lie if they are
     contiguous, writable and aligned to their elements (to 64 bytes where kernels need it, see
-    `CompiledVariant.input_alignment`), else copied into a buffer of the model's. Results are numpy arrays of their own memory. Calls from
+    `CompiledVariant.input_alignment`), else copied into a buffer of the model's. Results are numpy arrays of their own
+    memory. Calls from
     several threads run one after another.
     """
 

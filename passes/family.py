@@ -71,8 +71,8 @@ class Rewritten:
 class Pooling:
     """How a convolution takes the maximum over windows of its result: as `operator`, with the attributes of
     `passes/max_pooling.py`, where `suits(call, windows)`, of the convolution in NCHW and these attributes; Declined says
-    why not, False that there is nothing to say. `rounding` names operators that round its result to steps, rising with their first argument, which
-    may come after the maximum as well."""
+    why not, False that there is nothing to say. `rounding` names operators that round its result to steps, rising with their
+    first argument, which may come after the maximum as well."""
 
     operator: str
     suits: Callable[[relax.Call, Mapping], bool | Declined]

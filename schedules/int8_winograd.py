@@ -97,9 +97,8 @@ _INPUT_CYCLES = 125  # a tile's 36 matrices, of 16 channels
 _WEIGHT_CYCLES = 220  # the same of weights, of 16 outputs of a pair of channels
 _OUTPUT_CYCLES = 220  # a tile's 16 pixels of 16 channels, stored
 _ISSUE = 2.65  # instructions of a product's loop in a cycle, much of what it reads coming from the second-level cache
-_WIDENED = (
-    4.5  # the direct kernel's time where bytes are widened to 16 bits first, over that of VNNI
-)
+# The direct kernel's time where bytes are widened to 16 bits first, over that of VNNI.
+_WIDENED = 4.5
 # Of the second-level cache: for a block's matrices beside all weights, and for a block's products beside all pixels.
 _SHARES = {"weights": 0.62, "pixels": 0.85}
 

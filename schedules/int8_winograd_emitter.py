@@ -41,7 +41,7 @@ from schedules.int8_winograd import (
 from schedules.target import CpuTarget
 from schedules.terms import pair_product
 from schedules.winograd_matrices import integer_matrices
-from schedules.winograd_transforms import Numbers, transform
+from schedules.winograd_transforms import Numbers, read_tile, transform
 
 _WORDS, _SUMS = Numbers("int16"), Numbers("int32", wrapping)
 
@@ -159,38 +159,11 @@ class Emitter:
 
             row.each(body, 1)
 
-        with T.If(tirx.all(top >= 0, left >= 0, top + SIZE <= p.h, left + SIZE <= p.w)):
-            with T.Then():
-                emit(lambda q, t, lane: self.x[n, top + q, left + t, lane])
-            with T.Else():
-                patch = self._padded_tile(n, top, left)
-                emit(lambda q, t, lane: patch[q, t, lane])
-
-    def _padded_tile(self, n, top, left):
-        """A buffer with the input tile at (top, left), the zero point where it reaches beyond the image."""
-        p = self.problem
-        patch = workspace(SIZE, SIZE, p.c, dtype="uint8")
-        row = Row(p.c, 4 * self.target.lanes)
-        with T.serial(0, SIZE) as q, T.serial(0, SIZE) as t:
-            y, x = top + q, left + t
-
-            def fill(value: Callable) -> None:
-                def body(channel, _slot, _fresh):
-                    lane = ramp(channel, row.lanes)
-                    T.buffer_store(patch, value(lane), [q, t, lane])
-
-                row.each(body, 1)
-
-            with T.If(tirx.all(y >= 0, x >= 0, y < p.h, x < p.w)):
-                with T.Then():
-                    fill(lambda lane: self.x[n, y, x, lane])
-                with T.Else():
-                    fill(lambda lane: splat(self.zero_point, row.lanes, "uint8"))
-        return patch
-
-    @property
-    def zero_point(self) -> int:
-        return self.kernel.fused.point["zero_point"]
+        outside, bytes_at_once = (
+            self.kernel.fused.point["zero_point"],
+            Row(p.c, 4 * self.target.lanes),
+        )
+        read_tile(self.x, p, SIZE, (n, top, left), bytes_at_once, outside, emit)
 
     def _multiply(self, v, start, u, number, product, count) -> None:
         """product[tile][e, output] = sum over c of v[e][start + tile, c] * u[number][e][c, output], modulo 2^32."""

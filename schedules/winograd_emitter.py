@@ -28,7 +28,7 @@ from schedules.windows import LINE_WORDS, prefetch
 from schedules.winograd_matrices import matrices
 from schedules.winograd_phases import gather_phases
 from schedules.winograd_points import Point, Problem, strides
-from schedules.winograd_transforms import linear, transform
+from schedules.winograd_transforms import linear, read_tile, transform
 
 
 @dataclass(frozen=True)
@@ -157,35 +157,7 @@ class Emitter:
         if phases is not None:
             emit(lambda q, t, lane: phases[n, i * self.point.m + q, j * self.point.m + t, lane])
             return
-        inside = tirx.all(top >= 0, left >= 0, top + size <= p.h, left + size <= p.w)
-        with T.If(inside):
-            with T.Then():
-                emit(lambda q, t, lane: self.x[n, top + q, left + t, lane])
-            with T.Else():
-                patch = self._padded_tile(n, top, left, row)
-                emit(lambda q, t, lane: patch[q, t, lane])
-
-    def _padded_tile(self, n, top, left, row: Row):
-        """A buffer with the input tile at (top, left), zeros where it reaches beyond the image."""
-        p, size = self.problem, self.size
-        patch = workspace(size, size, p.c)
-        with T.serial(0, size) as q:
-            with T.serial(0, size) as t:
-                y, x = top + q, left + t
-
-                def fill(value: Callable) -> None:
-                    def body(channel, _slot, _fresh):
-                        lane = ramp(channel, row.lanes)
-                        T.buffer_store(patch, value(lane), [q, t, lane])
-
-                    row.each(body, 1)
-
-                with T.If(tirx.all(y >= 0, x >= 0, y < p.h, x < p.w)):
-                    with T.Then():
-                        fill(lambda lane: self.x[n, y, x, lane])
-                    with T.Else():
-                        fill(lambda lane: splat(0.0, row.lanes))
-        return patch
+        read_tile(self.x, p, size, (n, top, left), row, 0.0, emit)
 
     def _emit_span(self, v, span: Span, branches: tuple[int, ...], kept: dict) -> None:
         """The output channels of some panels for a block of tiles: branches of one source."""

@@ -64,9 +64,8 @@ def integer_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
     Rows of |B^T| add up to at most 10 and those of |G| to at most 12: uint8 and int8 become int16.
     """
-    factor = (
-        24  # the least common denominator of G; half of it for the last row, the other half in A^T
-    )
+    # The least common denominator of G; of its last row the half, the other half in A^T.
+    factor = 24
     bt, g, at, scales = _scaled_matrices((0.0, 1.0, -1.0, 2.0, -2.0), 4, 3)
     g = np.round(g / scales[:, None] * factor)
     g[-1] /= 2

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the matrices of Winograd's convolution with vectors of floats or integers, in few operations."""
+"""Products of the matrices of Winograd's convolution with vectors of floats or integers, in few operations; and reading the
+tiles that are transformed."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from schedules.emission import splat
+from schedules.emission import Row, ramp, splat, workspace
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,41 @@ def transform(
             linear(matrix, [half[t][i] for t in range(size)], lanes, numbers)
         ):
             yield i, j, value
+
+
+def read_tile(
+    x, problem, size: int, corner: tuple, row: Row, outside: float, emit: Callable
+) -> None:
+    """`emit(pixel)`, once for tiles within a `problem`'s image `x` [N, H, W, C] and once for others, with
+    `pixel(q, t, channels)` what reads pixel (q, t) of the tile of `size` pixels whose `corner` (image, top, left) is given:
+    of the others from a buffer, filled a `row` of channels at a time, that is `outside` beyond the image."""
+    n, top, left = corner
+    bottom, right = top + size, left + size
+    with T.If(tirx.all(top >= 0, left >= 0, bottom <= problem.h, right <= problem.w)):
+        with T.Then():
+            emit(lambda q, t, lane: x[n, top + q, left + t, lane])
+        with T.Else():
+            patch = _padded_tile(x, problem, size, corner, row, outside)
+            emit(lambda q, t, lane: patch[q, t, lane])
+
+
+def _padded_tile(x, problem, size: int, corner: tuple, row: Row, outside: float):
+    n, top, left = corner
+    dtype = str(x.dtype)
+    patch = workspace(size, size, problem.c, dtype=dtype)
+    with T.serial(0, size) as q, T.serial(0, size) as t:
+        i, j = top + q, left + t
+
+        def fill(value: Callable) -> None:
+            def body(channel, _slot, _fresh):
+                lane = ramp(channel, row.lanes)
+                T.buffer_store(patch, value(lane), [q, t, lane])
+
+            row.each(body, 1)
+
+        with T.If(tirx.all(i >= 0, j >= 0, i < problem.h, j < problem.w)):
+            with T.Then():
+                fill(lambda lane: x[n, i, j, lane])
+            with T.Else():
+                fill(lambda lane: splat(outside, row.lanes, dtype))
+    return patch

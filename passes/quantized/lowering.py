@@ -348,9 +348,8 @@ def lower_layer(bb: relax.BlockBuilder, call: relax.Call, target: CpuTarget) -> 
         return lowering_winograd.lower_at(bb, x, weight, problem, point, attrs["zero_point"])
     point = point_for(int8_contraction, problem, target)
     packed = _packed(weight, problem, point, attrs["zero_point"] - shift)
-    return call_te(
-        bb, define(shape_of(call), problem, point, shift, step), x, *packed, hint=hint
-    )  # fmt: skip
+    kernel = define(shape_of(call), problem, point, shift, step)
+    return call_te(bb, kernel, x, *packed, hint=hint)
 
 
 def _lower_pooled(

@@ -55,7 +55,8 @@ def problem_of(call: relax.Call) -> Problem:
     )  # fmt: skip
     if block > 1 or panel_structure(problem) in (sparse_chain, sparse_planes):
         return problem  # indices are panel rows: the taps of a channel lie far apart
-    run = run_of(weight)
+    if (run := run_of(weight)) == 1:
+        return problem
     return replace(problem, run=run, stored=int(stored_pattern(weight, block, run).sum()))
 
 

@@ -21,9 +21,7 @@ X = (2, 3, 9, 11)
 OUTPUTS = 8
 
 
-@pytest.fixture(autouse=True)
-def every_image_is_far(monkeypatch):
-    monkeypatch.setattr(pool_convolutions, "_NEAR", 0)
+pytestmark = pytest.mark.usefixtures("every_image_is_far")
 
 
 def weights() -> np.ndarray:

@@ -13,7 +13,7 @@ from tvm import relax
 from compiler import pipeline
 from compiler.frontend import TensorSpec
 from compiler.runtime import from_variant
-from passes import layers, pool_convolutions
+from passes import layers
 from passes.evaluate import evaluate
 from passes.layers import is_call, shape_of
 from passes.pool_convolutions import PoolConvolutions, left_apart
@@ -26,9 +26,7 @@ from schedules.target import NAMED, detect_host
 op = relax.op
 
 
-@pytest.fixture(autouse=True)
-def every_image_is_far(monkeypatch):
-    monkeypatch.setattr(pool_convolutions, "_NEAR", 0)
+pytestmark = pytest.mark.usefixtures("every_image_is_far")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from compiler import pipeline
-from passes import layers, pool_convolutions
+from passes import layers
 from passes.evaluate import evaluate
 from passes.layers import attrs_of, is_call
 from passes.pool_convolutions import PoolConvolutions, left_apart
@@ -23,9 +23,7 @@ from schedules.target import detect_host
 op = relax.op
 
 
-@pytest.fixture(autouse=True)
-def every_image_is_far(monkeypatch):
-    monkeypatch.setattr(pool_convolutions, "_NEAR", 0)
+pytestmark = pytest.mark.usefixtures("every_image_is_far")
 
 
 @dataclass(frozen=True)
